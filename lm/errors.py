@@ -1,0 +1,34 @@
+"""The one exception for what a user can mend: a sentence that names the field, the value and the fix.
+
+`lm.main` prints it without a traceback and exits with 2; everything else that is raised is a bug and shows as one.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class Refused(ValueError):
+    """A declaration, path, file or record that cannot be used. The message is shown to the user as it is."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' for the known name closest to `name`, or the list of the known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" Known: {', '.join(known)}." if known else ""
+
+
+def check_name(what: str, name: str, known: Iterable[str]) -> None:
+    """Raises Refused unless `name` is one of `known`; `what` is the field, as the user writes it."""
+    known = list(known)
+    if name not in known:
+        raise Refused(f"{what}={name!r} is not known.{nearest(name, known)}")
+
+
+def check_positive(**fields: float) -> None:
+    """Raises Refused naming the first field that is not above zero."""
+    for field, value in fields.items():
+        if not value > 0:
+            raise Refused(f"{field}={value!r} must be above zero.")

@@ -1,0 +1,72 @@
+"""Number formats of a run. These are the only casts of parameters; norms, softmax and losses reduce in float32 by themselves."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.errors import Refused, check_name, check_positive
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740): doubled after `growth_interval` finite steps in a row,
+    halved, and the step skipped, when a gradient is not finite."""
+
+    initial: float = 2.0**15
+    growth_interval: int = 2_000
+
+    def __post_init__(self) -> None:
+        check_positive(
+            **{
+                "precision.loss_scale.initial": self.initial,
+                "precision.loss_scale.growth_interval": self.growth_interval,
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Storage of parameters and optimizer state, and arithmetic of the forward and backward pass.
+
+    float16 needs a `loss_scale`, since its smallest normal number is 6e-5 and gradients go below it.
+    """
+
+    params: str = "float32"
+    compute: str = "float32"
+    loss_scale: LossScale | None = None
+
+    def __post_init__(self) -> None:
+        check_name("precision.params", self.params, DTYPES)
+        check_name("precision.compute", self.compute, DTYPES)
+        if self.compute == "float16" and self.loss_scale is None:
+            raise Refused(
+                "precision.compute='float16' needs precision.loss_scale=LossScale(); or use 'bfloat16'."
+            )
+        if self.compute != "float16" and self.loss_scale is not None:
+            raise Refused(
+                f"precision.loss_scale has no use with precision.compute={self.compute!r}; leave it out."
+            )
+
+    def to_compute(self, params: Any) -> Any:
+        """Floating leaves in the arithmetic format; the rest as they are."""
+        return _cast(params, self.compute)
+
+    def to_params(self, params: Any) -> Any:
+        """Floating leaves in the storage format; the rest as they are."""
+        return _cast(params, self.params)
+
+
+BF16 = Precision(
+    compute="bfloat16"
+)  # bf16 arithmetic over f32 parameters: the default on TPUs and recent GPUs
+FP16 = Precision(compute="float16", loss_scale=LossScale())
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
