@@ -1,44 +1,67 @@
 """Several hosts: start-up, who writes, and how the hosts agree."""
 
+import glob
+import importlib.util
 import os
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# Set by cluster managers where jax.distributed.initialize() needs no argument.
-_CLUSTER_VARIABLES = (
-    "JAX_COORDINATOR_ADDRESS",
-    "COORDINATOR_ADDRESS",
-    "SLURM_NTASKS",
-    "OMPI_COMM_WORLD_SIZE",
-)
+from lm.errors import Refused
+
+_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def initialize() -> None:
-    """Joins the other processes where the environment names them: a TPU pod slice, Slurm, Open MPI, or by hand with
-    JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=n JAX_PROCESS_ID=i. Does nothing on a single host, or twice."""
-    if jax.distributed.is_initialized() or not (_is_tpu_pod() or _in_cluster()):
+    """Joins the other processes of this run; does nothing on a single host, or when called twice.
+
+    They are found through the environment: a TPU pod slice, Slurm (`srun`), Open MPI, or by hand
+    with JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES=n JAX_PROCESS_ID=i.
+    """
+    if jax.distributed.is_initialized():
         return
-    if "JAX_NUM_PROCESSES" in os.environ:
+    if any(name in os.environ for name in _BY_HAND):
+        address, count, index = _by_hand()
         if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            os.environ["JAX_COORDINATOR_ADDRESS"],
-            int(os.environ["JAX_NUM_PROCESSES"]),
-            int(os.environ["JAX_PROCESS_ID"]),
-        )
-    else:
+        jax.distributed.initialize(address, count, index)
+    elif _in_cluster() or _on_tpu_pod():
         jax.distributed.initialize()
 
 
-def _is_tpu_pod() -> bool:
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+def _by_hand() -> tuple[str, int, int]:
+    missing = [name for name in _BY_HAND if name not in os.environ]
+    if missing:
+        raise Refused(
+            f"{', '.join(missing)} must be set too: "
+            f"a run on several hosts needs {', '.join(_BY_HAND)}."
+        )
+    address, *numbers = (os.environ[name] for name in _BY_HAND)
+    for name, number in zip(_BY_HAND[1:], numbers, strict=True):
+        if not number.isdigit():
+            raise Refused(f"{name}={number!r} must be a whole number.")
+    count, index = map(int, numbers)
+    if index >= count:
+        raise Refused(f"JAX_PROCESS_ID={index} must be below JAX_NUM_PROCESSES={count}.")
+    return address, count, index
 
 
 def _in_cluster() -> bool:
-    tasks = os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE")
-    return int(tasks) > 1 if tasks else any(name in os.environ for name in _CLUSTER_VARIABLES)
+    # SLURM_NTASKS would also be set in the shell of an allocation, where nothing was launched yet.
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
+    return int(tasks) > 1
+
+
+def _on_tpu_pod() -> bool:
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return False
+    if "TPU_WORKER_HOSTNAMES" in os.environ:  # GKE, and machines with a single host
+        return "," in os.environ["TPU_WORKER_HOSTNAMES"]
+    # A Cloud TPU VM: jax asks the metadata server for the other hosts of the slice.
+    chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    asks = "TPU_SKIP_MDS_QUERY" not in os.environ
+    return bool(chips) and asks and importlib.util.find_spec("libtpu") is not None
 
 
 def is_main() -> bool:

@@ -1,14 +1,16 @@
-"""The one exception for what a user can mend: a sentence that names the field, the value and the fix.
+"""The one exception for what a user can mend: a sentence naming the field, the value and the fix.
 
-`lm.main` prints it without a traceback and exits with 2; everything else that is raised is a bug and shows as one.
+`lm.main` prints it without a traceback and exits with 2; everything else that is raised is a bug
+and shows as one.
 """
 
 import difflib
+import numbers
 from collections.abc import Iterable
 
 
 class Refused(ValueError):
-    """A declaration, path, file or record that cannot be used. The message is shown to the user as it is."""
+    """A declaration, path, file or record that cannot be used. The user sees the message as is."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -21,14 +23,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:
-    """Raises Refused unless `name` is one of `known`; `what` is the field, as the user writes it."""
+    """Raises Refused unless `name` is one of `known`; `what` is the field as the user writes it."""
     known = list(known)
     if name not in known:
-        raise Refused(f"{what}={name!r} is not known.{nearest(name, known)}")
+        raise Refused(f"{what}={name!r} is not known.{nearest(str(name), known)}")
 
 
 def check_positive(**fields: float) -> None:
-    """Raises Refused naming the first field that is not above zero."""
+    """Raises Refused naming the first field that is not a number above zero."""
     for field, value in fields.items():
-        if not value > 0:
+        if not (isinstance(value, numbers.Real) and value > 0):
             raise Refused(f"{field}={value!r} must be above zero.")

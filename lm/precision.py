@@ -1,4 +1,5 @@
-"""Number formats of a run. These are the only casts of parameters; norms, softmax and losses reduce in float32 by themselves."""
+"""Number formats of a run. These are the only casts of parameters; norms, softmax and losses
+reduce in float32 by themselves."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740): doubled after `growth_interval` finite steps in a row,
-    halved, and the step skipped, when a gradient is not finite."""
+    """Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740).
+
+    Doubled after `growth_interval` finite steps in a row; halved, and the step skipped, when a
+    gradient is not finite.
+    """
 
     initial: float = 2.0**15
     growth_interval: int = 2_000
@@ -32,7 +36,7 @@ class LossScale:
 class Precision:
     """Storage of parameters and optimizer state, and arithmetic of the forward and backward pass.
 
-    float16 needs a `loss_scale`, since its smallest normal number is 6e-5 and gradients go below it.
+    float16 needs a `loss_scale`: its smallest normal number is 6e-5 and gradients go below it.
     """
 
     params: str = "float32"
@@ -44,11 +48,13 @@ class Precision:
         check_name("precision.compute", self.compute, DTYPES)
         if self.compute == "float16" and self.loss_scale is None:
             raise Refused(
-                "precision.compute='float16' needs precision.loss_scale=LossScale(); or use 'bfloat16'."
+                "precision.compute='float16' needs precision.loss_scale=LossScale(); "
+                "or use 'bfloat16'."
             )
         if self.compute != "float16" and self.loss_scale is not None:
             raise Refused(
-                f"precision.loss_scale has no use with precision.compute={self.compute!r}; leave it out."
+                f"precision.loss_scale has no use with precision.compute={self.compute!r}; "
+                "leave it out."
             )
 
     def to_compute(self, params: Any) -> Any:
@@ -60,9 +66,8 @@ class Precision:
         return _cast(params, self.params)
 
 
-BF16 = Precision(
-    compute="bfloat16"
-)  # bf16 arithmetic over f32 parameters: the default on TPUs and recent GPUs
+# bf16 arithmetic over f32 parameters: the usual choice on TPUs and recent GPUs.
+BF16 = Precision(compute="bfloat16")
 FP16 = Precision(compute="float16", loss_scale=LossScale())
 
 

@@ -1,7 +1,9 @@
-"""Which device holds which part of an array: two tables from logical axis names to mesh axes, one for weights, one for activations.
+"""Which device holds which part of an array: two tables from logical axis names to mesh axes, one
+for weights, one for activations.
 
-A weight's axes stand beside its shape where it is declared; an activation is constrained with `shard(x, "batch", "seq", "embed")`
-at a handful of seams. An unknown name, a mesh axis used twice in one array, or a size that does not divide raises.
+A weight's axes stand beside its shape where it is declared; an activation is constrained with
+`shard(x, "batch", "seq", "embed")` at a handful of seams. An unknown name, a mesh axis used twice
+in one array, or a size that does not divide raises.
 """
 
 import contextlib
@@ -15,11 +17,14 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm import trees
-from lm.errors import Refused, nearest
+from lm.errors import Refused, check_name, nearest
+from lm.mesh import AXES, Mesh
 
 MeshAxes = tuple[str, ...]
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
-# fsdp splits weights along the model width; tensor splits heads, feed-forward width and vocabulary (Megatron, arXiv:1909.08053).
+# fsdp splits weights along the model width; tensor splits heads, feed-forward width and vocabulary
+# (Megatron, arXiv:1909.08053).
 WEIGHTS: Mapping[str, MeshAxes] = {
     "layers": ("pipe",),
     "vocab": ("tensor",),
@@ -55,19 +60,19 @@ class Rules:
     weights: Mapping[str, MeshAxes] = field(default_factory=lambda: WEIGHTS)
     activations: Mapping[str, MeshAxes] = field(default_factory=lambda: ACTIVATIONS)
 
+    def __post_init__(self) -> None:
+        for table in (self.weights, self.activations):
+            for axis, mesh_axes in table.items():
+                for mesh_axis in mesh_axes:
+                    check_name(f"rules[{axis!r}]", mesh_axis, AXES)
+
     def weight(
-        self,
-        axes: Sequence[str],
-        shape: Sequence[int],
-        mesh: jax.sharding.Mesh,
-        path: str = "weight",
+        self, axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh, path: str = "weight"
     ) -> PartitionSpec:
         """The partition of a weight with these logical `axes` and this `shape`."""
         return _spec(self.weights, axes, shape, mesh, path)
 
-    def activation(
-        self, axes: Sequence[str], shape: Sequence[int], mesh: jax.sharding.Mesh
-    ) -> PartitionSpec:
+    def activation(self, axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
         """The partition of an activation with these logical `axes` and this `shape`."""
         return _spec(self.activations, axes, shape, mesh, "activation")
 
@@ -76,27 +81,18 @@ def _spec(
     table: Mapping[str, MeshAxes],
     axes: Sequence[str],
     shape: Sequence[int],
-    mesh: jax.sharding.Mesh,
+    mesh: AnyMesh,
     what: str,
 ) -> PartitionSpec:
     if len(axes) != len(shape):
         raise Refused(
-            f"{what} has shape {tuple(shape)} but axes {tuple(axes)}: one name per dimension is needed."
+            f"{what} has shape {tuple(shape)} but axes {tuple(axes)}: "
+            "one name per dimension is needed."
         )
     parts: list[MeshAxes | None] = []
     used: dict[str, str] = {}
     for axis, size in zip(axes, shape, strict=True):
-        if axis not in table:
-            raise Refused(f"{what} has the unknown logical axis {axis!r}.{nearest(axis, table)}")
-        mesh_axes = tuple(name for name in table[axis] if mesh.shape[name] > 1)
-        ways = math.prod(mesh.shape[name] for name in mesh_axes)
-        if size % ways:
-            if axis not in MAY_REPLICATE or ways % size:
-                on = " and ".join(f"{name}={mesh.shape[name]}" for name in mesh_axes)
-                raise Refused(
-                    f"{what}: {axis} of size {size} does not divide over mesh {on}; choose a multiple of {ways}."
-                )
-            mesh_axes = ()
+        mesh_axes = _mesh_axes(table, axis, size, mesh, what)
         for name in mesh_axes:
             if name in used:
                 raise Refused(
@@ -107,10 +103,29 @@ def _spec(
     return PartitionSpec(*parts)
 
 
+def _mesh_axes(
+    table: Mapping[str, MeshAxes], axis: str, size: int, mesh: AnyMesh, what: str
+) -> MeshAxes:
+    """The mesh axes of more than one device over which this logical axis is split."""
+    if axis not in table:
+        raise Refused(f"{what} has the unknown logical axis {axis!r}.{nearest(axis, table)}")
+    mesh_axes = tuple(name for name in table[axis] if mesh.shape[name] > 1)
+    ways = math.prod(mesh.shape[name] for name in mesh_axes)
+    if size % ways == 0:
+        return mesh_axes
+    if axis in MAY_REPLICATE and ways % size == 0:
+        return ()
+    on = " and ".join(f"{name}={mesh.shape[name]}" for name in mesh_axes)
+    raise Refused(
+        f"{what}: {axis} of size {size} does not divide over mesh {on}; "
+        f"choose a multiple of {ways}."
+    )
+
+
 def weight_shardings(
     axes: trees.Tree, shapes: trees.Tree, mesh: jax.sharding.Mesh, rules: Rules | None = None
 ) -> dict[str, Any]:
-    """A NamedSharding for every weight: nested dicts of axes tuples and of shapes, of one structure."""
+    """A NamedSharding for every weight; `axes` and `shapes` are nested dicts of one structure."""
     rules = rules or Rules()
     return trees.map_with_path(
         lambda path, a, s: NamedSharding(mesh, rules.weight(a, s.shape, mesh, path)), axes, shapes
@@ -139,7 +154,8 @@ _active: contextvars.ContextVar[tuple[jax.sharding.Mesh, Rules] | None] = contex
 
 @contextlib.contextmanager
 def use(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
-    """Inside, `shard` constrains to this mesh. Wrap the tracing (the call of a jitted function), not the declaration."""
+    """Inside, `shard` constrains to this mesh. Wrap the call of the jitted function, where it is
+    traced, not its declaration."""
     token = _active.set((mesh, rules or Rules()))
     try:
         yield
@@ -147,23 +163,25 @@ def use(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
         _active.reset(token)
 
 
+_ONE_DEVICE = Mesh().abstract()
+
+
 def active_mesh() -> jax.sharding.Mesh | None:
-    """The mesh of the surrounding `use`, for code that needs shard_map; None outside, where there is one device."""
+    """The mesh of the surrounding `use`, for code that needs shard_map; None outside, where there
+    is one device."""
     active = _active.get()
     return active[0] if active else None
 
 
 def shard(x: jax.Array, *axes: str) -> jax.Array:
-    """Constrains `x` to the mesh by the logical names of its axes; the identity outside `use`, where names are still checked."""
+    """Constrains `x` to the mesh by the logical names of its axes.
+
+    Outside `use` it is the identity, but names are still checked.
+    """
     active = _active.get()
     if active is None:
-        for axis in axes:
-            if axis not in ACTIVATIONS:
-                raise Refused(
-                    f"activation has the unknown logical axis {axis!r}.{nearest(axis, ACTIVATIONS)}"
-                )
+        _spec(ACTIVATIONS, axes, x.shape, _ONE_DEVICE, "activation")
         return x
     mesh, rules = active
-    return jax.lax.with_sharding_constraint(
-        x, NamedSharding(mesh, rules.activation(axes, x.shape, mesh))
-    )
+    spec = rules.activation(axes, x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

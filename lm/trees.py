@@ -1,4 +1,7 @@
-"""Nested dicts of arrays: paths, counts, norms. A path is the keys joined by '/', as in 'blocks/0/ffn/up'."""
+"""Nested dicts of arrays: paths, counts, norms.
+
+A path is the keys joined by '/', as in 'blocks/0/ffn/up'.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,7 +14,7 @@ Tree = Mapping[str, Any]
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """{'a': {'b': x}} -> {'a/b': x}, in the order of the dict."""
+    """{'a': {'b': x}} -> {'a/b': x}, in the order of the dict. Empty dicts leave no trace."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and not (is_leaf and is_leaf(value)):
@@ -34,11 +37,15 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def map_with_path(function: Callable[..., Any], tree: Tree, *rest: Tree) -> dict[str, Any]:
-    """Applies `function(path, leaf, *leaves_of_rest)` to each leaf of nested dicts of one structure.
+    """Applies `function(path, leaf, *leaves_of_rest)` to each leaf; all trees have one structure.
 
     A leaf is whatever is not a dict, so tuples (of logical axes) are leaves.
     """
     flat, others = flatten(tree), [flatten(other) for other in rest]
+    for other in others:
+        if other.keys() != flat.keys():
+            differing = sorted(other.keys() ^ flat.keys())
+            raise ValueError(f"trees of different structure: {', '.join(differing)}")
     return unflatten({p: function(p, x, *(other[p] for other in others)) for p, x in flat.items()})
 
 
