@@ -1,0 +1,169 @@
+"""What a person sees while a program works: progress bars, tables, and numbers for reading.
+
+Progress goes to stderr and results to stdout, so that `> file` and `| jq` get results only. Where
+stderr is not a terminal (a file, a pipe, a cluster's log) a bar becomes a plain line now and then.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+PLAIN_SECONDS = 10.0  # between two plain lines: a log of hours stays readable
+
+
+class Progress(Protocol):
+    """What `progress` yields."""
+
+    def advance(self, n: int = 1) -> None:
+        """Counts `n` more as done."""
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int | None = None) -> Iterator[Progress]:
+    """Shows how much of `total` (None: unknown) is done, until the block ends.
+
+        with progress("Tokenising", total=len(files)) as bar:
+            bar.advance(1)
+
+    A bar on a terminal or in a notebook, plain lines on stderr elsewhere.
+    """
+    if sys.stderr.isatty() or _in_notebook():
+        with _bar(description, total) as bar:
+            yield bar
+    else:
+        lines = _Lines(description, total)
+        yield lines
+        lines.done()
+
+
+@contextlib.contextmanager
+def _bar(description: str, total: int | None) -> Iterator[Progress]:
+    from tqdm import tqdm  # here, since most commands draw no bar
+
+    form = "{desc:<22} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+    with tqdm(
+        desc=description,
+        total=total,
+        unit_scale=True,
+        ncols=100 if _in_notebook() else None,
+        dynamic_ncols=not _in_notebook(),
+        bar_format=form if total else None,
+        file=sys.stderr,
+    ) as bar:
+        yield _Bar(bar)
+
+
+class _Bar:
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def advance(self, n: int = 1) -> None:
+        self._bar.update(n)
+
+
+class _Lines:
+    """A plain line at most every PLAIN_SECONDS, and one at the end."""
+
+    def __init__(self, description: str, total: int | None) -> None:
+        self._description, self._total = description, total
+        self._count = 0
+        self._start = self._last = time.monotonic()
+
+    def advance(self, n: int = 1) -> None:
+        self._count += n
+        now = time.monotonic()
+        if now - self._last >= PLAIN_SECONDS:
+            self._last = now
+            self._print(f", {self._left(now)}" if self._total else "")
+
+    def _left(self, now: float) -> str:
+        left = (now - self._start) * (self._total - self._count) / max(self._count, 1)
+        return f"{duration(max(left, 0))} left"
+
+    def done(self) -> None:
+        self._print(f" in {duration(time.monotonic() - self._start)}")
+
+    def _print(self, tail: str) -> None:
+        of = f" of {number(self._total)}" if self._total else ""
+        print(f"{self._description}: {number(self._count)}{of}{tail}", file=sys.stderr, flush=True)
+
+
+def _in_notebook() -> bool:
+    """Whether this runs in a Jupyter or Colab kernel (IPython in a terminal is a terminal)."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def note(text: str) -> None:
+    """A line for the person, on stderr, above the bars that are being drawn."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None:
+        print(text, file=sys.stderr, flush=True)
+    else:
+        tqdm.tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns in plain text, those of numbers set right; no trailing spaces, no last newline."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    lines = [list(header), *cells]
+    if len({len(line) for line in lines}) > 1:
+        raise ValueError("the rows of a table have the length of its header")
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    right = [bool(rows) and all(map(_is_number, column[1:])) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("", "-") or cell.lstrip("-+")[:1].isdigit()
+
+
+def number(value: float) -> str:
+    """For reading: 950 -> '950', 1_300_000 -> '1.3M', 2.5e9 -> '2.5B' (a milliard)."""
+    return _scaled(value, ("", "k", "M", "B", "T", "P"), join="")
+
+
+def flops(per_second: float) -> str:
+    """1.5e11 -> '150 GFLOP/s'."""
+    return _scaled(per_second, ("", "k", "M", "G", "T", "P")) + "FLOP/s"
+
+
+def size(nbytes: float) -> str:
+    """Bytes in powers of 1000, as disks and vendors count: 1_200_000_000 -> '1.2 GB'."""
+    return _scaled(nbytes, ("B", "kB", "MB", "GB", "TB", "PB"))
+
+
+def _scaled(value: float, units: Sequence[str], join: str = " ") -> str:
+    scaled, index = float(value), 0
+    # 999.5 and above would be rounded to '1000'.
+    while abs(scaled) >= 999.5 and index < len(units) - 1:
+        scaled, index = scaled / 1000, index + 1
+    digits = f"{scaled:.1f}" if abs(scaled) < 100 or index == 0 else f"{scaled:.0f}"
+    return f"{digits.removesuffix('.0')}{join}{units[index]}"
+
+
+def duration(seconds: float) -> str:
+    """0.25 -> '0.25 s', 42.3 -> '42 s', 125 -> '2m 05s', 7_384 -> '2h 03m', 2e5 -> '2d 07h'."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes}m {rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}h {minutes:02d}m"
+    days, hours = divmod(hours, 24)
+    return f"{days}d {hours:02d}h"
