@@ -47,6 +47,7 @@ ACTIVATIONS: Mapping[str, MeshAxes] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "expert": ("expert",),
+    "group": ("data", "fsdp"),  # the batch, where the expert axis holds experts
     "capacity": (),
 }
 # With fewer key/value heads than tensor devices, each device keeps a copy of all of them.

@@ -1,0 +1,405 @@
+"""Mixture of experts: a router sends each token to `active` of `experts` feed-forwards and adds
+their outputs by weight (Shazeer et al., arXiv:1701.06538; Fedus et al., arXiv:2101.03961).
+
+Tokens meet experts in one of two ways, which agree while no expert is full. Dropless: tokens are
+sorted by expert for one grouped matrix product (MegaBlocks, arXiv:2211.15841). Capacity: an expert
+takes a bounded number of tokens of each sequence (GShard, arXiv:2006.16668). Both give the numbers
+of one device on any mesh: the router sees the whole batch under automatic sharding.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from kernels_pallas.grouped_matmul import grouped_matmul
+from lm.errors import Refused, check_name, check_positive
+from lm.model.param import param
+from lm.sharding import active_mesh, shard
+
+GATES = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxRouter:
+    """Weights are the chosen experts' softmax probabilities. `renormalize` makes them sum to one,
+    which equals Mixtral's softmax over the chosen logits (arXiv:2401.04088); without it they shrink
+    when the router is unsure, as in Switch."""
+
+    renormalize: bool = True
+
+    def scores(self, logits_bte: jax.Array) -> jax.Array:
+        """Each expert's share: positive, of sum one."""
+        return jax.nn.softmax(logits_bte)
+
+    def weights(self, scores_btk: jax.Array) -> jax.Array:
+        """How much each chosen expert's output counts."""
+        return _normalized(scores_btk) if self.renormalize else scores_btk
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmoidRouter:
+    """Experts are scored one by one; with `renormalize` the chosen weights sum to `scale`
+    (DeepSeek-V3, arXiv:2412.19437)."""
+
+    renormalize: bool = True
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive(**{"ffn.router.scale": self.scale})
+
+    def scores(self, logits_bte: jax.Array) -> jax.Array:
+        """Each expert's own score, between zero and one."""
+        return jax.nn.sigmoid(logits_bte)
+
+    def weights(self, scores_btk: jax.Array) -> jax.Array:
+        """How much each chosen expert's output counts."""
+        return self.scale * (_normalized(scores_btk) if self.renormalize else scores_btk)
+
+
+def _normalized(scores: jax.Array) -> jax.Array:
+    return scores / (scores.sum(-1, keepdims=True) + 1e-20)  # sigmoids may all underflow
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadBalance:
+    """The loss weight * E * sum_e f_e p_e of Switch and GShard: f is the share of assignments, p the
+    mean score. Its least value under f = p is `weight`, at the uniform load."""
+
+    weight: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_positive(**{"ffn.balance.weight": self.weight})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasBalance:
+    """No loss: a bias, used for choosing only, moves by `rate` after each step towards experts with
+    little load (Wang et al., arXiv:2408.15664). The step calls `update_bias`."""
+
+    rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        check_positive(**{"ffn.balance.rate": self.rate})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropless:
+    """Every token reaches all of its experts, however uneven the load."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """An expert takes at most `factor` times its even share of a sequence's assignments. The latest
+    ones over it are dropped (so no token depends on a later one) and their residual passes."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        check_positive(**{"ffn.dispatch.factor": self.factor})
+
+    def slots(self, length: int, active: int, experts: int) -> int:
+        """Assignments that one expert takes of a sequence; a token chooses an expert only once."""
+        return min(length, math.ceil(self.factor * length * active / experts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """A SwiGLU of width `hidden` that every token passes besides its experts (DeepSeekMoE,
+    arXiv:2401.06066); `gated` scales it by a sigmoid of the token (Qwen2-MoE)."""
+
+    hidden: int
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(**{"ffn.shared.hidden": self.hidden})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoE:
+    """`experts` gated feed-forwards of width `hidden`, `active` of them for each token.
+
+    `gate` is the activation of the gate: "silu" makes SwiGLU experts, "gelu" GeGLU. `z_loss` weighs
+    the mean squared log-sum-exp of the router's logits (ST-MoE, arXiv:2202.08906).
+    """
+
+    experts: int
+    active: int
+    hidden: int
+    gate: str = "silu"
+    router: SoftmaxRouter | SigmoidRouter = SoftmaxRouter()
+    shared: Shared | None = None
+    balance: LoadBalance | BiasBalance | None = LoadBalance()
+    z_loss: float = 0.0
+    dispatch: Dropless | Capacity = Dropless()
+
+    def __post_init__(self) -> None:
+        check_positive(
+            **{
+                "ffn.experts": self.experts,
+                "ffn.active": self.active,
+                "ffn.hidden": self.hidden,
+            }
+        )
+        check_name("ffn.gate", self.gate, GATES)
+        if self.active > self.experts:
+            raise Refused(
+                f"ffn.active={self.active} is more than ffn.experts={self.experts}; "
+                "a token chooses each expert at most once."
+            )
+        if self.z_loss < 0:
+            raise Refused(f"ffn.z_loss={self.z_loss} must not be negative; 0 leaves it out.")
+        if self.active == 1 and getattr(self.router, "renormalize", False):
+            raise Refused(
+                "ffn.router.renormalize=True with ffn.active=1 makes every weight one, so the router "
+                "would never learn; set it to False."
+            )
+
+    def build(self, dim: int, rngs: nnx.Rngs) -> "Module":
+        """The module for tokens of width `dim`."""
+        return Module(self, dim, rngs)
+
+
+class Routing(NamedTuple):
+    """Where each token goes. A masked token chooses expert E, which does not exist."""
+
+    chosen_btk: jax.Array  # int32
+    weights_btk: jax.Array  # float32
+    losses: dict[str, jax.Array]  # float32 scalars, times their coefficients
+    load_e: jax.Array  # float32, each expert's share of the assignments
+
+
+class Module(nnx.Module):
+    """Called with x [B, T, D] and, where there is padding, mask [B, T] that is true on real tokens.
+
+    Returns y [B, T, D], the losses (scalars that already carry their coefficients) and the load [E],
+    which sums to one. Masked tokens enter no expert and count in neither.
+    """
+
+    def __init__(self, config: MoE, dim: int, rngs: nnx.Rngs):
+        e, f = config.experts, config.hidden
+        wide = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,))
+        plain = jax.nn.initializers.lecun_normal()
+        self.config = config
+        self.router = param(rngs, (dim, e), ("embed", "router"), plain)
+        if isinstance(config.balance, BiasBalance):
+            self.bias = param(rngs, (e,), ("router",), jax.nn.initializers.zeros)
+        self.gate = param(rngs, (e, dim, f), ("expert", "embed", "mlp"), wide)
+        self.up = param(rngs, (e, dim, f), ("expert", "embed", "mlp"), wide)
+        self.down = param(rngs, (e, f, dim), ("expert", "mlp", "embed"), wide)
+
+    def __call__(
+        self, x_btd: jax.Array, mask_bt: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+        config = self.config
+        mask_bt = jnp.ones(x_btd.shape[:2], bool) if mask_bt is None else mask_bt
+        logits_bte = _router_logits(x_btd, self.router[...])
+        bias_e = self.bias[...] if isinstance(config.balance, BiasBalance) else None
+        routing = route(config, logits_bte, bias_e, mask_bt)
+        experts = Experts(config.gate, self.gate[...], self.up[...], self.down[...])
+        if isinstance(config.dispatch, Dropless):
+            y_btd = _dropless(x_btd, routing, experts)
+        else:
+            slots = config.dispatch.slots(x_btd.shape[1], config.active, config.experts)
+            y_btd = _within_capacity(x_btd, routing, experts, slots)
+        return y_btd, routing.losses, routing.load_e
+
+
+# Routing
+
+
+def _router_logits(x_btd: jax.Array, w_de: jax.Array) -> jax.Array:
+    """In float32, true float32 on every chip: near-ties decide where a token goes."""
+    x_btd, w_de = x_btd.astype(jnp.float32), w_de.astype(jnp.float32)
+    return jnp.einsum("btd,de->bte", x_btd, w_de, precision=jax.lax.Precision.HIGHEST)
+
+
+def route(
+    config: MoE, logits_bte: jax.Array, bias_e: jax.Array | None, mask_bt: jax.Array
+) -> Routing:
+    """Chooses experts from the router's logits and measures the choice over the whole batch."""
+    experts = config.experts
+    scores_bte = config.router.scores(logits_bte)
+    ranks_bte = jax.lax.stop_gradient(scores_bte)
+    if bias_e is not None:
+        ranks_bte += jax.lax.stop_gradient(bias_e)
+    _, chosen_btk = jax.lax.top_k(ranks_bte, config.active)
+    weights_btk = config.router.weights(jnp.take_along_axis(scores_bte, chosen_btk, axis=-1))
+    chosen_btk = jnp.where(mask_bt[..., None], chosen_btk, experts)
+
+    tokens = jnp.maximum(mask_bt.sum(), 1)
+    mask_bt1 = mask_bt[..., None].astype(jnp.float32)
+    load_e = jax.nn.one_hot(chosen_btk, experts).sum((0, 1, 2)) / (tokens * config.active)
+    losses = {}
+    if isinstance(config.balance, LoadBalance):
+        share_bte = scores_bte / scores_bte.sum(-1, keepdims=True)
+        share_e = (mask_bt1 * share_bte).sum((0, 1)) / tokens
+        losses["balance"] = config.balance.weight * experts * (load_e * share_e).sum()
+    if config.z_loss:
+        squared_bt1 = jax.nn.logsumexp(logits_bte, axis=-1, keepdims=True) ** 2
+        losses["router_z"] = config.z_loss * (mask_bt1 * squared_bt1).sum() / tokens
+    return Routing(chosen_btk, weights_btk, losses, load_e)
+
+
+def update_bias(bias_e: jax.Array, load_e: jax.Array, rate: float) -> jax.Array:
+    """Raises the bias of experts below the mean load by `rate` and lowers the others'. Shapes [..., E]
+    alike; called once a step with the load of the whole batch, outside the gradient."""
+    return bias_e + rate * jnp.sign(load_e.mean(-1, keepdims=True) - load_e)
+
+
+# Experts
+
+
+class Experts(NamedTuple):
+    """The weights of all experts, or of those on this device."""
+
+    activation: str
+    gate_edf: jax.Array
+    up_edf: jax.Array
+    down_efd: jax.Array
+
+    @property
+    def count(self) -> int:
+        """E, or this device's part of it."""
+        return self.gate_edf.shape[0]
+
+
+# The batch and sequence axes of the activations, and the weights as they are stored.
+_TOKENS = PartitionSpec(("data", "fsdp", "expert"), "context")
+_WIDE = PartitionSpec("expert", "fsdp", "tensor")
+_NARROW = PartitionSpec("expert", "tensor", "fsdp")
+
+
+def _dropless(x_btd: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
+    mesh = active_mesh()
+    chosen_btk, weights_btk = routing.chosen_btk, routing.weights_btk
+    if mesh is None:
+        return _sorted_by_expert(x_btd, chosen_btk, weights_btk, experts)
+    activation, *arrays = experts
+
+    def on_each_device(
+        x_btd: jax.Array, chosen_btk: jax.Array, weights_btk: jax.Array, *arrays: jax.Array
+    ) -> jax.Array:
+        # Said here, the gradient is summed over `tensor` once a token and not once an assignment.
+        x_btd = jax.lax.pcast(x_btd, "tensor", to="varying")
+        # The devices of an expert group see all tokens of the group; each computes its own experts.
+        x_btd, chosen_btk, weights_btk = (
+            jax.lax.all_gather(a, "expert", tiled=True) for a in (x_btd, chosen_btk, weights_btk)
+        )
+        gate_edf, up_edf, down_efd = (
+            jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+            for w, axis in zip(arrays, (1, 1, 2), strict=True)
+        )
+        mine = Experts(activation, gate_edf, up_edf, down_efd)
+        chosen_btk = chosen_btk - jax.lax.axis_index("expert") * mine.count
+        others = (chosen_btk < 0) | (chosen_btk >= mine.count)
+        chosen_btk = jnp.where(others, mine.count, chosen_btk)
+        y_btd = _sorted_by_expert(x_btd, chosen_btk, weights_btk, mine)
+        return jax.lax.psum(jax.lax.psum_scatter(y_btd, "expert", tiled=True), "tensor")
+
+    return jax.shard_map(
+        on_each_device,
+        mesh=mesh,
+        in_specs=(_TOKENS, _TOKENS, _TOKENS, _WIDE, _WIDE, _NARROW),
+        out_specs=_TOKENS,
+    )(x_btd, chosen_btk, weights_btk, *arrays)
+
+
+def _sorted_by_expert(
+    x_btd: jax.Array, chosen_btk: jax.Array, weights_btk: jax.Array, experts: Experts
+) -> jax.Array:
+    """Assignments to expert `experts.count` belong to nobody here and add nothing."""
+    chosen_m = chosen_btk.reshape(-1)
+    order_m = jnp.argsort(chosen_m)
+    place_m = jnp.argsort(order_m)
+    sizes_e = _count(chosen_m, experts.count)
+    x_md = _move(_per_choice(x_btd, chosen_btk), order_m, place_m)
+    gate_mf = GATES[experts.activation](grouped_matmul(x_md, experts.gate_edf, sizes_e))
+    up_mf = grouped_matmul(x_md, experts.up_edf, sizes_e)
+    y_md = grouped_matmul(gate_mf * up_mf, experts.down_efd, sizes_e)
+    return _combine(_move(y_md, place_m, order_m), weights_btk)
+
+
+def _within_capacity(
+    x_btd: jax.Array, routing: Routing, experts: Experts, slots: int
+) -> jax.Array:
+    """Slots lie sequence by sequence, so that the result does not depend on the mesh; between the
+    two constraints on each side XLA exchanges tokens by all-to-all over the expert axis."""
+    chosen_btk, weights_btk = routing.chosen_btk, routing.weights_btk
+    b, t, d = x_btd.shape
+    e, k = experts.count, chosen_btk.shape[-1]
+    fill = jax.vmap(lambda chosen_m: _fill_slots(chosen_m, e, slots))
+    source_bs, slot_bm = fill(chosen_btk.reshape(b, t * k))
+    move = jax.vmap(_move)
+
+    x_bsd = move(_per_choice(x_btd, chosen_btk).reshape(b, t * k, d), source_bs, slot_bm)
+    x_bsd = shard(x_bsd, "batch", "capacity", "embed")
+    x_becd = shard(x_bsd.reshape(b, e, slots, d), "group", "expert", "capacity", "embed")
+    gate_becf = jnp.einsum("becd,edf->becf", x_becd, experts.gate_edf)
+    gate_becf = GATES[experts.activation](shard(gate_becf, "group", "expert", "capacity", "mlp"))
+    up_becf = jnp.einsum("becd,edf->becf", x_becd, experts.up_edf)
+    y_becd = jnp.einsum("becf,efd->becd", gate_becf * up_becf, experts.down_efd)
+    y_becd = shard(y_becd, "group", "expert", "capacity", "embed")
+    y_bsd = shard(y_becd.reshape(b, e * slots, d), "batch", "capacity", "embed")
+    return _combine(move(y_bsd, slot_bm, source_bs), weights_btk)
+
+
+def _fill_slots(chosen_m: jax.Array, experts: int, slots: int) -> tuple[jax.Array, jax.Array]:
+    """Expert e's slots are e * slots and following; its first assignments in the sequence get them.
+
+    Returns the assignment in each slot [E * slots], M where it is empty, and the slot of each
+    assignment [M], E * slots where it has none.
+    """
+    order_m = jnp.argsort(chosen_m)
+    sizes_e = _count(chosen_m, experts)
+    starts_e = jnp.cumsum(sizes_e) - sizes_e
+    places_ec = jnp.arange(slots) + starts_e[:, None]
+    taken_ec = jnp.arange(slots) < sizes_e[:, None]
+    source_ec = jnp.where(taken_ec, order_m.at[places_ec].get(mode="clip"), chosen_m.size)
+
+    rank_m = jnp.argsort(order_m) - starts_e.at[chosen_m].get(mode="clip")
+    kept_m = (chosen_m < experts) & (rank_m < slots)
+    slot_m = jnp.where(kept_m, chosen_m * slots + rank_m, experts * slots)
+    return source_ec.reshape(-1), slot_m
+
+
+def _count(chosen_m: jax.Array, experts: int) -> jax.Array:
+    return (chosen_m[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
+
+
+def _per_choice(x_btd: jax.Array, chosen_btk: jax.Array) -> jax.Array:
+    """One row for each choice of each token: [B * T * K, D]."""
+    d = x_btd.shape[-1]
+    return jnp.broadcast_to(x_btd[:, :, None], (*chosen_btk.shape, d)).reshape(-1, d)
+
+
+def _combine(y: jax.Array, weights_btk: jax.Array) -> jax.Array:
+    """The inverse of _per_choice: the weighted sum over the choices of each token."""
+    y_btkd = y.reshape(*weights_btk.shape, y.shape[-1])
+    return jnp.einsum("btkd,btk->btd", y_btkd, weights_btk.astype(y.dtype))
+
+
+@jax.custom_vjp
+def _move(x_md: jax.Array, source_n: jax.Array, target_m: jax.Array) -> jax.Array:
+    """Rows to new places: y[n] = x[source[n]], or zero where source[n] is M.
+
+    `target` is the inverse: row m goes to y[target[m]], or nowhere where target[m] is N. Knowing
+    both makes the gradient a gather like this one instead of a scatter-add.
+    """
+    return x_md.at[source_n].get(mode="fill", fill_value=0)
+
+
+def _move_forward(x_md: jax.Array, source_n: jax.Array, target_m: jax.Array):
+    return _move(x_md, source_n, target_m), (source_n, target_m)
+
+
+def _move_backward(places: tuple[jax.Array, jax.Array], dy_nd: jax.Array):
+    source_n, target_m = places
+    return _move(dy_nd, target_m, source_n), None, None
+
+
+_move.defvjp(_move_forward, _move_backward)
