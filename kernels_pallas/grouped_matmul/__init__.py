@@ -1,4 +1,4 @@
-"""Rows sorted by group, each multiplied by its group's matrix: the matrix product of a dropless mixture of experts."""
+"""Rows sorted by group, each multiplied by its group's matrix, as dropless experts need it."""
 
 from kernels_pallas.grouped_matmul.op import grouped_matmul
 

@@ -7,12 +7,13 @@ from kernels_pallas.grouped_matmul import reference
 
 
 def grouped_matmul(x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
-    """y[m] = x[m] @ w[e(m)], where the first group_sizes[0] rows belong to group 0, the next group_sizes[1] to group 1 ...
+    """y[m] = x[m] @ w[group of m]: the first group_sizes[0] rows are group 0, and so on.
 
     Args:
       x_md: [M, D] rows, sorted by group.
       w_edf: [E, D, F] one matrix per group, in x's dtype.
-      group_sizes_e: [E] integers, at least zero, of sum at most M. Rows past the sum give zeros and get no gradient.
+      group_sizes_e: [E] integers, at least zero, of sum at most M. Rows past the sum give zeros
+        and get no gradient.
 
     Returns:
       [M, F] in x's dtype.
@@ -22,15 +23,17 @@ def grouped_matmul(x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array) 
     """
     if x_md.ndim != 2 or w_edf.ndim != 3 or group_sizes_e.ndim != 1:
         raise ValueError(
-            f"grouped_matmul takes x [M, D], w [E, D, F] and group_sizes [E], not {x_md.shape}, {w_edf.shape} and {group_sizes_e.shape}."
+            "grouped_matmul takes x [M, D], w [E, D, F] and group_sizes [E], "
+            f"not {x_md.shape}, {w_edf.shape} and {group_sizes_e.shape}."
         )
     if x_md.shape[1] != w_edf.shape[1]:
         raise ValueError(
-            f"grouped_matmul: x has rows of width {x_md.shape[1]} but w takes width {w_edf.shape[1]}."
+            f"grouped_matmul: x has width {x_md.shape[1]} but w takes width {w_edf.shape[1]}."
         )
     if w_edf.shape[0] != group_sizes_e.shape[0]:
         raise ValueError(
-            f"grouped_matmul: w has {w_edf.shape[0]} groups but group_sizes has {group_sizes_e.shape[0]}."
+            f"grouped_matmul: w has {w_edf.shape[0]} groups "
+            f"but group_sizes has {group_sizes_e.shape[0]}."
         )
     if x_md.dtype != w_edf.dtype:
         raise ValueError(f"grouped_matmul: x is {x_md.dtype} but w is {w_edf.dtype}.")

@@ -18,10 +18,9 @@ from jax.sharding import PartitionSpec
 
 from kernels_pallas.grouped_matmul import grouped_matmul
 from lm.errors import Refused, check_name, check_positive
-from lm.model.param import param
+from lm.model.ffn import ACTIVATIONS, FeedForward
+from lm.model.param import Init, einsum, param, zeros
 from lm.sharding import active_mesh, shard
-
-GATES = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class SigmoidRouter:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_positive(**{"ffn.router.scale": self.scale})
+        check_positive(**{"model.ffn.router.scale": self.scale})
 
     def scores(self, logits_bte: jax.Array) -> jax.Array:
         """Each expert's own score, between zero and one."""
@@ -67,13 +66,14 @@ def _normalized(scores: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadBalance:
-    """The loss weight * E * sum_e f_e p_e of Switch and GShard: f is the share of assignments, p the
-    mean score. Its least value under f = p is `weight`, at the uniform load."""
+    """The loss weight * E * sum_e f_e p_e of Switch and GShard, with f_e an expert's share of the
+    assignments and p_e its mean share of the scores: `weight` when both are uniform, more when they
+    lean towards the same experts."""
 
     weight: float = 0.01
 
     def __post_init__(self) -> None:
-        check_positive(**{"ffn.balance.weight": self.weight})
+        check_positive(**{"model.ffn.balance.weight": self.weight})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class BiasBalance:
     rate: float = 0.001
 
     def __post_init__(self) -> None:
-        check_positive(**{"ffn.balance.rate": self.rate})
+        check_positive(**{"model.ffn.balance.rate": self.rate})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class Capacity:
     factor: float
 
     def __post_init__(self) -> None:
-        check_positive(**{"ffn.dispatch.factor": self.factor})
+        check_positive(**{"model.ffn.dispatch.factor": self.factor})
 
     def slots(self, length: int, active: int, experts: int) -> int:
         """Assignments that one expert takes of a sequence; a token chooses an expert only once."""
@@ -109,28 +109,29 @@ class Capacity:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """A SwiGLU of width `hidden` that every token passes besides its experts (DeepSeekMoE,
-    arXiv:2401.06066); `gated` scales it by a sigmoid of the token (Qwen2-MoE)."""
+    """A feed-forward of width `hidden`, of the experts' kind, that every token passes besides them
+    (DeepSeekMoE, arXiv:2401.06066); `gated` scales it by a learned sigmoid of the token (Qwen2-MoE,
+    arXiv:2407.10671)."""
 
     hidden: int
     gated: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(**{"ffn.shared.hidden": self.hidden})
+        check_positive(**{"model.ffn.shared.hidden": self.hidden})
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoE:
     """`experts` gated feed-forwards of width `hidden`, `active` of them for each token.
 
-    `gate` is the activation of the gate: "silu" makes SwiGLU experts, "gelu" GeGLU. `z_loss` weighs
-    the mean squared log-sum-exp of the router's logits (ST-MoE, arXiv:2202.08906).
+    `activation` applies to the gates: "silu" makes SwiGLU experts, "gelu_tanh" GeGLU. `z_loss`
+    weighs the mean squared log-sum-exp of the router's logits (ST-MoE, arXiv:2202.08906).
     """
 
     experts: int
     active: int
     hidden: int
-    gate: str = "silu"
+    activation: str = "silu"
     router: SoftmaxRouter | SigmoidRouter = SoftmaxRouter()
     shared: Shared | None = None
     balance: LoadBalance | BiasBalance | None = LoadBalance()
@@ -140,28 +141,28 @@ class MoE:
     def __post_init__(self) -> None:
         check_positive(
             **{
-                "ffn.experts": self.experts,
-                "ffn.active": self.active,
-                "ffn.hidden": self.hidden,
+                "model.ffn.experts": self.experts,
+                "model.ffn.active": self.active,
+                "model.ffn.hidden": self.hidden,
             }
         )
-        check_name("ffn.gate", self.gate, GATES)
+        check_name("model.ffn.activation", self.activation, ACTIVATIONS)
         if self.active > self.experts:
             raise Refused(
-                f"ffn.active={self.active} is more than ffn.experts={self.experts}; "
+                f"model.ffn.active={self.active} is more than model.ffn.experts={self.experts}; "
                 "a token chooses each expert at most once."
             )
         if self.z_loss < 0:
-            raise Refused(f"ffn.z_loss={self.z_loss} must not be negative; 0 leaves it out.")
+            raise Refused(f"model.ffn.z_loss={self.z_loss} must not be negative; 0 leaves it out.")
         if self.active == 1 and getattr(self.router, "renormalize", False):
             raise Refused(
-                "ffn.router.renormalize=True with ffn.active=1 makes every weight one, so the router "
-                "would never learn; set it to False."
+                "model.ffn.router.renormalize=True makes every weight one with model.ffn.active=1, "
+                "and the router would never learn; set it to False."
             )
 
-    def build(self, dim: int, rngs: nnx.Rngs) -> "Module":
+    def build(self, dim: int, rngs: nnx.Rngs, init: Init) -> "Module":
         """The module for tokens of width `dim`."""
-        return Module(self, dim, rngs)
+        return Module(self, dim, rngs, init)
 
 
 class Routing(NamedTuple):
@@ -174,45 +175,73 @@ class Routing(NamedTuple):
 
 
 class Module(nnx.Module):
-    """Called with x [B, T, D] and, where there is padding, mask [B, T] that is true on real tokens.
+    """Called with x [B, T, D] and, where there is padding, mask [B, T], true on real tokens.
 
-    Returns y [B, T, D], the losses (scalars that already carry their coefficients) and the load [E],
-    which sums to one. Masked tokens enter no expert and count in neither.
+    Returns y [B, T, D], the losses (scalars that already carry their coefficients) and the load
+    [E], which sums to one. Masked tokens enter no expert and count in neither.
     """
 
-    def __init__(self, config: MoE, dim: int, rngs: nnx.Rngs):
-        e, f = config.experts, config.hidden
-        wide = jax.nn.initializers.lecun_normal(in_axis=-2, out_axis=-1, batch_axis=(0,))
-        plain = jax.nn.initializers.lecun_normal()
+    def __init__(self, config: MoE, dim: int, rngs: nnx.Rngs, init: Init):
+        experts, hidden = config.experts, config.hidden
+        reads, writes = init.reads(dim, hidden), init.writes(hidden, dim)
         self.config = config
-        self.router = param(rngs, (dim, e), ("embed", "router"), plain)
-        if isinstance(config.balance, BiasBalance):
-            self.bias = param(rngs, (e,), ("router",), jax.nn.initializers.zeros)
-        self.gate = param(rngs, (e, dim, f), ("expert", "embed", "mlp"), wide)
-        self.up = param(rngs, (e, dim, f), ("expert", "embed", "mlp"), wide)
-        self.down = param(rngs, (e, f, dim), ("expert", "mlp", "embed"), wide)
+        self.router = param(rngs, (dim, experts), ("embed", "router"), init.reads(dim, experts))
+        biased = isinstance(config.balance, BiasBalance)
+        self.bias = param(rngs, (experts,), ("router",), zeros) if biased else None
+        self.gate = param(rngs, (experts, dim, hidden), ("expert", "embed", "mlp"), reads)
+        self.up = param(rngs, (experts, dim, hidden), ("expert", "embed", "mlp"), reads)
+        self.down = param(rngs, (experts, hidden, dim), ("expert", "mlp", "embed"), writes)
+        self.shared = SharedExpert(config, dim, rngs, init) if config.shared else None
 
     def __call__(
         self, x_btd: jax.Array, mask_bt: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
         config = self.config
+        bias_e = None if self.bias is None else self.bias[...]
         mask_bt = jnp.ones(x_btd.shape[:2], bool) if mask_bt is None else mask_bt
-        logits_bte = _router_logits(x_btd, self.router[...])
-        bias_e = self.bias[...] if isinstance(config.balance, BiasBalance) else None
-        routing = route(config, logits_bte, bias_e, mask_bt)
-        experts = Experts(config.gate, self.gate[...], self.up[...], self.down[...])
+        routing = route(config, router_logits(x_btd, self.router[...]), bias_e, mask_bt)
+        experts = Experts(config.activation, self.gate[...], self.up[...], self.down[...])
         if isinstance(config.dispatch, Dropless):
             y_btd = _dropless(x_btd, routing, experts)
         else:
             slots = config.dispatch.slots(x_btd.shape[1], config.active, config.experts)
             y_btd = _within_capacity(x_btd, routing, experts, slots)
+        if self.shared is not None:
+            y_btd += self.shared(x_btd)
         return y_btd, routing.losses, routing.load_e
+
+
+class SharedExpert(nnx.Module):
+    """What every token passes."""
+
+    def __init__(self, config: MoE, dim: int, rngs: nnx.Rngs, init: Init):
+        activation = ACTIVATIONS[config.activation]
+        self.ffn = FeedForward(dim, config.shared.hidden, activation, True, False, rngs, init)
+        gated = config.shared.gated
+        self.gate = (
+            param(rngs, (dim, 1), ("embed", "router"), init.reads(dim, 1)) if gated else None
+        )
+
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        y_btd, _, _ = self.ffn(x_btd)
+        if self.gate is None:
+            return y_btd
+        return y_btd * jax.nn.sigmoid(einsum("btd,de->bte", x_btd, self.gate))
 
 
 # Routing
 
+# The batch and sequence axes of the activations.
+_TOKENS = PartitionSpec(("data", "fsdp", "expert"), "context")
 
-def _router_logits(x_btd: jax.Array, w_de: jax.Array) -> jax.Array:
+
+def _many_devices() -> jax.sharding.Mesh | None:
+    """The mesh, where there is more than one device."""
+    mesh = active_mesh()
+    return None if mesh is None or mesh.size == 1 else mesh
+
+
+def router_logits(x_btd: jax.Array, w_de: jax.Array) -> jax.Array:
     """In float32, true float32 on every chip: near-ties decide where a token goes."""
     x_btd, w_de = x_btd.astype(jnp.float32), w_de.astype(jnp.float32)
     return jnp.einsum("btd,de->bte", x_btd, w_de, precision=jax.lax.Precision.HIGHEST)
@@ -227,7 +256,7 @@ def route(
     ranks_bte = jax.lax.stop_gradient(scores_bte)
     if bias_e is not None:
         ranks_bte += jax.lax.stop_gradient(bias_e)
-    _, chosen_btk = jax.lax.top_k(ranks_bte, config.active)
+    chosen_btk = _choose(ranks_bte, config.active)
     weights_btk = config.router.weights(jnp.take_along_axis(scores_bte, chosen_btk, axis=-1))
     chosen_btk = jnp.where(mask_bt[..., None], chosen_btk, experts)
 
@@ -245,9 +274,25 @@ def route(
     return Routing(chosen_btk, weights_btk, losses, load_e)
 
 
+def _choose(ranks_bte: jax.Array, active: int) -> jax.Array:
+    """The `active` experts of the highest rank, best first; ties go to the lower index."""
+
+    def choose(ranks_bte: jax.Array) -> jax.Array:
+        return jax.lax.top_k(ranks_bte, active)[1]
+
+    mesh = _many_devices()
+    if mesh is None:
+        return choose(ranks_bte)
+    # By itself XLA gathers the whole batch on every device for a top-k.
+    return jax.shard_map(choose, mesh=mesh, in_specs=_TOKENS, out_specs=_TOKENS)(ranks_bte)
+
+
 def update_bias(bias_e: jax.Array, load_e: jax.Array, rate: float) -> jax.Array:
-    """Raises the bias of experts below the mean load by `rate` and lowers the others'. Shapes [..., E]
-    alike; called once a step with the load of the whole batch, outside the gradient."""
+    """Raises the bias of experts below the mean load by `rate` and lowers the others'.
+
+    Both arrays are [..., E]; called once a step with the load of its whole batch, outside the
+    gradient.
+    """
     return bias_e + rate * jnp.sign(load_e.mean(-1, keepdims=True) - load_e)
 
 
@@ -268,14 +313,13 @@ class Experts(NamedTuple):
         return self.gate_edf.shape[0]
 
 
-# The batch and sequence axes of the activations, and the weights as they are stored.
-_TOKENS = PartitionSpec(("data", "fsdp", "expert"), "context")
+# The weights as they are stored.
 _WIDE = PartitionSpec("expert", "fsdp", "tensor")
 _NARROW = PartitionSpec("expert", "tensor", "fsdp")
 
 
 def _dropless(x_btd: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
-    mesh = active_mesh()
+    mesh = _many_devices()
     chosen_btk, weights_btk = routing.chosen_btk, routing.weights_btk
     if mesh is None:
         return _sorted_by_expert(x_btd, chosen_btk, weights_btk, experts)
@@ -318,15 +362,13 @@ def _sorted_by_expert(
     place_m = jnp.argsort(order_m)
     sizes_e = _count(chosen_m, experts.count)
     x_md = _move(_per_choice(x_btd, chosen_btk), order_m, place_m)
-    gate_mf = GATES[experts.activation](grouped_matmul(x_md, experts.gate_edf, sizes_e))
+    gate_mf = ACTIVATIONS[experts.activation](grouped_matmul(x_md, experts.gate_edf, sizes_e))
     up_mf = grouped_matmul(x_md, experts.up_edf, sizes_e)
     y_md = grouped_matmul(gate_mf * up_mf, experts.down_efd, sizes_e)
     return _combine(_move(y_md, place_m, order_m), weights_btk)
 
 
-def _within_capacity(
-    x_btd: jax.Array, routing: Routing, experts: Experts, slots: int
-) -> jax.Array:
+def _within_capacity(x_btd: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
     """Slots lie sequence by sequence, so that the result does not depend on the mesh; between the
     two constraints on each side XLA exchanges tokens by all-to-all over the expert axis."""
     chosen_btk, weights_btk = routing.chosen_btk, routing.weights_btk
@@ -340,7 +382,9 @@ def _within_capacity(
     x_bsd = shard(x_bsd, "batch", "capacity", "embed")
     x_becd = shard(x_bsd.reshape(b, e, slots, d), "group", "expert", "capacity", "embed")
     gate_becf = jnp.einsum("becd,edf->becf", x_becd, experts.gate_edf)
-    gate_becf = GATES[experts.activation](shard(gate_becf, "group", "expert", "capacity", "mlp"))
+    gate_becf = ACTIVATIONS[experts.activation](
+        shard(gate_becf, "group", "expert", "capacity", "mlp")
+    )
     up_becf = jnp.einsum("becd,edf->becf", x_becd, experts.up_edf)
     y_becd = jnp.einsum("becf,efd->becd", gate_becf * up_becf, experts.down_efd)
     y_becd = shard(y_becd, "group", "expert", "capacity", "embed")
