@@ -1,10 +1,15 @@
-"""The one way to declare a weight: shape, logical axes and initialiser on one line."""
+"""Weights: the one way to declare one, the one way to multiply by one, and how they are drawn."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from lm.errors import check_positive
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
@@ -12,7 +17,116 @@ Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 def param(
     rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], init: Initializer
 ) -> nnx.Param:
-    """A float32 weight of this shape, with one logical axis name per dimension (see lm.sharding)."""
+    """A float32 weight of this shape, with one logical axis name per dimension (see
+    lm.sharding)."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {tuple(shape)} and axes {tuple(axes)} differ in length")
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
+
+
+def einsum(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
+    """Activations times a weight. Every matrix product of the dense model goes through here."""
+    return jnp.einsum(equation, x, w[...])
+
+
+def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """`x + bias`, or `x` where there is none."""
+    return x if bias is None else x + bias[...]
+
+
+def zeros(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """The initialiser of biases."""
+    return jnp.zeros(shape, dtype)
+
+
+def constant(value: float) -> Initializer:
+    """Every entry the same."""
+    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
+
+
+def normal(std: float) -> Initializer:
+    """Gaussian of mean 0."""
+    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+
+
+def truncated_normal(std: float) -> Initializer:
+    """Gaussian of mean 0, cut off at three `std`."""
+    return lambda key, shape, dtype: std * jax.random.truncated_normal(key, -3, 3, shape, dtype)
+
+
+class Init(NamedTuple):
+    """How the matrices of a model are drawn, each a function of (fan in, fan out): those that read
+    the residual stream, and those that write to it, of which there are two in every layer."""
+
+    reads: Callable[[int, int], Initializer]
+    writes: Callable[[int, int], Initializer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normal:
+    """Every matrix from a normal distribution of one standard deviation."""
+
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_positive(**{"model.init.std": self.std})
+
+    def build(self, layers: int) -> Init:
+        return _alike(lambda fan_in, fan_out: normal(self.std))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedNormal:
+    """As Normal, without the tails beyond three standard deviations."""
+
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_positive(**{"model.init.std": self.std})
+
+    def build(self, layers: int) -> Init:
+        return _alike(lambda fan_in, fan_out: truncated_normal(self.std))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledNormal:
+    """As Normal, with what writes to the residual stream divided by sqrt(2 layers), so that the
+    stream's variance does not grow with depth (GPT-2, Radford et al. 2019)."""
+
+    std: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_positive(**{"model.init.std": self.std})
+
+    def build(self, layers: int) -> Init:
+        return Init(
+            reads=lambda fan_in, fan_out: normal(self.std),
+            writes=lambda fan_in, fan_out: normal(self.std / math.sqrt(2 * layers)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Xavier:
+    """Variance 2 / (fan in + fan out), between what keeps activations and what keeps gradients
+    level (Glorot and Bengio 2010)."""
+
+    def build(self, layers: int) -> Init:
+        return _alike(lambda fan_in, fan_out: normal(math.sqrt(2 / (fan_in + fan_out))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class He:
+    """Variance gain / fan in; a gain of 2 makes up for what ReLU discards (He et al.,
+    arXiv:1502.01852)."""
+
+    gain: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_positive(**{"model.init.gain": self.gain})
+
+    def build(self, layers: int) -> Init:
+        return _alike(lambda fan_in, fan_out: normal(math.sqrt(self.gain / fan_in)))
+
+
+def _alike(draw: Callable[[int, int], Initializer]) -> Init:
+    return Init(reads=draw, writes=draw)

@@ -1,0 +1,124 @@
+"""What a model is: sizes, and which parts its layers are made of. Declares and checks;
+`transformer.py` builds."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lm.errors import Refused, check_name, check_positive
+from lm.model.attention import GQA
+from lm.model.ffn import MLP, GeGLU, ReLU2, SwiGLU
+from lm.model.moe import MoE
+from lm.model.norm import LayerNorm, RMSNorm
+from lm.model.param import He, Normal, ScaledNormal, TruncatedNormal, Xavier
+
+PLACEMENTS = ("pre", "post", "output", "sandwich")
+
+Ffn = SwiGLU | GeGLU | ReLU2 | MLP | MoE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One layer of a pattern: its own attention and feed-forward, or, where None, those of the
+    model."""
+
+    attention: GQA | None = None
+    ffn: Ffn | None = None
+
+
+class Layout(NamedTuple):
+    """The layers in order: `prefix`, then `pattern` taken `repeats` times, then `suffix`; no field
+    of a block is None."""
+
+    prefix: tuple[Block, ...]
+    pattern: tuple[Block, ...]
+    repeats: int
+    suffix: tuple[Block, ...]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """One per layer."""
+        return self.prefix + self.pattern * self.repeats + self.suffix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A decoder-only transformer.
+
+    Args:
+      vocab, dim, layers: size of the vocabulary, width of the residual stream, number of layers.
+      attention, ffn: of every layer, but where `pattern` or `prefix` says otherwise.
+      norm: the norm of the residual stream.
+      placement: where it stands around each sublayer f: 'pre' x + f(norm x) (GPT-2, Llama); 'post'
+        norm(x + f(x)) (Vaswani et al.; no final norm); 'output' x + norm(f(x)) (OLMo 2); 'sandwich'
+        x + norm(f(norm x)) (Gemma 2).
+      pattern: blocks repeated through the layers, as one local and one global attention; empty
+        means one block. Where the layers are no multiple of it, the last ones begin the pattern
+        anew.
+      prefix: the first layers, as the dense ones before MoE.
+      tied: the embedding serves as the output matrix too.
+      embed_scale: factor on embeddings; Gemma's is dim ** 0.5.
+      logit_softcap: logits become softcap * tanh(logits / softcap).
+      dropout: share of entries dropped from the embeddings and from what each sublayer adds, in
+        training.
+      init: how matrices are drawn.
+      embed_std: standard deviation of the initial embeddings.
+    """
+
+    vocab: int
+    dim: int
+    layers: int
+    attention: GQA | None = None
+    ffn: Ffn | None = None
+    norm: RMSNorm | LayerNorm = field(default_factory=RMSNorm)
+    placement: str = "pre"
+    pattern: tuple[Block, ...] = ()
+    prefix: tuple[Block, ...] = ()
+    tied: bool = False
+    embed_scale: float | None = None
+    logit_softcap: float | None = None
+    dropout: float = 0.0
+    init: Normal | TruncatedNormal | ScaledNormal | Xavier | He = field(default_factory=Normal)
+    embed_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("vocab", "dim", "layers", "embed_std")}
+        optional = {name: getattr(self, name) for name in ("embed_scale", "logit_softcap")}
+        sizes |= {name: value for name, value in optional.items() if value is not None}
+        check_positive(**{f"model.{name}": value for name, value in sizes.items()})
+        check_name("model.placement", self.placement, PLACEMENTS)
+        if not 0 <= self.dropout < 1:
+            raise Refused(f"model.dropout={self.dropout!r} must be at least 0 and below 1.")
+        if len(self.prefix) > self.layers:
+            raise Refused(
+                f"model.prefix has {len(self.prefix)} blocks but model.layers={self.layers}; "
+                "give more layers or a shorter prefix."
+            )
+        for part in ("attention", "ffn"):
+            self._check_part(part)
+
+    def _check_part(self, part: str) -> None:
+        blocks = self.prefix + (self.pattern or (Block(),))
+        missing = [block for block in blocks if getattr(block, part) is None]
+        if missing and getattr(self, part) is None:
+            raise Refused(
+                f"model.{part}=None, and a block has none of its own; "
+                f"set model.{part}, or the {part} of every block."
+            )
+        if not missing and getattr(self, part) is not None:
+            raise Refused(
+                f"model.{part}={getattr(self, part)} is never used, since every block of "
+                f"model.pattern and model.prefix has its own; set model.{part}=None."
+            )
+
+    @property
+    def layout(self) -> Layout:
+        """The layers, each with its own attention and feed-forward."""
+        prefix, pattern = self._filled(self.prefix), self._filled(self.pattern or (Block(),))
+        repeats, rest = divmod(self.layers - len(prefix), len(pattern))
+        return Layout(prefix, pattern, repeats, pattern[:rest])
+
+    def _filled(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+        return tuple(
+            Block(attention=block.attention or self.attention, ffn=block.ffn or self.ffn)
+            for block in blocks
+        )
