@@ -1,0 +1,82 @@
+"""What a step minimises. An objective is a value whose `loss` returns sums, never means: the step
+adds them up and divides once."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import kernels_pallas
+from lm import model, trees
+from lm.data.batch import Batch
+from lm.errors import Refused, check_positive
+
+
+class Loss(NamedTuple):
+    """Sums over a batch, in float32.
+
+    total     scalar, what is minimised, times the weight
+    weight    scalar, sum of the label weights
+    metrics   name -> scalar, each times the weight
+    load      path -> [L?, E], the share of tokens that each expert of an MoE block received, times
+              the weight"""
+
+    total: jax.Array
+    weight: jax.Array
+    metrics: dict[str, jax.Array]
+    load: dict[str, jax.Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextToken:
+    """Cross-entropy of the next token plus z_loss * logsumexp**2 (PaLM, arXiv:2204.02311) plus the
+    model's own side losses.
+
+    `chunk` is the number of positions whose logits exist at a time; None lets the kernel choose.
+    """
+
+    z_loss: float = 0.0
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.z_loss < 0:
+            raise Refused(f"objective.z_loss={self.z_loss!r} must be zero or above.")
+        if self.chunk is not None:
+            check_positive(**{"objective.chunk": self.chunk})
+
+    def loss(
+        self,
+        config: model.Config,
+        params: trees.Tree,
+        batch: Batch,
+        *,
+        dropout_key: jax.Array | None = None,
+        remat: str = "none",
+    ) -> Loss:
+        """The loss of `batch`, whose weights say how much each target counts."""
+        output = model.forward(
+            config,
+            params,
+            batch.tokens,
+            segments_bt=batch.segments,
+            positions_bt=batch.positions,
+            dropout_key=dropout_key,
+            remat=remat,
+        )
+        total, nll = kernels_pallas.cross_entropy(
+            output.hidden_btd,
+            model.unembedding(config, params),
+            batch.targets,
+            batch.weights,
+            softcap=config.logit_softcap,
+            z_loss=self.z_loss,
+            chunk=self.chunk,
+        )
+        weight = jnp.sum(batch.weights, dtype=jnp.float32)
+        # Side losses are means over tokens; times the weight they are sums like the others.
+        side: dict[str, Any] = {
+            name: weight * value.astype(jnp.float32) for name, value in output.losses.items()
+        }
+        load = {path: weight * share for path, share in output.load.items()}
+        return Loss(total + sum(side.values()), weight, {"nll": nll, **side}, load)
