@@ -7,6 +7,7 @@ is written as in `model.attention.heads`, `evals.0.every`, `places.cpu.microbatc
 
 import ast
 import dataclasses
+import difflib
 import functools
 import importlib
 import math
@@ -399,16 +400,18 @@ def _replace(value: Any, new: Mapping[str, Any]) -> Any:
 
 
 def _refuse_path(wanted: str, path: str, value: Any, hint: Hint) -> typing.NoReturn:
-    known = [_join(path, setting.path) for setting in settings(value)]
+    known = [setting.path for setting in settings(value)]
     if not known:
         whole = [cls.__name__ for cls in _reachable(hint)]
         fix = f" Choose it whole, as in {path}={whole[0]}(...)." if whole else ""
         raise Refused(f"{wanted} is not known: {path} is {text(value)}.{fix}")
-    same_end = [each for each in known if each.split(".")[-1] == wanted.split(".")[-1]]
-    close = nearest(wanted, same_end or known)
-    if "Did you mean" not in close:
-        close = nearest("", (_join(path, key) for key, _, _ in _children(value, hint)))
-    raise Refused(f"{wanted} is not known.{close}")
+    rest = wanted.removeprefix(path).lstrip(".")
+    same_end = [each for each in known if each.split(".")[-1] == rest.split(".")[-1]]
+    close = difflib.get_close_matches(rest, same_end or known, n=1, cutoff=0.5)
+    if close:
+        raise Refused(f"{wanted} is not known. Did you mean {_join(path, close[0])!r}?")
+    there = ", ".join(_join(path, key) for key, _, _ in _children(value, hint))
+    raise Refused(f"{wanted} is not known. Known: {there}.")
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:

@@ -1,0 +1,373 @@
+"""errors, trees, mesh, sharding, precision, distributed: what every room stands on."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
+
+from lm import distributed, mesh, precision, sharding, trees
+from lm.errors import Refused, check_name, check_positive, nearest
+from lm.mesh import AXES, Mesh, Place, choose
+
+# ---- errors
+
+
+def test_refusals_name_field_value_and_fix():
+    with pytest.raises(Refused, match=r"^ffn.kind='swigl' is not known. Did you mean 'swiglu'\?$"):
+        check_name("ffn.kind", "swigl", ["swiglu", "mlp"])
+    with pytest.raises(Refused, match=r"^x='q' is not known. Known: aa, bb.$"):
+        check_name("x", "q", iter(["bb", "aa"]))
+    check_name("x", "aa", iter(["aa"]))
+    assert nearest("anything", []) == ""
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), None, "3"])
+def test_only_numbers_above_zero_are_positive(value):
+    with pytest.raises(Refused, match="dim=.* must be above zero"):
+        check_positive(vocab=1, dim=value)
+    check_positive(dim=np.float32(0.5), vocab=1)
+
+
+# ---- trees
+
+KEYS = st.text("abc", min_size=1, max_size=2)
+TREES = st.recursive(
+    st.dictionaries(KEYS, st.integers(), min_size=1, max_size=3),
+    lambda below: st.dictionaries(KEYS, st.integers() | below, min_size=1, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(TREES)
+def test_flatten_is_undone_by_unflatten(tree):
+    assert trees.unflatten(trees.flatten(tree)) == tree
+
+
+@given(TREES)
+def test_map_with_path_gives_each_leaf_its_path(tree):
+    flat = trees.flatten(tree)
+    got = trees.map_with_path(lambda path, a, b: (path, a, b), tree, tree)
+    assert trees.flatten(got) == {path: (path, x, x) for path, x in flat.items()}
+
+
+def test_trees_of_different_structure_are_not_mapped_together():
+    with pytest.raises(ValueError, match="a/b"):
+        trees.map_with_path(lambda _, a, b: a, {"a": {"b": 1}}, {"a": {}})
+
+
+def test_counts_and_norm():
+    tree = {"a": jnp.full((2, 3), 2.0), "b": {"c": jnp.ones(4, jnp.bfloat16)}}
+    assert trees.count(tree) == 10
+    assert trees.nbytes(tree) == 2 * 3 * 4 + 4 * 2
+    assert trees.nbytes(jax.eval_shape(lambda: tree)) == trees.nbytes(tree)
+    # 6 * 2^2 + 4 * 1^2 = 28; the squares and their sum are exact, the root is rounded once.
+    np.testing.assert_allclose(trees.global_norm(tree), np.sqrt(28), rtol=1e-7)
+    assert trees.global_norm({}) == 0
+
+
+# ---- mesh
+
+
+def test_a_mesh_is_read_and_written_the_same():
+    assert Mesh.parse("data=2, fsdp=4") == Mesh(data=2, fsdp=4)
+    assert str(Mesh()) == "data=1"
+    for text in ("data=2,fsdp=2,tensor=2", "expert=4", "data=1"):
+        assert str(Mesh.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("dat=2", "mesh axis='dat' is not known. Did you mean 'data'"),
+        ("data", "'data' needs a whole number"),
+        ("data=x", "needs a whole number"),
+        ("data=-1", "needs a whole number"),
+        ("data=0", "mesh.data=0 must be above zero"),
+        ("data=2,data=4", "given twice"),
+        ("", "mesh axis='' is not known"),
+        ("pipe=2", "mesh.pipe=2 is not available yet"),
+    ],
+)
+def test_a_wrong_mesh_is_refused(text, sentence):
+    with pytest.raises(Refused, match=sentence):
+        Mesh.parse(text)
+
+
+def test_a_mesh_splits_the_batch_over_all_but_tensor():
+    assert Mesh(data=2, fsdp=3, expert=5, tensor=7).batch_size == 30
+    assert Mesh(data=2, fsdp=3, expert=5, tensor=7).size == 210
+
+
+def test_a_mesh_is_built_over_the_first_devices_and_never_over_too_few():
+    built = Mesh().build()
+    assert built.axis_names == AXES
+    assert built.devices.ravel().tolist() == jax.devices()[:1]
+    assert set(built.axis_types) == {jax.sharding.AxisType.Auto}
+    with pytest.raises(Refused, match="needs 64 devices and this machine has .*_device_count=64"):
+        Mesh(data=64).build()
+
+
+class Device:
+    platform = "cpu"
+
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+def test_no_host_may_be_left_without_a_device():
+    with pytest.raises(Refused, match="leave some of the 2 hosts idle; choose a mesh of 4"):
+        Mesh(data=2).build([Device(0), Device(0), Device(1), Device(1)])
+
+
+def test_the_abstract_mesh_has_the_same_sizes():
+    wanted = Mesh(data=2, tensor=4)
+    assert tuple(wanted.abstract().shape.values()) == wanted.shape
+    assert tuple(wanted.abstract().shape) == AXES
+
+
+def test_a_place_checks_its_fields():
+    with pytest.raises(Refused, match="place.microbatches=0"):
+        Place(microbatches=0)
+    with pytest.raises(Refused, match="place.remat='blocks' is not known. Did you mean 'block'"):
+        Place(remat="blocks")
+
+
+PLACES = {
+    "v5p-8": Place(),  # as large as this machine, but it is no TPU
+    "huge": Place(mesh=Mesh(data=4096)),
+    "cpu": Place(microbatches=3),
+    "other": Place(),
+}
+
+
+def test_the_first_place_that_fits_is_chosen():
+    assert choose(PLACES) == ("cpu", PLACES["cpu"])
+    assert choose(PLACES, on="huge") == ("huge", PLACES["huge"])
+    name, place = choose(PLACES, on="cpu", mesh=Mesh(data=2))
+    assert (name, place) == ("cpu", Place(microbatches=3, mesh=Mesh(data=2)))
+    assert choose(PLACES, mesh=Mesh(data=2))[0] == "huge"
+    with pytest.raises(Refused, match="--on='cpus' is not known. Did you mean 'cpu'"):
+        choose(PLACES, on="cpus")
+    with pytest.raises(Refused, match=r"No place fits .* v5p-8 \(1 devices\)"):
+        choose({"v5p-8": Place()})
+
+
+def test_tpu_places_are_known_by_their_name():
+    names = ["v4-8", "v5e-16", "v5p-64", "v6e-256", "tpu7x-16"]
+    assert all(mesh._TPU_PLACE.fullmatch(name) for name in names)
+    assert not any(mesh._TPU_PLACE.fullmatch(name) for name in ["cpu", "h100-8", "v5p", "laptop"])
+
+
+# ---- sharding
+
+RULES = sharding.Rules()
+EIGHT = Mesh(data=2, fsdp=2, tensor=2).abstract()
+
+
+def test_weights_are_split_by_the_names_of_their_axes():
+    spec = RULES.weight(("layers", "embed", "heads", "head"), (3, 8, 4, 5), EIGHT)
+    assert spec == PartitionSpec(None, ("fsdp",), ("tensor",), None)
+    assert RULES.weight(("vocab", "embed"), (8, 8), EIGHT) == PartitionSpec(("tensor",), ("fsdp",))
+    # An axis of one device does not appear, so that specs of equal placement are equal.
+    one = Mesh().abstract()
+    assert RULES.weight(("vocab", "embed"), (7, 5), one) == PartitionSpec(None, None)
+
+
+def test_activations_keep_their_batch_split_over_every_batch_axis():
+    spec = RULES.activation(("batch", "seq", "embed"), (4, 3, 5), EIGHT)
+    assert spec == PartitionSpec(("data", "fsdp"), None, None)
+
+
+def test_few_key_value_heads_are_copied_where_they_cannot_be_split():
+    tensor = Mesh(tensor=8).abstract()
+    spec = RULES.weight(("embed", "kv_heads", "head"), (8, 2, 4), tensor)
+    assert spec == PartitionSpec(None, None, None)
+    with pytest.raises(Refused, match="kv_heads of size 3 does not divide over mesh tensor=8"):
+        RULES.weight(("embed", "kv_heads", "head"), (8, 3, 4), tensor)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "sentence"),
+    [
+        (("embde",), (8,), "w has the unknown logical axis 'embde'. Did you mean 'embed'"),
+        (("embed",), (8, 8), r"w has shape \(8, 8\) but axes \('embed',\)"),
+        (("embed", "mlp"), (8, 7), "w: mlp of size 7 does not divide over mesh tensor=2; .* of 2"),
+        (("heads", "mlp"), (8, 8), "axes 'heads' and 'mlp' both lie on mesh axis 'tensor'"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(axes, shape, sentence):
+    with pytest.raises(Refused, match=sentence):
+        RULES.weight(axes, shape, EIGHT, "w")
+
+
+def test_a_rule_may_only_name_axes_of_the_mesh():
+    with pytest.raises(
+        Refused, match="rules\\['embed'\\]='fsdb' is not known. Did you mean 'fsdp'"
+    ):
+        sharding.Rules(weights={"embed": ("fsdb",)})
+
+
+def test_every_axis_has_its_place_in_both_tables():
+    for table in (sharding.WEIGHTS, sharding.ACTIVATIONS):
+        assert {name for names in table.values() for name in names} <= set(AXES)
+    assert set(sharding.MAY_REPLICATE) <= set(sharding.WEIGHTS)
+
+
+def test_shard_checks_names_with_and_without_a_mesh():
+    x_bt = jnp.ones((2, 3))
+    assert sharding.shard(x_bt, "batch", "seq") is x_bt
+    assert sharding.active_mesh() is None
+    built = Mesh().build()
+    for context in (None, built):
+        with pytest.raises(Refused, match="unknown logical axis 'bach'"):
+            _sharded(context, x_bt, "bach", "seq")
+        with pytest.raises(Refused, match="one name per dimension"):
+            _sharded(context, x_bt, "batch")
+    np.testing.assert_array_equal(_sharded(built, x_bt, "batch", "seq"), x_bt)
+    with sharding.use(built):
+        assert sharding.active_mesh() is built
+    assert sharding.active_mesh() is None
+
+
+def _sharded(built, x, *axes):
+    if built is None:
+        return sharding.shard(x, *axes)
+    with sharding.use(built):
+        return sharding.shard(x, *axes)
+
+
+# ---- precision
+
+
+def test_casts_touch_floating_leaves_only():
+    tree = {"w": jnp.ones(2, jnp.float32), "n": jnp.ones(2, jnp.int32)}
+    low = precision.BF16.to_compute(tree)
+    assert (low["w"].dtype, low["n"].dtype) == (jnp.bfloat16, jnp.int32)
+    assert precision.BF16.to_params(low)["w"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"compute": "bf16"}, "precision.compute='bf16' is not known. Did you mean 'bfloat16'"),
+        ({"params": "int8"}, "precision.params='int8' is not known"),
+        ({"compute": "float16"}, "needs precision.loss_scale"),
+        ({"loss_scale": precision.LossScale()}, "has no use with precision.compute='float32'"),
+    ],
+)
+def test_a_wrong_precision_is_refused(fields, sentence):
+    with pytest.raises(Refused, match=sentence):
+        precision.Precision(**fields)
+    with pytest.raises(Refused, match="growth_interval=0"):
+        precision.LossScale(growth_interval=0)
+
+
+# ---- distributed
+
+
+def test_a_single_process_is_main_and_waits_for_nobody():
+    distributed.barrier("alone")
+    assert distributed.is_main()
+    assert distributed.any_process(True)
+    assert not distributed.any_process(False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "called"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # the shell of an allocation, where nothing is launched
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"JAX_PLATFORMS": "tpu", "TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"JAX_PLATFORMS": "tpu", "TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),  # told to use the CPU of a pod's host
+    ],
+)
+def test_other_hosts_are_sought_only_where_there_are_some(environment, called, monkeypatch):
+    calls = _initialize(environment, monkeypatch)
+    assert bool(calls) == called
+
+
+def test_hosts_may_be_named_by_hand(monkeypatch):
+    by_hand = {
+        "JAX_COORDINATOR_ADDRESS": "host:1",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "1",
+    }
+    assert _initialize(by_hand, monkeypatch) == [("host:1", 2, 1)]
+    with pytest.raises(Refused, match="^JAX_PROCESS_ID must be set too"):
+        _initialize({**by_hand, "JAX_PROCESS_ID": None}, monkeypatch)
+    with pytest.raises(Refused, match="JAX_NUM_PROCESSES='two' must be a whole number"):
+        _initialize({**by_hand, "JAX_NUM_PROCESSES": "two"}, monkeypatch)
+    with pytest.raises(Refused, match="JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2"):
+        _initialize({**by_hand, "JAX_PROCESS_ID": "2"}, monkeypatch)
+
+
+def _initialize(environment, monkeypatch):
+    """The arguments of jax.distributed.initialize in this environment, call by call."""
+    calls = []
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM", "JAX_PROC", "TPU_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a: calls.append(a))
+    distributed.initialize()
+    return calls
+
+
+# ---- on eight devices
+
+ON_EIGHT = """
+import jax, jax.numpy as jnp, numpy as np
+from lm import sharding
+from lm.mesh import Mesh, choose, Place
+
+assert jax.device_count() == 8
+mesh = Mesh(data=2, fsdp=2, tensor=2).build()
+# Neighbours on the last axis are neighbours in the list of devices.
+assert [d.id for d in mesh.devices[0, 0, 0, 0, 0]] == [0, 1]
+
+@jax.jit
+def double(x):
+    return sharding.shard(2 * x, "batch", "seq", "embed")
+
+x = jnp.arange(4 * 3 * 5.0).reshape(4, 3, 5)
+with sharding.use(mesh):
+    y = double(x)
+np.testing.assert_array_equal(y, 2 * np.asarray(x))
+assert {s.data.shape for s in y.addressable_shards} == {(1, 3, 5)}
+
+axes = {"w": ("embed", "mlp"), "norm": {"scale": ("norm",)}}
+init = lambda: {"w": jnp.ones((4, 6)), "norm": {"scale": jnp.ones(4)}}
+shardings = sharding.weight_shardings(axes, jax.eval_shape(init), mesh)
+born = jax.jit(init, out_shardings=shardings)()
+assert born["w"].addressable_shards[0].data.shape == (2, 3)
+assert born["norm"]["scale"].sharding.is_fully_replicated
+tokens = jax.device_put(np.zeros((4, 3), np.int32), sharding.batch_sharding(mesh))
+assert tokens.addressable_shards[0].data.shape == (1, 3)
+
+# A smaller mesh takes the first devices; of several places the first that fits is taken.
+assert Mesh(data=4).build().devices.size == 4
+places = {"v5p-8": Place(mesh=Mesh(data=8)), "nine": Place(mesh=Mesh(data=9)), "x": Place()}
+assert choose(places)[0] == "x"
+"""
+
+
+def test_on_eight_devices():
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,211 @@
+"""Imports run left to right only, private names stay in their room, and the house has few doors.
+
+The rooms stand in an order; a file may import its own room and those before it, but for the pairs
+in APART. Names are read from the source, so an import inside a function counts too.
+"""
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+ORDER = (
+    "kernels_pallas",
+    "errors",
+    "terminal",
+    "declaration",
+    "trees",
+    "precision",
+    "mesh",
+    "sharding",
+    "distributed",
+    "hardware",
+    "data",
+    "model",
+    "optim",
+    "checkpoint",
+    "train",
+    "generate",
+    "evals",
+    "experiment",
+    "show",
+    "run",
+    "bench",
+    "main",
+    "experiments",
+)
+# (room, what it must not see although it comes earlier)
+APART = {
+    ("model", "data"),
+    ("optim", "data"),
+    ("optim", "model"),
+    ("checkpoint", "data"),
+    ("checkpoint", "model"),
+    ("checkpoint", "optim"),
+    ("train", "checkpoint"),
+    ("generate", "data"),
+    ("generate", "optim"),
+    ("generate", "checkpoint"),
+    ("generate", "train"),
+    ("evals", "optim"),
+    ("evals", "checkpoint"),
+    ("evals", "train"),
+}
+# The contract between data and everything after it has no code that could be depended on.
+CONTRACT = "lm.data.batch"
+# The map of the house imports rooms when they are asked for, and __main__ is the door's handle.
+ANYWHERE = ("lm/__init__.py", "lm/__main__.py")
+
+NEVER = ("tensorflow", "torch", "clu", "ml_collections", "gin", "hydra")
+# Slow to import, or an extra: only inside the function that needs them.
+LAZY = ("matplotlib", "tensorflow_datasets", "pyarrow", "tensorboardX", "wandb", "IPython", "tqdm")
+
+TOP = {"lm", "experiments", "kernels_pallas", "tests"}
+TOP |= {"setup.py", "README.md", "LICENSE", ".ci", ".gitignore"}
+
+
+class Import(NamedTuple):
+    """`from module import names` (or `import module`), and whether it stands inside a function."""
+
+    module: str
+    names: tuple[str, ...]
+    lazy: bool
+
+
+def imports(source: str, package: str) -> Iterator[Import]:
+    """Those of a file in `package`, with relative ones resolved."""
+    tree = ast.parse(source)
+    inside = {
+        id(below)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for below in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        lazy = id(node) in inside
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, (), lazy)
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join(up) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield Import(module, tuple(alias.name for alias in node.names), lazy)
+
+
+def room(module: str) -> str | None:
+    """'lm.model.rope' -> 'model', 'experiments.text' -> 'experiments', None for other packages."""
+    first, *rest = module.split(".")
+    if first == "lm":
+        return rest[0] if rest else "lm"
+    return first if first in ("kernels_pallas", "experiments") else None
+
+
+def modules(found: Import) -> list[str]:
+    """What an import reaches: `from lm import model` reaches lm.model."""
+    if found.module == "lm":
+        return [f"lm.{name}" for name in found.names]
+    return [found.module]
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What a file at `path` (from the root) does against the arrow, in words."""
+    package = path.rsplit("/", 1)[0].replace("/", ".")
+    own = room(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    found = []
+    if path not in ANYWHERE and own not in ORDER:
+        return [f"{path}: room {own!r} has no place in the order"]
+    for each in imports(source, package):
+        for module in modules(each):
+            first = module.split(".")[0]
+            if first in NEVER:
+                found.append(f"{path} imports {first}")
+            if first in LAZY and not each.lazy:
+                found.append(f"{path} imports {first} outside a function")
+            if path not in ANYWHERE and room(module):
+                found += _against_the_arrow(path, own, module, each.names)
+    return found
+
+
+def _against_the_arrow(path: str, own: str, module: str, names: tuple[str, ...]) -> list[str]:
+    other = room(module)
+    if other == own:
+        return []
+    if other not in ORDER:
+        return [f"{path} imports {module}, which has no place in the order"]
+    if ORDER.index(other) > ORDER.index(own):
+        return [f"{path} imports {module}, which comes after {own}"]
+    if (own, other) in APART and module != CONTRACT:
+        return [f"{path} imports {module}, from which {own} is kept apart"]
+    parts = [*module.split("."), *names]
+    private = [part for part in parts if part.startswith("_") and not part.startswith("__")]
+    return [f"{path} imports {part}, private to {other}" for part in private]
+
+
+def sources() -> list[str]:
+    return sorted(
+        str(path.relative_to(ROOT))
+        for folder in ("lm", "kernels_pallas", "experiments")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+
+
+@pytest.mark.parametrize("path", sources())
+def test_imports_follow_the_arrow(path):
+    assert violations(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "why"),
+    [
+        ("lm/model/rope.py", "from lm.data.sources import Text", "kept apart"),
+        ("lm/model/rope.py", "from lm import data", "kept apart"),
+        ("lm/data/loader.py", "import lm.model", "comes after"),
+        ("lm/data/loader.py", "from ..model import GQA", "comes after"),
+        ("lm/train/loop.py", "def f():\n    from lm.evals import Perplexity", "comes after"),
+        ("lm/train/loop.py", "from lm.checkpoint import Store", "kept apart"),
+        ("lm/mesh.py", "import lm.experiment", "comes after"),
+        ("lm/main.py", "import experiments.stdlib", "comes after"),
+        ("lm/run.py", "from lm.model.attention import _scores", "private to model"),
+        ("lm/run.py", "import lm.model._attention", "private to model"),
+        ("kernels_pallas/op.py", "from lm import trees", "comes after"),
+        ("lm/attic.py", "", "no place in the order"),
+        ("lm/run.py", "from lm import attic", "no place in the order"),
+        ("lm/run.py", "import matplotlib.pyplot as plt", "outside a function"),
+        ("lm/run.py", "def f():\n    import torch.nn", "imports torch"),
+        ("experiments/a.py", "class A:\n    import tensorflow", "imports tensorflow"),
+    ],
+)
+def test_the_checker_sees(path, source, why):
+    assert [v for v in violations(path, source) if why in v]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("lm/model/rope.py", "from lm.errors import Refused\nimport kernels_pallas"),
+        ("lm/model/rope.py", "from lm.model.param import _truncated\nfrom . import param"),
+        ("lm/evals/perplexity.py", "from lm.data.batch import Batch\nfrom lm import model"),
+        ("lm/train/plot.py", "def f():\n    import matplotlib.pyplot as plt"),
+        (
+            "experiments/a.py",
+            "from lm import model\nfrom lm.main import main\nimport experiments.b",
+        ),
+        ("kernels_pallas/op.py", "import jax\nfrom kernels_pallas.reference import _block"),
+    ],
+)
+def test_the_checker_lets_pass(path, source):
+    assert violations(path, source) == []
+
+
+def test_nothing_new_lies_at_the_top():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {path.split("/")[0] for path in listed.stdout.splitlines()}
+    assert top <= TOP
