@@ -1,0 +1,31 @@
+"""lm: one experiment file declares model, mesh and schedule; the rest follows from it.
+
+The rooms, in the order in which data passes through them (imports run left to right only):
+
+    errors, terminal    refusals in one sentence; progress bars and tables
+    trees, precision, mesh, sharding, distributed, hardware
+    data                documents in, Batch out
+    model               Batch in, logits out
+    optim               optimizers and schedules
+    train               objective, step, loop, metrics
+    checkpoint          orbax: saves and restores on any mesh
+    generate, evals     a trained model speaks and is measured
+    experiment          the declaration, overrides, JSON
+    run, show, bench    the conductor (read lm/run.py first)
+    main                the two doors
+"""
+
+import importlib
+from typing import Any
+
+__all__ = ["load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    # The notebook's words, imported on first use so that a room can be had without all the others.
+    # `lm.train` is the room of that name, which can be called (see lm/train/__init__.py).
+    if name == "load":
+        return importlib.import_module("lm.run").load
+    if name == "train":
+        return importlib.import_module("lm.train")
+    raise AttributeError(f"module 'lm' has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""The model on which a training step is measured side by side with other codebases; it is not meant to be trained to an end.
+
+    python -m lm bench step experiments.bench_llama
+
+Llama-style: width 384, 6 layers, 6 query and 2 key/value heads of width 64, SwiGLU 1024, an untied vocabulary of 4096; 16 sequences of
+256 tokens in float32 with AdamW and clipping at 1.0.
+
+Asks: which share of the machine's own matmul rate does a whole step reach?
+
+Answer: see LOG.md.
+"""
+
+from lm import data, model, optim, train
+from lm.experiment import Experiment
+from lm.main import main
+from lm.mesh import Mesh, Place
+
+
+def experiment() -> Experiment:
+    """The Llama-style benchmark model; its text is the standard library, should one train it."""
+    return Experiment(
+        name="bench_llama",
+        seed=0,
+        model=model.Config(
+            vocab=4096,
+            dim=384,
+            layers=6,
+            attention=model.GQA(heads=6, kv_heads=2, head_dim=64, position=model.RoPE(theta=10_000)),
+            ffn=model.SwiGLU(hidden=1024),
+        ),
+        data=data.StandardLibrary(),
+        tokenizer=data.SentencePiece(vocab=4096),
+        batch=data.BatchShape(sequences=16, length=256),
+        objective=train.NextToken(),
+        optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0),
+        schedule=optim.WarmupCosine(peak=1e-3, warmup=100, steps=1_000),
+        places={"laptop": Place(mesh=Mesh())},
+    )
+
+
+if __name__ == "__main__":
+    main(experiment)

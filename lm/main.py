@@ -1,0 +1,203 @@
+"""The two doors. `main(experiment)` serves `python -m experiments.NAME [train|show]`; `lm_main` serves `python -m lm VERB`.
+
+A user's mistake ends in one sentence on stderr and exit code 2, an interruption in 130 (Ctrl-C) or 143 (SIGTERM).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from lm import distributed
+from lm.errors import Refused, nearest
+from lm.experiment import Experiment, override
+from lm.mesh import Mesh
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose refusals are one sentence with the nearest known option."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            option = message.split(": ", 1)[1].split()[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            message = f"unknown option {option!r}.{nearest(option.split('=')[0], known)}"
+        self.exit(2, f"{self.prog}: {message} (--help lists what there is)\n")
+
+
+@contextlib.contextmanager
+def _sentences(program: str) -> Iterator[None]:
+    """Turns what a user can mend into one sentence and an exit code; bugs keep their traceback."""
+    try:
+        yield
+    except Refused as refusal:
+        sys.exit(_say(program, str(refusal), 2))
+    except KeyboardInterrupt:
+        sys.exit(
+            _say(
+                program, "interrupted; the same command goes on from what is already on disk.", 130
+            )
+        )
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            fix = "the disk is full; free some space and give the same command again: it resumes."
+            sys.exit(_say(program, fix, 2))
+        if error.filename is None or error.strerror is None:
+            raise
+        sys.exit(_say(program, f"{error.filename}: {error.strerror.lower()}.", 2))
+
+
+def _say(program: str, sentence: str, code: int) -> int:
+    print(f"{program}: {sentence}", file=sys.stderr)
+    return code
+
+
+def main(declare: Callable[[], Experiment], arguments: Sequence[str] | None = None) -> None:
+    """The door of an experiment file: trains what `declare()` returns, or shows it."""
+    program = f"python -m {_module_name(declare)}"
+    parser = Parser(prog=program, description=declare.__doc__, allow_abbrev=False)
+    parser.add_argument("verb", nargs="?", default="train", choices=("train", "show"))
+    parser.add_argument("--workdir", default="runs", help="where runs lie (default: runs)")
+    parser.add_argument("--on", metavar="PLACE", help="one of the experiment's places")
+    parser.add_argument("--mesh", help="a mesh of your own, as in data=2,fsdp=4")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="as in model.layers=2"
+    )
+    parser.add_argument("--json", action="store_true", help="show: one JSON object on stdout")
+    options = parser.parse_args(arguments)
+    with _sentences(program):
+        distributed.initialize()
+        experiment = override(declare(), options.set)
+        mesh = Mesh.parse(options.mesh) if options.mesh else None
+        if options.verb == "show":
+            from lm import show
+
+            shown = show.facts(experiment, on=options.on, mesh=mesh)
+            print(json.dumps(shown) if options.json else show.text(shown))
+            return
+        from lm import run
+
+        trained = run.train(experiment, on=options.on, mesh=mesh, workdir=options.workdir)
+        if trained.stopped is not None:
+            sys.exit(128 + signal.Signals[trained.stopped])
+
+
+def _module_name(declare: Callable[[], Experiment]) -> str:
+    module = sys.modules["__main__"]
+    spec = getattr(module, "__spec__", None)
+    return spec.name if spec and declare.__module__ == "__main__" else declare.__module__
+
+
+def lm_main(arguments: Sequence[str] | None = None) -> None:
+    """The door of a result: `python -m lm generate|eval|bench ...`."""
+    parser = Parser(prog="python -m lm", description="What can be done with a run.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+    _add_generate(verbs.add_parser("generate", help="continue a prompt", allow_abbrev=False))
+    _add_eval(verbs.add_parser("eval", help="perplexity, bits per byte", allow_abbrev=False))
+    _add_bench(verbs.add_parser("bench", help="measure a training step", allow_abbrev=False))
+    options = parser.parse_args(arguments)
+    with _sentences(f"python -m lm {options.verb}"):
+        options.do(options)
+
+
+def _add_generate(parser: Parser) -> None:
+    parser.add_argument("run", help="a run folder, as in runs/stdlib")
+    parser.add_argument("--prompt", action="append", help="text to continue; may be repeated")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--stop", action="append", default=[], help="text to stop at; repeatable")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the last)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(do=_generate)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from lm import run
+    from lm import generate
+
+    sampling = generate.Sampling(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+    )
+    prompts = options.prompt or [""]
+    loaded = run.load(options.run, step=options.step)
+    stream = None
+    if not options.json and len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        stream = _print_piece
+    texts = loaded.generate(
+        prompts,
+        max_tokens=options.max_tokens,
+        sampling=sampling,
+        stop=tuple(options.stop),
+        seed=options.seed,
+        stream=stream,
+    )
+    if options.json:
+        samples = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+        print(json.dumps({"run": str(options.run), "step": loaded.step, "samples": samples}))
+    elif stream:
+        print()
+    else:
+        print("\n---\n".join(p + t for p, t in zip(prompts, texts, strict=True)))
+
+
+def _print_piece(row: int, piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def _add_eval(parser: Parser) -> None:
+    parser.add_argument("run", help="a run folder, as in runs/stdlib")
+    parser.add_argument("--data", help="a text file or glob (default: the run's held-out text)")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the last)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(do=_eval)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from lm import run, terminal
+
+    loaded = run.load(options.run, step=options.step)
+    results = loaded.evaluate(options.data)
+    if options.json:
+        records = [dataclasses.asdict(result) for result in results]
+        print(json.dumps({"run": str(options.run), "step": loaded.step, "results": records}))
+        return
+    rows = [(r.name, f"{r.value:.4f}", f"± {r.stderr:.4f}", f"{r.count:,}") for r in results]
+    print(terminal.table(("measure", "value", "standard error", "tokens"), rows))
+
+
+def _add_bench(parser: Parser) -> None:
+    parser.add_argument("what", choices=("step",), help="the training step")
+    parser.add_argument("target", help="a module, as in experiments.bench_llama, or a run folder")
+    parser.add_argument("--on", metavar="PLACE", help="one of the experiment's places")
+    parser.add_argument("--mesh", help="a mesh of your own, as in data=2,fsdp=4")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(do=_bench)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from lm import bench
+
+    experiment = override(bench.find(options.target), options.set)
+    mesh = Mesh.parse(options.mesh) if options.mesh else None
+    measured: dict[str, Any] = bench.step(experiment, on=options.on, mesh=mesh, steps=options.steps)
+    print(json.dumps(measured) if options.json else bench.text(measured))

@@ -1,0 +1,509 @@
+"""The conductor. `train` plays an Experiment from raw text to a finished run; `load` opens what it left.
+
+A run lies in WORKDIR/NAME/ (the README names its files). Prepared text lies in WORKDIR/data/ and is
+shared by all runs that read the same text with the same tokenizer.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from lm import checkpoint, data, distributed, evals, generate, hardware, model, sharding, terminal
+from lm import train as training
+from lm.data.batch import Batch
+from lm.errors import Refused
+from lm.experiment import Experiment, differences, from_json, identity, to_json
+from lm.mesh import Mesh, Place, choose
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+
+
+def train(
+    experiment: Experiment,
+    *,
+    on: str | None = None,
+    mesh: Mesh | None = None,
+    workdir: str | os.PathLike = "runs",
+) -> "Run":
+    """Trains into WORKDIR/NAME/, or goes on where an earlier call was stopped or killed.
+
+    Args:
+        on: one of the experiment's places; default: the first that fits this machine.
+        mesh: in place of that place's own mesh.
+
+    Raises Refused for what the user can mend, before anything is compiled where that is possible.
+    """
+    distributed.initialize()
+    use_compilation_cache()
+    program = assemble(experiment, on, mesh)
+    folder = epath.Path(workdir) / experiment.name
+    written = _read_declaration(folder)
+    _check_same(folder, written, experiment)
+    steps = program.schedule.steps
+    with checkpoint.Store(folder / "checkpoints", experiment.save) as store:
+        if (store.latest() or 0) >= steps:
+            return _say_complete(load(folder), steps)
+        prepared = prepare(experiment, workdir)
+        _check_same_text(folder, written, prepared)
+        _write_declaration(folder, program, prepared)
+        outcome, stopped = _play(program, prepared, store, folder)
+    run = Run(
+        folder=folder,
+        experiment=experiment,
+        tokenizer=prepared.tokenizer,
+        params=outcome.state.params,
+        step=outcome.step,
+        stopped=stopped,
+        mesh=program.mesh,
+    )
+    if distributed.is_main():
+        _finish(run, prepared)
+    return run
+
+
+def _play(
+    program: "Program", prepared: data.Prepared, store: checkpoint.Store, folder: epath.Path
+) -> tuple[training.Outcome, str | None]:
+    """The loop, from the newest checkpoint or from the beginning; and what stopped it early."""
+    experiment, steps = program.experiment, program.schedule.steps
+    start = store.latest() or 0
+    if start:
+        terminal.note(f"Resuming {folder} from step {start} of {steps}.")
+    state = store.restore(program.abstract) if start else program.init()
+    loader = prepared.loader(experiment.batch, experiment.seed)
+
+    def batch(step: int) -> Batch:
+        sequences = experiment.batch.sequences_at(step)
+        return program.put(lambda rows: loader.batch(step, rows), sequences)
+
+    writers = experiment.log.writers(
+        folder,
+        name=experiment.name,
+        after=start,
+        steps=steps,
+        declaration=to_json(experiment),
+    )
+    rates = training.Rates(
+        tokens_before=experiment.batch.tokens_before,
+        flops_per_token=model.train_flops(experiment.model, experiment.batch.length),
+        peak_flops=hardware.machine_flops(program.mesh, experiment.precision.compute),
+        bytes_per_token=loader.bytes_per_token,
+    )
+    with training.Stopper() as stopper, data.prefetch(batch, start, steps) as batches:
+        outcome = training.loop(
+            state,
+            program.step,
+            batches,
+            start=start,
+            steps=steps,
+            rates=rates,
+            evaluators=_evaluators(program, prepared),
+            writers=writers,
+            store=store,
+            stopper=stopper,
+        )
+    for writer in writers:
+        writer.close()
+    return outcome, stopper.cause if outcome.stopped else None
+
+
+def _evaluators(program: "Program", prepared: data.Prepared) -> list[training.Evaluator]:
+    """One per entry of `experiment.evals`, over the held-out text of its sources."""
+    experiment = program.experiment
+
+    def evaluator(declared: evals.Perplexity) -> training.Evaluator:
+        sources = prepared.held_out if declared.source is None else (declared.source,)
+        sequences = declared.sequences or experiment.batch.sequences_at(0)
+        held_out = [
+            prepared.evaluation(source, experiment.batch.length, sequences) for source in sources
+        ]
+
+        def run(step: int, params: Any) -> list[evals.Result]:
+            results = []
+            for evaluation in held_out:
+                results += evals.evaluate(
+                    experiment.model,
+                    params,
+                    evaluation,
+                    step=step,
+                    batches=declared.batches,
+                    precision=experiment.precision,
+                    mesh=program.mesh,
+                )
+            return results
+
+        return training.Evaluator(declared.every, run)
+
+    return [evaluator(declared) for declared in experiment.evals]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What an experiment compiles to at a place. Making one allocates nothing."""
+
+    experiment: Experiment
+    place_name: str
+    place: Place
+    mesh: jax.sharding.Mesh
+    schedule: Any  # with every duration in steps
+    transformation: Any
+    shardings: training.State
+    abstract: training.State
+    step: Any  # jitted (state, batch) -> (state, metrics); the state is donated
+
+    def init(self) -> training.State:
+        """The state before the first step, born sharded."""
+        e = self.experiment
+        return training.init_state(e.model, self.transformation, e.precision, e.seed, self.mesh)
+
+    def put(self, rows: Callable[[slice], Batch], sequences: int) -> Batch:
+        """The global batch on the devices; each process reads only the rows that its own hold."""
+        shape = (sequences, self.experiment.batch.length)
+        where = sharding.batch_sharding(self.mesh)
+        indices = where.addressable_devices_indices_map(shape).values()
+        read = {span: rows(slice(*span)) for span in {_span(i, sequences) for i in indices}}
+
+        def place(field: int) -> jax.Array:
+            return jax.make_array_from_callback(
+                shape, where, lambda index: read[_span(index, sequences)][field][:, index[1]]
+            )
+
+        return Batch(*(place(field) for field in range(len(Batch._fields))))
+
+
+def _span(index: tuple[slice, ...], rows: int) -> tuple[int, int]:
+    start, stop, _ = index[0].indices(rows)
+    return start, stop
+
+
+def assemble(experiment: Experiment, on: str | None = None, mesh: Mesh | None = None) -> Program:
+    """The program of an experiment at a place of this machine. Raises Refused where it cannot be."""
+    name, place = choose(experiment.places, on, mesh)
+    experiment.check_place(place)
+    built = place.mesh.build()
+    e = experiment
+    schedule = e.schedule.resolve(e.batch)
+    transformation = e.optimizer.build(schedule.at, model.axes(e.model))
+    shardings = training.state_shardings(e.model, transformation, e.precision, built)
+    step = training.make_step(
+        e.model,
+        e.objective,
+        e.optimizer,
+        schedule.at,
+        e.precision,
+        microbatches=place.microbatches,
+        remat=place.remat,
+        seed=e.seed,
+    )
+    return Program(
+        experiment=e,
+        place_name=name,
+        place=place,
+        mesh=built,
+        schedule=schedule,
+        transformation=transformation,
+        shardings=shardings,
+        abstract=training.abstract_state(e.model, transformation, e.precision, shardings),
+        step=training.compile_step(step, shardings, built),
+    )
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between processes, in JAX_COMPILATION_CACHE_DIR or ~/.cache/lm/jax."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(_cache() / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lm"
+
+
+def prepare(experiment: Experiment, workdir: str | os.PathLike = "runs") -> data.Prepared:
+    """The experiment's text as token shards, made now or found in WORKDIR/data/.
+
+    Where WORKDIR is a bucket, each host keeps its own copy under ~/.cache/lm/data: what is made from
+    the same text is the same, byte for byte.
+    """
+    parent = _cache() / "data" if "://" in str(workdir) else Path(workdir) / "data"
+    recipe = json.dumps(data.recipe(experiment.data, experiment.tokenizer), sort_keys=True)
+    folder = parent / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+
+    def make() -> data.Prepared:
+        show = terminal.progress if distributed.is_main() else None
+        return data.prepare(experiment.data, experiment.tokenizer, folder, progress=show)
+
+    if distributed.is_main():
+        prepared = make()
+    distributed.barrier("data prepared")
+    return prepared if distributed.is_main() else make()
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """A trained model and its folder.
+
+    folder      where it lies
+    experiment  what was declared
+    tokenizer   text to ids and back
+    params      nested dict of arrays
+    step        updates that `params` have seen
+    stopped     the signal that ended training early, if one did
+    mesh        the jax mesh on which `params` lie; None for one device
+    """
+
+    folder: epath.Path
+    experiment: Experiment
+    tokenizer: data.Tokenizer
+    params: dict[str, Any]
+    step: int
+    stopped: str | None = None
+    mesh: jax.sharding.Mesh | None = None
+
+    def logits(self, tokens_bt: Any) -> jax.Array:
+        """[B, T] token ids -> [B, T, V] float32 logits of what follows each."""
+        config = self.experiment.model
+        return _logits(config, self._compute_params(), jax.numpy.asarray(tokens_bt, "int32"))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.8,
+        sampling: generate.Sampling | None = None,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        stream: Callable[[int, str], None] | None = None,
+    ) -> Any:
+        """What follows each prompt: a string for a string, a list for a list.
+
+        Args:
+            sampling: in place of `temperature`; 0 takes the likeliest token.
+            stop: texts that end a continuation; they are left out of it.
+            stream: called with (row, piece of text) as it comes.
+
+        Raises Refused for a prompt longer than the length that the model was trained at.
+        """
+        texts = generate.generate_text(
+            self.experiment.model,
+            self._compute_params(),
+            self.tokenizer,
+            [prompts] if isinstance(prompts, str) else list(prompts),
+            context=self.experiment.batch.length,
+            max_tokens=max_tokens,
+            sampling=sampling or generate.Sampling(temperature=temperature),
+            stop=stop,
+            key=seed,
+            stream=stream,
+            mesh=self.mesh,
+        )
+        return texts[0] if isinstance(prompts, str) else texts
+
+    def evaluate(self, source: Any = None) -> list[evals.Result]:
+        """Loss, perplexity and bits per byte with their standard errors.
+
+        Args:
+            source: a path or glob of text files, or one of lm.data's sources; None takes the
+                held-out text of the run's own data.
+        """
+        e = self.experiment
+        length, sequences = e.batch.length, e.batch.sequences_at(0)
+        if source is None:
+            prepared = prepare(e, self.folder.parent)
+            found = [prepared.evaluation(name, length, sequences) for name in prepared.held_out]
+        else:
+            source = data.Text(path=str(source)) if isinstance(source, str | Path) else source
+            found = [data.evaluation(source, self.tokenizer, length, sequences)]
+        return [
+            result
+            for evaluation in found
+            for result in evals.evaluate(
+                e.model,
+                self.params,
+                evaluation,
+                step=self.step,
+                precision=e.precision,
+                mesh=self.mesh,
+            )
+        ]
+
+    def _compute_params(self) -> Any:
+        return self.experiment.precision.to_compute(self.params)
+
+
+def _forward_logits(config: model.Config, params: Any, tokens_bt: jax.Array) -> jax.Array:
+    hidden_btd = model.forward(config, params, tokens_bt).hidden_btd
+    return model.logits(config, params, hidden_btd)
+
+
+_logits = jax.jit(_forward_logits, static_argnums=0)
+
+
+def load(folder: str | os.PathLike, *, step: int | None = None, mesh: Mesh | None = None) -> Run:
+    """Opens a run folder: the parameters of `step` (default: the newest), on one device or on a mesh.
+
+    Raises Refused where there is no run, no such checkpoint, or a damaged one.
+    """
+    folder = epath.Path(folder)
+    experiment = load_declaration(folder)
+    use_compilation_cache()
+    built = mesh.build() if mesh else None
+    axes, shapes = model.axes(experiment.model), model.shapes(experiment.model)
+    where = sharding.weight_shardings(axes, shapes, built) if built else None
+    store = checkpoint.Store(folder / "checkpoints")
+    step = store.latest() if step is None else step
+    if step is None:
+        raise Refused(f"{folder} has no checkpoint yet; it was stopped before its first save.")
+    return Run(
+        folder=folder,
+        experiment=experiment,
+        tokenizer=data.Tokenizer.load(folder / "tokenizer.model"),
+        params=store.restore_params(step, where),
+        step=step,
+        mesh=built,
+    )
+
+
+def load_declaration(folder: str | os.PathLike) -> Experiment:
+    """The experiment that a run folder was made by."""
+    written = _read_declaration(epath.Path(folder))
+    if written is None:
+        raise Refused(f"{folder} is not a run folder: it has no experiment.json.")
+    return from_json(written["experiment"])
+
+
+def _read_declaration(folder: epath.Path) -> dict[str, Any] | None:
+    path = folder / "experiment.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise Refused(f"{path} is damaged: it is not JSON. Restore it, or delete {folder}.") from None
+
+
+def _check_same(folder: epath.Path, written: dict[str, Any] | None, now: Experiment) -> None:
+    if written is None:
+        return
+    before = from_json(written["experiment"])
+    if identity(before) != identity(now):
+        changed = "; ".join(differences(before, now))
+        raise Refused(
+            f"{folder} was begun with another declaration ({changed}). Give this one another name "
+            "with --set name=NAME, or another --workdir."
+        )
+
+
+def _check_same_text(
+    folder: epath.Path, written: dict[str, Any] | None, prepared: data.Prepared
+) -> None:
+    if written is not None and written["data"]["fingerprint"] != prepared.fingerprint:
+        raise Refused(
+            f"The text has changed since {folder} was begun. Bring back the files as they were, or "
+            "begin another run with --set name=NAME."
+        )
+
+
+def _write_declaration(folder: epath.Path, program: Program, prepared: data.Prepared) -> None:
+    """experiment.json and tokenizer.model: with the checkpoints, all that a run needs later."""
+    if not distributed.is_main():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {
+        f"{name}:{split}": dataclasses.asdict(count)
+        for (name, split), count in prepared.counts.items()
+    }
+    facts = {
+        "experiment": to_json(program.experiment),
+        "data": {"fingerprint": prepared.fingerprint, "counts": counts},
+        "place": {"name": program.place_name, "mesh": str(program.place.mesh)},
+        "devices": [device.device_kind for device in program.mesh.devices.flat],
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git": _git_revision(),
+    }
+    aside = folder / "experiment.json.new"
+    aside.write_text(json.dumps(facts, indent=1) + "\n")
+    aside.replace(folder / "experiment.json")
+    prepared.tokenizer.save(folder / "tokenizer.model")
+
+
+def _git_revision() -> str | None:
+    """Of the code that runs, with '+' where it has uncommitted changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def _finish(run: Run, prepared: data.Prepared) -> None:
+    """What a person is told when the loop has ended."""
+    plot = run.folder / "plots" / "loss.png"
+    training.plot_loss(
+        run.folder / "metrics.jsonl", run.folder / "eval.jsonl", plot, run.experiment.name
+    )
+    if run.stopped:
+        terminal.note(
+            f"Stopped and saved at step {run.step}: {run.folder}. The same command goes on from there."
+        )
+        return
+    print(_summary(run, prepared, plot))
+
+
+def _summary(run: Run, prepared: data.Prepared, plot: epath.Path) -> str:
+    lines = ["", f"Trained {run.experiment.name} to step {run.step}."]
+    for result in training.read_lines(run.folder / "eval.jsonl"):
+        if result["step"] == run.step and result["name"].endswith("/bits_per_byte"):
+            spread = f" ± {result['stderr']:.4f}" if result["stderr"] is not None else ""
+            source = result["name"].removesuffix("/bits_per_byte")
+            lines.append(f"Held out    {result['value']:.4f}{spread} bits per byte ({source})")
+            lines.append(f"            {evals.xz_bits_per_byte(prepared.texts(source)):.4f} by xz -9")
+    lines += [f"Loss curve  {plot}", f"Checkpoint  {run.folder / 'checkpoints' / str(run.step)}"]
+    prompts = run.experiment.sample
+    for prompt in (prompts,) if isinstance(prompts, str) else prompts or ():
+        lines += ["Sample", terminal.indent(prompt + run.generate(prompt, max_tokens=128))]
+    return "\n".join([*lines, "Next", *(f"  {command}" for command in _next_commands(run))])
+
+
+def _next_commands(run: Run) -> list[str]:
+    prompts = run.experiment.sample
+    prompt = (prompts if isinstance(prompts, str) else prompts[0]) if prompts else "Once"
+    return [
+        f'python -m lm generate {run.folder} --prompt "{prompt}" --temperature 0.8',
+        f"python -m lm eval {run.folder} --data FILE",
+        f"{_this_command()} --set schedule.steps={2 * run.step}",
+    ]
+
+
+def _this_command() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else "python -m experiments.NAME"
+
+
+def _say_complete(run: Run, steps: int) -> Run:
+    if distributed.is_main():
+        print(f"{run.folder} is complete at step {steps} of {steps}. What can be done with it:")
+        print("\n".join(f"  {command}" for command in _next_commands(run)))
+        print(f"To train it anew, delete {run.folder} or give --set name=NAME.")
+    return run

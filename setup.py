@@ -1,0 +1,33 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="lm",
+    version="0.1.0",
+    description="From raw text to a served language model: one experiment file, JAX, TPU first",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["lm", "lm.*", "experiments", "kernels_pallas", "kernels_pallas.*"]),
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "sentencepiece>=0.2.1",
+        "tensorflow-datasets>=4.9.10",
+        "numpy>=2.0",
+        "grain>=0.2.18",
+        "fsspec>=2025.3",
+        "pyarrow>=19.0",
+        "etils[epath]>=1.12",
+        "matplotlib>=3.9",
+        "rich>=13.9",
+    ],
+    extras_require={
+        "test": ["pytest>=8.3", "hypothesis>=6.120", "ruff>=0.14"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10"],
+        "gcs": ["gcsfs>=2025.3"],
+        "tensorboard": ["tensorboardX>=2.6.5"],
+        "wandb": ["wandb>=0.19"],
+    },
+)
