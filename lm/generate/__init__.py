@@ -1,0 +1,6 @@
+"""A trained model speaks: sampling, decoding with a cache, text with stop strings and streaming."""
+
+from lm.generate.decode import Result, generate, stream
+from lm.generate.sampling import Sampling
+
+__all__ = ["Result", "Sampling", "generate", "stream"]

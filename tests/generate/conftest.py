@@ -1,0 +1,38 @@
+"""Small models of every kind of attention, and generation without a cache to compare with."""
+
+import jax
+import numpy as np
+import pytest
+
+from lm import model
+
+VOCAB = 64
+
+
+def config(**changes) -> model.Config:
+    fields = {
+        "vocab": VOCAB,
+        "dim": 32,
+        "layers": 2,
+        "attention": model.GQA(heads=4, kv_heads=2, head_dim=8),
+        "ffn": model.SwiGLU(hidden=48),
+        "embed_std": 1.0,
+    }
+    return model.Config(**{**fields, **changes})
+
+
+def parameters(config: model.Config, seed: int = 0):
+    return jax.jit(model.init, static_argnums=0)(config, jax.random.key(seed))
+
+
+@pytest.fixture(scope="session")
+def small():
+    """(config, params)"""
+    return config(), parameters(config())
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Of different lengths; the same everywhere so that compiled programs are shared."""
+    random = np.random.default_rng(3)
+    return [random.integers(0, VOCAB, n).tolist() for n in (1, 13, 5)]

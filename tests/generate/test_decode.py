@@ -1,0 +1,265 @@
+"""Decoding with a cache, in batches and in chunks, gives what the plain forward pass says."""
+
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import model
+from lm.errors import Refused
+from lm.generate import Result, Sampling, generate, stream
+from tests.generate.conftest import VOCAB, config, parameters
+
+GREEDY = Sampling(temperature=0)
+STEPS = 12
+CONTEXT = 32
+
+
+def attention(**options) -> dict:
+    return {"attention": model.GQA(heads=4, kv_heads=2, head_dim=8, **options)}
+
+
+LOCAL_AND_GLOBAL = (
+    model.Block(attention=model.GQA(heads=4, kv_heads=1, head_dim=8, window=4)),
+    model.Block(attention=model.GQA(heads=4, kv_heads=4, head_dim=8)),
+)
+VARIANTS = {
+    "gqa": {},
+    "alibi": attention(position=model.ALiBi()),
+    "no position": attention(position=model.NoPosition()),
+    "window": attention(window=4),
+    "first tokens": attention(window=4, sinks=model.FirstTokens(count=2)),
+    "learned sinks": attention(sinks=model.LearnedSinks(), bias=True),
+    "soft caps, tied": {**attention(softcap=5.0), "logit_softcap": 5.0, "tied": True},
+    "qk norm": attention(qk_norm=model.QKNorm(norm=model.RMSNorm())),
+    "local and global": {"attention": None, "pattern": LOCAL_AND_GLOBAL, "layers": 3},
+    "experts": {"ffn": model.MoE(experts=4, active=2, hidden=16)},
+}
+
+
+def uncached(config, params, prompts, steps: int) -> list[tuple[list[int], list[float]]]:
+    """Greedy continuation by the plain forward pass over the whole text, and its logprobs."""
+
+    @jax.jit
+    def logprobs(tokens_bt):
+        hidden_btd = model.forward(config, params, tokens_bt).hidden_btd
+        return jax.nn.log_softmax(model.logits(config, params, hidden_btd))
+
+    texts, chosen = [list(prompt) for prompt in prompts], [[] for _ in prompts]
+    for _ in range(steps):
+        # Padded on the right, which a causal model does not see.
+        padded = [text + [0] * (CONTEXT - len(text)) for text in texts]
+        logprobs_btv = np.asarray(logprobs(jnp.array(padded)))
+        for i, text in enumerate(texts):
+            last_v = logprobs_btv[i, len(text) - 1]
+            chosen[i].append(float(last_v.max()))
+            text.append(int(last_v.argmax()))
+    return [(t[len(p) :], c) for t, p, c in zip(texts, prompts, chosen, strict=True)]
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_greedy_is_the_argmax_of_the_plain_forward(changes, prompts):
+    variant = config(**changes)
+    params = parameters(variant)
+    results = generate(
+        variant, params, prompts, context=CONTEXT, max_tokens=STEPS, sampling=GREEDY
+    )
+    for result, (tokens, logprobs) in zip(
+        results, uncached(variant, params, prompts, STEPS), strict=True
+    ):
+        assert result.tokens == tokens
+        # Float32 sums in another order: rounding of 1e-7 on logits of about 10, a few times over.
+        np.testing.assert_allclose(result.logprobs, logprobs, atol=1e-4)
+        assert result.finished == "max_tokens"
+
+
+SAMPLED = Sampling(temperature=1.5, top_k=40, top_p=0.95, min_p=0.001, repetition_penalty=1.2)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_row_is_the_same_alone_and_in_any_batch(small, prompts, sampling):
+    options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": sampling}
+    keys = jax.random.split(jax.random.key(5), len(prompts))
+    together = generate(*small, prompts, key=keys, **options)
+    for i, prompt in enumerate(prompts):
+        (alone,) = generate(*small, [prompt], key=keys[i : i + 1], **options)
+        assert alone.tokens == together[i].tokens
+        np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-4)
+    backwards = generate(*small, prompts[::-1], key=keys[::-1], **options)
+    assert [r.tokens for r in backwards[::-1]] == [r.tokens for r in together]
+
+
+def test_a_seed_gives_each_row_its_own_stream(small, prompts):
+    options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": Sampling(temperature=2.0)}
+    same = [prompts[1]] * 3
+    rows = [tuple(r.tokens) for r in generate(*small, same, key=7, **options)]
+    assert len(set(rows)) == 3
+    assert rows == [tuple(r.tokens) for r in generate(*small, same, key=7, **options)]
+    assert rows != [tuple(r.tokens) for r in generate(*small, same, key=8, **options)]
+
+
+def test_logprobs_are_the_models_own(small, prompts):
+    params = small[1]
+    for prompt, result in zip(
+        prompts,
+        generate(*small, prompts, context=CONTEXT, max_tokens=STEPS, sampling=SAMPLED),
+        strict=True,
+    ):
+        text = jnp.array([prompt + result.tokens])
+        hidden_btd = model.forward(small[0], params, text).hidden_btd
+        logprobs = jax.nn.log_softmax(model.logits(small[0], params, hidden_btd))[0]
+        at = np.arange(len(prompt), text.shape[1])
+        expected = np.asarray(logprobs)[at - 1, np.asarray(text)[0, at]]
+        np.testing.assert_allclose(result.logprobs, expected, atol=1e-4)
+
+
+def test_stop_tokens_end_their_row_only(small, prompts):
+    options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": GREEDY}
+    free = generate(*small, prompts, **options)
+    stop = free[1].tokens[4]
+    stopped = generate(*small, prompts, stop_tokens=[stop, VOCAB - 1], **options)
+    for before, after in zip(free, stopped, strict=True):
+        ends = [i for i, token in enumerate(before.tokens) if token in (stop, VOCAB - 1)]
+        length = ends[0] + 1 if ends else STEPS
+        assert after.tokens == before.tokens[:length]
+        assert after.finished == ("stop" if ends else "max_tokens")
+
+
+def test_a_row_ends_where_the_context_does(small, prompts):
+    context = 16
+    results = generate(*small, prompts, context=context, max_tokens=STEPS, sampling=GREEDY)
+    free = generate(*small, prompts, context=CONTEXT, max_tokens=STEPS, sampling=GREEDY)
+    for prompt, result, whole in zip(prompts, results, free, strict=True):
+        room = min(STEPS, context - len(prompt))
+        assert result.tokens == whole.tokens[:room]
+        assert result.finished == ("context" if room < STEPS else "max_tokens")
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_chunks_change_nothing(small, prompts, chunk):
+    options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": SAMPLED, "key": 2}
+    whole = generate(*small, prompts, **options)
+    parts = list(stream(*small, prompts, chunk=chunk, **options))
+    assert parts[-1] == whole
+    for i, part in enumerate(parts[:-1]):
+        assert [r.tokens for r in part] == [r.tokens[: chunk * (i + 1)] for r in whole]
+        assert all(r.finished is None for r in part)
+
+
+def test_the_caller_ends_rows(small, prompts):
+    options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": GREEDY}
+    whole = generate(*small, prompts, **options)
+    ended: set[int] = set()
+    results: list[Result] = []
+    for results in stream(*small, prompts, chunk=4, ended=ended, **options):  # noqa: B007
+        ended.add(0)
+    assert results[0] == Result(whole[0].tokens[:4], whole[0].logprobs[:4], "ended")
+    assert results[1:] == whole[1:]
+    for results in stream(*small, prompts, chunk=4, ended=ended, **options):  # noqa: B007
+        ended.update(range(3))
+    assert [(len(r.tokens), r.finished) for r in results] == [(4, "ended")] * 3
+
+
+def test_repeated_calls_share_programs(small, monkeypatch):
+    traces = 0
+    forward = model.forward
+
+    def counting(*arguments, **options):
+        nonlocal traces
+        traces += 1
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", counting)
+    # A size of its own, so that no program of another test serves; with the same reason, `seed`.
+    fresh = config(dim=24)
+    params = parameters(fresh)
+    for length in range(1, 16):
+        for max_tokens, sampling in (
+            (3, Sampling(temperature=0.1 * length, top_k=length)),
+            (length, Sampling(temperature=3, top_k=2)),
+        ):
+            prompts = [[1] * length] * (3 + length % 2)
+            generate(
+                fresh,
+                params,
+                prompts,
+                context=64,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                stop_tokens=[60 - length],
+                key=length,
+            )
+    # Forward is traced for the prefill and in the loop, for caches of 16 and of 32 slots. (JAX may
+    # trace a loop's body twice, to find the types of what it carries.)
+    assert traces <= 2 * 3
+
+
+def test_bad_prompts_are_refused(small):
+    options = {"context": 8, "max_tokens": 2}
+    with pytest.raises(Refused, match="prompt 1 is empty"):
+        generate(*small, [[1], []], **options)
+    with pytest.raises(Refused, match=r"prompt 0 has 9 tokens.*context=8.*give a context above 9"):
+        generate(*small, [[1] * 9], **options)
+    with pytest.raises(Refused, match=f"prompt 0 has token {VOCAB}"):
+        generate(*small, [[VOCAB]], **options)
+    with pytest.raises(Refused, match="max_tokens=0"):
+        generate(*small, [[1]], context=8, max_tokens=0)
+    assert generate(*small, [], **options) == []
+
+
+def test_a_cache_of_bfloat16_is_half_as_large_and_nearly_right(small, prompts):
+    options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": GREEDY}
+    exact = generate(*small, prompts, **options)
+    rounded = generate(*small, prompts, cache_dtype="bfloat16", **options)
+    # Keys and values keep 8 bits: the first logprob, of equal text, moves by some hundredths.
+    first = [(a.logprobs[1], b.logprobs[1]) for a, b in zip(exact, rounded) if a.tokens[:2] == b.tokens[:2]]
+    assert first
+    np.testing.assert_allclose(*zip(*first), atol=0.1)
+
+
+MESH_SCRIPT = """
+    import jax, json, sys
+    from lm import model, sharding
+    from lm.generate import Sampling, decode, generate, stream
+    from lm.mesh import Mesh
+    from tests.generate.conftest import config, parameters
+
+    prompts, steps, context = json.loads(sys.argv[1])
+    small = config()
+    params = parameters(small)
+    options = dict(context=context, max_tokens=steps, sampling=Sampling(temperature=0))
+    out = {"single": [r.tokens for r in generate(small, params, prompts, **options)]}
+    for text in ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"):
+        mesh = Mesh.parse(text).build()
+        shardings = sharding.weight_shardings(model.axes(small), model.shapes(small), mesh)
+        placed = jax.device_put(params, shardings)
+        parts = list(stream(small, placed, prompts, mesh=mesh, chunk=3, **options))
+        out[text] = [r.tokens for r in parts[-1]]
+    out["programs"] = decode._resume._cache_size()
+    print(json.dumps(out))
+"""
+
+
+@pytest.mark.slow
+def test_the_same_tokens_on_a_mesh(prompts):
+    import json
+    import os
+
+    script = textwrap.dedent(MESH_SCRIPT)
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps([prompts, STEPS, CONTEXT])],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout.splitlines()[-1])
+    assert out["data=8"] == out["fsdp=8"] == out["data=2,fsdp=2,tensor=2"] == out["single"]
+    # One program per mesh: the cache comes back laid out as it went in.
+    assert out["programs"] == 3

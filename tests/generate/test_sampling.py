@@ -1,0 +1,139 @@
+"""Each filter keeps the tokens that NumPy finds by its definition; draws have their frequencies."""
+
+import jax
+import numpy as np
+import pytest
+
+from lm.errors import Refused
+from lm.generate.sampling import Sampling, filtered, sample
+
+ROWS, VOCAB = 8, 50
+LOGITS = np.random.default_rng(0).normal(0, 3, (ROWS, VOCAB)).astype(np.float32)
+
+run_filtered = jax.jit(filtered)
+run_sample = jax.jit(sample)
+
+
+def softmax(x_bv: np.ndarray) -> np.ndarray:
+    e_bv = np.exp(x_bv - x_bv.max(-1, keepdims=True))
+    return e_bv / e_bv.sum(-1, keepdims=True)
+
+
+def kept(sampling: Sampling, logits: np.ndarray = LOGITS) -> np.ndarray:
+    return np.asarray(run_filtered(logits, sampling.filters())) > -np.inf
+
+
+def smallest_set(p_v: np.ndarray, share: float) -> np.ndarray:
+    """The fewest most probable tokens that sum to `share`."""
+    order = np.argsort(-p_v)
+    enough = np.searchsorted(np.cumsum(p_v[order]), share) + 1
+    mask = np.zeros(len(p_v), bool)
+    mask[order[:enough]] = True
+    return mask
+
+
+@pytest.mark.parametrize("k", [1, 3, 49, 50, 1000])
+def test_top_k_keeps_the_k_largest(k):
+    order = np.argsort(np.argsort(-LOGITS, axis=-1), axis=-1)
+    np.testing.assert_array_equal(kept(Sampling(top_k=k)), order < k)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.9, 0.99, 1.0])
+def test_top_p_keeps_the_fewest_that_reach_p(p, temperature):
+    probabilities = softmax(LOGITS.astype(np.float64) / temperature)
+    expected = [smallest_set(row, p) for row in probabilities]
+    got = kept(Sampling(top_p=p, temperature=temperature))
+    np.testing.assert_array_equal(got, expected if p < 1 else np.ones_like(got))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 1.0])
+def test_min_p_keeps_a_share_of_the_largest(p):
+    probabilities = softmax(LOGITS)
+    expected = probabilities >= p * probabilities.max(-1, keepdims=True)
+    np.testing.assert_array_equal(kept(Sampling(min_p=p)), expected)
+
+
+def test_top_p_counts_what_top_k_left():
+    order = np.argsort(np.argsort(-LOGITS, axis=-1), axis=-1)
+    first_five = np.where(order < 5, softmax(LOGITS), 0)
+    first_five /= first_five.sum(-1, keepdims=True)
+    expected = [smallest_set(row, 0.8) for row in first_five]
+    np.testing.assert_array_equal(kept(Sampling(top_k=5, top_p=0.8)), expected)
+
+
+def test_ties_are_kept_together():
+    logits = np.array([[2.0, 1.0, 1.0, 1.0, 0.0]], np.float32)
+    np.testing.assert_array_equal(kept(Sampling(top_k=2), logits), [[1, 1, 1, 1, 0]])
+
+
+def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
+    seen = np.random.default_rng(1).random((ROWS, VOCAB)) < 0.5
+    sampling = Sampling(repetition_penalty=1.5, temperature=0.5)
+    penalised = np.where(LOGITS > 0, LOGITS / 1.5, LOGITS * 1.5)
+    expected = np.where(seen, penalised, LOGITS) / 0.5
+    got = run_filtered(LOGITS, sampling.filters(), seen)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)  # one rounding of float32 per operation
+
+
+def test_temperature_zero_takes_the_most_probable_whatever_the_filters():
+    keys = jax.random.split(jax.random.key(0), ROWS)
+    for sampling in (Sampling(temperature=0), Sampling(temperature=0, top_k=7, top_p=0.5)):
+        got = run_sample(LOGITS, sampling.filters(), keys)
+        np.testing.assert_array_equal(got, LOGITS.argmax(-1))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=4, min_p=0.05)])
+def test_frequencies(sampling):
+    draws = 20_000
+    logits = np.broadcast_to(LOGITS[:1], (draws, VOCAB))
+    keys = jax.random.split(jax.random.key(1), draws)
+    tokens = np.asarray(run_sample(logits, sampling.filters(), keys))
+    counts = np.bincount(tokens, minlength=VOCAB)
+    p = softmax(np.asarray(run_filtered(LOGITS[:1], sampling.filters()), np.float64))[0]
+    # Each count is binomial. That one of 50 leaves five standard deviations (and one count, where
+    # they are tiny) has a probability below 1e-4.
+    bound = 5 * np.sqrt(draws * p * (1 - p)) + 1
+    assert (np.abs(counts - draws * p) <= bound).all()
+    assert counts[p == 0].sum() == 0
+
+
+def test_a_row_depends_on_its_own_key_and_logits_alone():
+    keys = jax.random.split(jax.random.key(2), ROWS)
+    filters = Sampling(top_p=0.9).filters()
+    together = run_sample(LOGITS, filters, keys)
+    alone = [run_sample(LOGITS[i : i + 1], filters, keys[i : i + 1])[0] for i in range(ROWS)]
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_values_are_arguments_and_only_the_choice_of_filters_compiles():
+    traces = 0
+
+    @jax.jit
+    def run(logits, filters):
+        nonlocal traces
+        traces += 1
+        return filtered(logits, filters)
+
+    for k in (1, 2, 3):
+        run(LOGITS, Sampling(top_k=k, temperature=0.5 * k).filters())
+    run(LOGITS, Sampling(min_p=0.1).filters())
+    assert traces == 2
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("temperature", -1),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_k", 1.5),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0),
+    ],
+)
+def test_bad_values_are_refused_by_name(field, value):
+    with pytest.raises(Refused, match=f"sampling.{field}={value!r}"):
+        Sampling(**{field: value})
