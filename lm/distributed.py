@@ -80,3 +80,17 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+_AGREE_EVERY = 16
+
+
+def agree(flag: bool, step: int) -> bool:
+    """`any_process` for a flag that may rise at any moment, such as a signal or a clock.
+
+    Several processes ask one another only at every 16th step, because asking waits for the
+    device; a single one answers at every step.
+    """
+    if jax.process_count() == 1:
+        return flag
+    return step % _AGREE_EVERY == 0 and any_process(flag)
