@@ -6,6 +6,7 @@ stderr is not a terminal (a file, a pipe, a cluster's log) a bar becomes a plain
 
 import contextlib
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -123,6 +124,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def indent(text: str, columns: int = 12) -> str:
+    """`text` set in below a word at the margin; lines that are empty stay empty."""
+    return textwrap.indent(text, " " * columns)
 
 
 def _is_number(cell: str) -> bool:

@@ -1,0 +1,342 @@
+"""A declaration is checked where rooms must agree, changed by path, named, and carried in JSON."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm import checkpoint, data, evals, model, optim, train
+from lm.declaration import text
+from lm.errors import Refused
+from lm.experiment import (
+    LONGEST_NAME,
+    NAME,
+    Experiment,
+    describe,
+    differences,
+    from_json,
+    identity,
+    override,
+    paths,
+    to_json,
+)
+from lm.mesh import Mesh, Place
+from lm.precision import BF16
+
+BASE = Experiment(
+    name="small",
+    model=model.Config(
+        vocab=512,
+        dim=16,
+        layers=2,
+        attention=model.GQA(heads=4, kv_heads=2, head_dim=8, position=model.RoPE(theta=10_000)),
+        ffn=model.SwiGLU(hidden=24),
+    ),
+    data=data.Text(path="*.txt"),
+    tokenizer=data.SentencePiece(vocab=512),
+    batch=data.BatchShape(sequences=8, length=32),
+    optimizer=optim.AdamW(b2=0.95, clip_norm=1.0),
+    schedule=optim.WSD(peak=1e-3, warmup=0.1, decay=0.3, steps=100),
+    evals=(evals.Perplexity(every=50),),
+)
+MIXED = dataclasses.replace(
+    BASE,
+    data=data.Mixture(
+        sources={"web": data.Text(path="a"), "code": data.Jsonl(path="b", field="body")},
+        weights=((0, {"web": 0.9, "code": 0.1}), (50, {"web": 0.5, "code": 0.5})),
+    ),
+    model=dataclasses.replace(BASE.model, ffn=model.MoE(experts=4, active=2, hidden=8)),
+    optimizer=optim.Muon(),
+    schedule=optim.WarmupCosine(peak=1e-3, warmup=optim.Tokens(1e3), steps=optim.Tokens(1e5)),
+    precision=BF16,
+    evals=(evals.Perplexity(source="web"), evals.Perplexity(source="code", batches=2)),
+    log=train.Log(trace=(3, 5)),
+    sample=("a", "b"),
+)
+
+
+def changed(*written, base=BASE):
+    return override(base, written)
+
+
+# ---- Agreement between rooms
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"name": "a/b"}, "name='a/b' must be a folder's name"),
+        ({"name": ""}, "name='' must be"),
+        ({"name": ".."}, "name='..' must be"),
+        ({"name": "x" * 151}, "at most 150"),
+        ({"places": {}}, "places={} must name one place"),
+        ({"tokenizer": data.SentencePiece(vocab=600)}, "tokenizer.vocab=600 is more than model.vo"),
+        ({"evals": (evals.Perplexity(source="web"),)}, "evals.0.source='web' is not a source"),
+        ({"evals": evals.Perplexity()}, "must be a list of Perplexity"),
+        ({"seed": "0"}, "seed='0' must be a whole number"),
+        ({"places": {"cpu": Mesh()}}, "places.cpu=Mesh\\(\\) must be Place"),
+        ({"optimizer": optim.WSD}, "optimizer=.* must be AdamW"),
+        (
+            {"schedule": optim.WSD(peak=1, warmup=90, decay=optim.Tokens(1e4), steps=100)},
+            "comes to .* steps, more than schedule.steps=100",
+        ),
+    ],
+)
+def test_a_declaration_that_does_not_agree_is_refused_when_it_is_made(fields, sentence):
+    with pytest.raises(Refused, match=sentence):
+        dataclasses.replace(BASE, **fields)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "microbatches", "sentence"),
+    [
+        ("data=3", 1, "batch.sequences=8 must be a multiple of 3: .* mesh data=3"),
+        ("data=2", 8, "batch.sequences=8 must be a multiple of 16: microbatches=8 times the 2"),
+        ("data=1", 3, "batch.sequences=8 must be a multiple of 3: microbatches=3"),
+        ("tensor=3", 1, "mesh tensor=3: .* choose a multiple of 3"),
+        ("fsdp=32", 1, "batch.sequences=8 must be a multiple of 32"),
+        ("tensor=8", 1, "heads of size 4 does not divide over mesh tensor=8"),
+    ],
+)
+def test_a_place_that_does_not_divide_is_refused(mesh, microbatches, sentence):
+    place = Place(mesh=Mesh.parse(mesh), microbatches=microbatches)
+    with pytest.raises(Refused, match=sentence):
+        BASE.check_place(place)
+
+
+@pytest.mark.parametrize("mesh", ["data=1", "data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"])
+def test_a_place_that_divides_is_accepted(mesh):
+    BASE.check_place(Place(mesh=Mesh.parse(mesh)))
+    MIXED.check_place(Place(mesh=Mesh.parse(mesh)))
+
+
+def test_experts_are_divided_too():
+    MIXED.check_place(Place(mesh=Mesh(expert=4)))
+    with pytest.raises(Refused, match="expert of size 4 does not divide over mesh expert=8"):
+        MIXED.check_place(Place(mesh=Mesh(expert=8)))
+
+
+def test_every_stage_of_a_ramp_must_divide():
+    batch = data.BatchShape(sequences=8, length=32, ramp=((10, 2), (20, 4)))
+    ramped = dataclasses.replace(BASE, batch=batch)
+    ramped.check_place(Place(mesh=Mesh(data=2)))
+    with pytest.raises(Refused, match="batch.ramp.0.1=2 must be a multiple of 4"):
+        ramped.check_place(Place(mesh=Mesh(data=4)))
+
+
+# ---- Changes by path
+
+CHANGES = {
+    "schedule.steps=50": lambda e: e.schedule.steps == 50,
+    "schedule.steps=Tokens(1e4)": lambda e: e.schedule.steps == optim.Tokens(1e4),
+    "schedule.warmup=0.2": lambda e: e.schedule.warmup == 0.2,
+    "schedule.warmup=5": lambda e: type(e.schedule.warmup) is int,
+    "model.layers=1": lambda e: e.model.layers == 1,
+    "model.layers=1e1": lambda e: e.model.layers == 10,
+    "model.vocab=2_000": lambda e: e.model.vocab == 2000,
+    "model.attention.window=16": lambda e: e.model.attention.window == 16,
+    "model.attention.position=NoPosition()": lambda e: (
+        e.model.attention.position == model.NoPosition()
+    ),
+    "model.ffn=SwiGLU(hidden=128)": lambda e: e.model.ffn.hidden == 128,
+    "model.ffn=model.GeGLU(hidden=12)": lambda e: e.model.ffn == model.GeGLU(hidden=12),
+    "model.norm=LayerNorm()": lambda e: e.model.norm == model.LayerNorm(),
+    "model.tied=true": lambda e: e.model.tied is True,
+    "model.logit_softcap=30": lambda e: e.model.logit_softcap == 30.0,
+    "data.path=books/*.txt": lambda e: e.data.path == "books/*.txt",
+    "data.path=('a.txt','b.txt')": lambda e: e.data.path == ("a.txt", "b.txt"),
+    "data=StandardLibrary(held_out=0.1)": lambda e: e.data == data.StandardLibrary(held_out=0.1),
+    'data=Tfds(name="tiny_shakespeare")': lambda e: e.data == data.Tfds("tiny_shakespeare"),
+    "data=Text('a.txt')": lambda e: e.data == data.Text("a.txt"),
+    "optimizer.b2=0.99": lambda e: e.optimizer.b2 == 0.99,
+    "optimizer.clip_norm=none": lambda e: e.optimizer.clip_norm is None,
+    "optimizer=Lion(b1=0.5)": lambda e: e.optimizer == optim.Lion(b1=0.5),
+    "places.cpu.microbatches=2": lambda e: e.places["cpu"].microbatches == 2,
+    "places.cpu.mesh.data=2": lambda e: e.places["cpu"].mesh == Mesh(data=2),
+    "evals.0.every=5": lambda e: e.evals == (evals.Perplexity(every=5),),
+    "evals=()": lambda e: e.evals == (),
+    "save.every=7": lambda e: e.save.every == 7,
+    "save.minutes=2": lambda e: e.save.minutes == 2.0,
+    "save=Save(every=3)": lambda e: e.save == checkpoint.Save(every=3),
+    "log.trace=(3, 5)": lambda e: e.log.trace == (3, 5),
+    "precision.compute=bfloat16": lambda e: e.precision == BF16,
+    "sample=def read(": lambda e: e.sample == "def read(",
+    "objective.z_loss=1e-4": lambda e: e.objective == train.NextToken(z_loss=1e-4),
+    "seed=3": lambda e: e.seed == 3,
+}
+
+
+@pytest.mark.parametrize("written", CHANGES)
+def test_a_change_is_made_and_becomes_part_of_the_name(written):
+    got = changed(written)
+    assert CHANGES[written](got)
+    assert got.name.startswith("small+")
+    assert NAME.fullmatch(got.name)
+    path = written.split("=")[0]
+    assert all(line.startswith((path, "name: ")) for line in differences(BASE, got))
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        ("model.layer=2", "model.layer is not known. Did you mean 'model.layers'"),
+        ("layers=2", "Did you mean 'model.layers'"),
+        ("modle.layers=2", "Did you mean 'model.layers'"),
+        ("scheduel.steps=5", "Did you mean 'schedule.steps'"),
+        ("places.gpu.microbatches=2", "Did you mean 'places.cpu.microbatches'"),
+        ("model.layers=two", "model.layers=two must be a whole number"),
+        ("model.layers=2.5", "model.layers=2.5 must be a whole number"),
+        ("model.layers", "--set model.layers needs a value, as in model.layers=VALUE"),
+        ("optimizer.b2=x", "optimizer.b2=x must be a number"),
+        ("optimizer=Adam()", r"optimizer=Adam\(...\) is not known there. Did you mean 'AdamW'"),
+        ("model.ffn=SwiGLU(hiden=2)", "model.ffn.hiden is not known. Did you mean 'hidden'"),
+        ("model.attention.kv_heads=3", "kv_heads=3"),  # the refusal of the object itself
+        ("precision.loss_scale.initial=2", "Choose it whole, as in precision.loss_scale=LossScale"),
+        ("tokenizer.vocab=9999", "tokenizer.vocab=9999 is more than model.vocab=512"),
+        ("schedule.steps=0", "schedule.steps"),
+    ],
+)
+def test_a_wrong_change_is_refused(written, sentence):
+    with pytest.raises(Refused, match=sentence):
+        changed(written)
+
+
+def test_changes_that_only_fit_together_are_made_together():
+    got = changed("tokenizer.vocab=600", "model.vocab=600")
+    assert (got.tokenizer.vocab, got.model.vocab) == (600, 600)
+    got = changed("model.attention.heads=3", "model.attention.kv_heads=3")
+    assert (got.model.attention.heads, got.model.attention.kv_heads) == (3, 3)
+
+
+def test_the_name_says_what_differs_in_any_order():
+    assert changed().name == "small"
+    assert changed("model.layers=2", "optimizer.b2=0.950").name == "small"
+    name = changed("schedule.steps=50", "model.layers=1").name
+    assert name == "small+model.layers=1+schedule.steps=50"
+    assert changed("model.layers=1", "schedule.steps=50").name == name
+    assert changed("model.layers=1", "schedule.steps=5e1").name == name
+    assert changed("name=mine", "model.layers=1").name == "mine"
+    with pytest.raises(Refused, match="--set model.layers is given twice: 1 and 3"):
+        changed("model.layers=1", "model.layers=3")
+
+
+def test_names_stay_folder_names_and_differ():
+    written = ["data.path=a/*.txt", "data.path=a-*.txt", "data.path=a?.txt", "sample=a b"]
+    written += ["data.path=" + "y" * 300, "data.path=" + "y" * 301, "sample=a  b"]
+    written += ["model.ffn=SwiGLU(hidden=128)", "optimizer=Lion(b1=0.5)", "optimizer=Lion(b1=0.6)"]
+    names = [changed(each).name for each in written]
+    assert len(set(names)) == len(names)
+    assert all(NAME.fullmatch(name) and len(name) <= LONGEST_NAME for name in names)
+    many = {each.split("=")[0]: each for each in CHANGES if each.count(".") == 1}
+    name = changed(*many.values()).name
+    assert len(name) == LONGEST_NAME
+    assert changed(*reversed(many.values())).name == name
+
+
+def test_every_path_can_be_set_to_what_it_is():
+    for experiment in (BASE, MIXED):
+        known = {each.path: each for each in paths(experiment)}
+        assert {"schedule.steps", "save.every", "data", "model.ffn"} <= set(known)
+        assert known["model.layers"][1:] == (2, "a whole number")
+        given = [f"{path}={text(each.value)}" for path, each in known.items() if path != "name"]
+        assert override(experiment, given) == experiment
+
+
+# ---- JSON, differences, text
+
+
+def through_json(experiment):
+    return from_json(json.loads(json.dumps(to_json(experiment), allow_nan=False)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.sampled_from(sorted(CHANGES)), unique_by=lambda written: written.split("=")[0]))
+def test_json_gives_back_what_was_declared(written):
+    try:
+        experiment = changed(*written)
+    except Refused:  # some changes exclude one another
+        return
+    assert through_json(experiment) == experiment
+    assert repr(through_json(experiment)) == repr(experiment)
+
+
+def test_json_keeps_every_kind_of_object():
+    assert through_json(MIXED) == MIXED
+    assert to_json(BASE)["model"]["attention"]["type"] == "lm.model.GQA"
+    assert to_json(BASE)["type"] == "lm.experiment.Experiment"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"colour": 1}, "colour is not a field of Experiment in this version of lm"),
+        ({"batch": {"type": "lm.data.Bundle"}}, "batch has the type 'lm.data.Bundle'"),
+        ({"batch": {"type": "os.system"}}, "batch has the type 'os.system'"),
+        ({"seed": "x"}, "seed='x' must be a whole number"),
+        ({"type": "lm.mesh.Mesh"}, "is not a field of Mesh"),
+    ],
+)
+def test_a_file_of_another_version_is_refused(change, sentence):
+    with pytest.raises(Refused, match=sentence):
+        from_json({**to_json(BASE), **change})
+    with pytest.raises(Refused, match="not an experiment but Mesh"):
+        from_json({"type": "lm.mesh.Mesh"})
+
+
+def test_what_may_change_is_not_part_of_the_identity():
+    same = changed(
+        "name=small",
+        "save.every=7",
+        "log.every=3",
+        "evals=()",
+        "places.cpu.mesh.data=2",
+        "sample=x",
+    )
+    assert same != BASE
+    assert identity(same) == identity(BASE)
+    for written in ("seed=1", "schedule.steps=50", "model.tied=true", "data.path=b"):
+        assert identity(changed("name=small", written)) != identity(BASE)
+
+
+def test_differences_are_readable():
+    other = changed("name=small", "schedule.steps=50", "model.ffn=GeGLU(hidden=24)", "evals=()")
+    assert differences(BASE, other) == [
+        "model.ffn: SwiGLU(hidden=24) -> GeGLU(hidden=24)",
+        "schedule.steps: 100 -> 50",
+        "evals: (Perplexity(every=50),) -> ()",
+    ]
+    assert differences(BASE, through_json(BASE)) == []
+
+
+def test_description_names_every_value():
+    lines = describe(BASE).splitlines()
+    assert lines[:6] == [
+        "name: 'small'",
+        "seed: 0",
+        "model: Config",
+        "  vocab: 512",
+        "  dim: 16",
+        "  layers: 2",
+    ]
+    assert "    theta: 10000" in "\n".join(lines)
+    assert describe(BASE) == describe(through_json(BASE))
+    leaves = [s for s in paths(BASE) if isinstance(s.value, int | float | str)]
+    assert all(
+        any(line.strip().startswith(s.path.split(".")[-1]) for line in lines) for s in leaves
+    )
+
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem[0] != "_")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_experiments_of_the_house(name):
+    declared = importlib.import_module(f"experiments.{name}").experiment()
+    assert through_json(declared) == declared
+    for place in declared.places.values():
+        declared.check_place(place)
