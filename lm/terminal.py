@@ -126,8 +126,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
-def indent(text: str, columns: int = 12) -> str:
-    """`text` set in below a word at the margin; lines that are empty stay empty."""
+def indent(text: str, columns: int = 4) -> str:
+    """Each line of `text` set in; empty lines stay empty."""
     return textwrap.indent(text, " " * columns)
 
 

@@ -103,3 +103,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_notes_stand_above_it(monkeypatch, caps
     assert "100%" in screen.getvalue()
     assert "\nstep 4\n" in screen.getvalue().replace("\r", "\n")
     assert capsys.readouterr().out == ""
+
+
+def test_indent_leaves_no_space_on_empty_lines():
+    assert terminal.indent("a\n\n  b") == "    a\n\n      b"
