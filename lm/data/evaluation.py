@@ -1,0 +1,80 @@
+"""A fixed set of documents in batches of one shape, every token predicted once, each prediction
+with its document."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from lm.data import packing
+from lm.data.batch import Batch
+from lm.data.division import in_batches
+from lm.data.packing import BestFit
+from lm.data.sources import AnySource
+from lm.data.stream import Stream
+from lm.data.tokenizer import Tokenizer
+from lm.errors import Refused
+
+
+class Evaluation:
+    """Iterates over (Batch, documents_bt): int32 the document of each prediction, -1 on padding.
+
+    name      of the source
+    bytes_d   int64, UTF-8 bytes of each document's text
+    tokens_d  int64, predictions in each document: its tokens and its end
+
+    Batches are [sequences, length], the last one filled up with padding. They come in a fixed,
+    mixed order, so that the first few are a fair sample of all.
+    """
+
+    def __init__(self, name: str, stream: Stream, length: int, sequences: int):
+        self.name = name
+        self.bytes_d = stream.bytes_d
+        self.tokens_d = np.diff(stream.starts) - 1
+        self._stream = stream
+        self._length = length
+        self._rows = sequences
+        self._plan = BestFit().plan(stream, length)
+        self._order = np.random.default_rng(0).permutation(self._plan.sequences)
+
+    def __len__(self) -> int:
+        return -(-self._plan.sequences // self._rows)
+
+    def __iter__(self) -> Iterator[tuple[Batch, np.ndarray]]:
+        return (self.batch(index) for index in range(len(self)))
+
+    def batch(
+        self, index: int, rows: slice | Sequence[int] = slice(None)
+    ) -> tuple[Batch, np.ndarray]:
+        """The batch of this index, or only these rows of it, with its documents_bt."""
+        places = np.arange(index * self._rows, (index + 1) * self._rows)[rows]
+        batch = packing.empty(len(places), self._length)
+        documents_bt = np.full(batch.tokens.shape, -1, np.int32)
+        for row, place in enumerate(places.tolist()):
+            if place < len(self._order):
+                sequence = int(self._order[place])
+                packing.fill(batch, row, self._stream, self._plan, sequence)
+                self._fill_documents(documents_bt[row], sequence)
+        return batch, documents_bt
+
+    def _fill_documents(self, documents_t: np.ndarray, sequence: int) -> None:
+        pieces = slice(*self._plan.offsets[sequence : sequence + 2].tolist())
+        documents = self._stream.document_at(self._plan.starts[pieces])
+        filled = np.repeat(documents, self._plan.lengths[pieces])
+        documents_t[: len(filled)] = filled
+
+
+def evaluation(
+    source: AnySource, tokenizer: Tokenizer, length: int, sequences: int, name: str | None = None
+) -> Evaluation:
+    """All documents of a source, tokenised here and now and held in memory; none is held out.
+    Raises Refused if there is none."""
+    ids, lengths = [], []
+    for texts in in_batches(source.documents()):
+        for text, tokens in zip(texts, tokenizer.encode_batch(texts)):
+            ids.append(np.concatenate([[tokenizer.bos], tokens, [tokenizer.eos]]).astype(np.int32))
+            lengths.append((len(ids[-1]), len(text.encode())))
+    if not ids:
+        raise Refused(f"There is no text to evaluate on in {source}.")
+    tokens = np.concatenate(ids)
+    stream = Stream([np.array(lengths, np.uint32)], lambda _: tokens)
+    return Evaluation(name or source.label, stream, length, sequences)

@@ -1,0 +1,310 @@
+"""SentencePiece (arXiv:1808.06226): a declaration to train one, and the trained tokenizer, which
+loses nothing.
+
+Text is neither normalised nor stripped, so decode(encode(text)) == text, line ends, tabs and runs
+of spaces included; characters without a piece of their own are spelt in bytes. Ids: 0 padding, 1
+begin, 2 end, 3 unknown.
+"""
+
+import codecs
+import io
+import logging
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from lm.data import files
+from lm.errors import Refused, check_name, check_positive
+
+log = logging.getLogger(__name__)
+
+KINDS = ("bpe", "unigram", "char")
+PAD, BOS, EOS, UNK = 0, 1, 2, 3
+
+# One possible set of marks around the turns of a conversation, for `symbols`.
+CHAT_SYMBOLS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
+
+_SPACE = "\u2581"  # how SentencePiece writes a space
+_THREADS = 2  # of training: part of the recipe, since unigram training sums in order of threads
+_SENTENCE = 4_000  # characters of text that the trainer sees as one sentence
+_CUT = 16_000  # characters encoded as one: longer texts cost more time per character
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePiece:
+    """A tokenizer to train on the training documents.
+
+    `coverage` is the share of characters that get a piece of their own; the rest is spelt in bytes
+    (`byte_fallback`) or unknown. `symbols` are pieces that text always yields whole, as
+    CHAT_SYMBOLS. `split_scripts` keeps letters and punctuation apart, which suits prose; code is a
+    tenth shorter without. At most `sample_bytes` of text, drawn by `seed`, are trained on.
+    """
+
+    vocab: int
+    kind: str = "bpe"
+    byte_fallback: bool = True
+    split_digits: bool = True
+    split_scripts: bool = True
+    coverage: float = 0.9999
+    symbols: tuple[str, ...] = ()
+    sample_bytes: int = 1 << 25
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(**{"tokenizer.sample_bytes": self.sample_bytes})
+        check_name("tokenizer.kind", self.kind, KINDS)
+        if not 0 < self.coverage <= 1:
+            raise Refused(f"tokenizer.coverage={self.coverage!r} must be above 0 and at most 1.")
+        fixed = 4 + 256 * self.byte_fallback + len(self.symbols)
+        if self.vocab <= fixed:
+            raise Refused(
+                f"tokenizer.vocab={self.vocab} must be above {fixed}: the pieces that every such "
+                "tokenizer holds (4 controls, 256 bytes with byte_fallback, the symbols)."
+            )
+        if "" in self.symbols or len(set(self.symbols)) < len(self.symbols):
+            raise Refused(f"tokenizer.symbols={self.symbols!r} must be different and not empty.")
+
+    def recipe(self) -> dict[str, Any]:
+        """The declaration as JSON."""
+        return {"tokenizer": "SentencePiece", **vars(self)}
+
+    def train(self, documents: Iterable[str]) -> "Tokenizer":
+        """A tokenizer trained on a sample of these documents. Same documents, same bytes."""
+        sample = Sample(self.sample_bytes, self.seed)
+        for document in documents:
+            sample.add(document)
+        return self.train_on(sample.texts())
+
+    def train_on(self, texts: Iterable[str]) -> "Tokenizer":
+        """A tokenizer trained on all of these texts, of at most a few thousand characters each."""
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_writer=model,
+                model_type=self.kind,
+                vocab_size=self.vocab,
+                hard_vocab_limit=False,
+                byte_fallback=self.byte_fallback,
+                split_digits=self.split_digits,
+                split_by_unicode_script=self.split_scripts,
+                character_coverage=self.coverage,
+                user_defined_symbols=list(self.symbols),
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=4 * _SENTENCE,
+                pad_id=PAD,
+                bos_id=BOS,
+                eos_id=EOS,
+                unk_id=UNK,
+                pad_piece="<pad>",
+                num_threads=_THREADS,
+                minloglevel=3,
+            )
+        except RuntimeError as error:
+            raise Refused(_training_refusal(self, str(error))) from None
+        tokenizer = Tokenizer(model.getvalue())
+        if tokenizer.vocab < self.vocab and self.kind != "char":
+            log.warning(
+                "The text yields only %d of the %d pieces of tokenizer.vocab.",
+                tokenizer.vocab,
+                self.vocab,
+            )
+        return tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFile:
+    """A SentencePiece model that exists: a path or an fsspec URL."""
+
+    path: str
+
+    def recipe(self) -> dict[str, Any]:
+        """Which model it is: a checksum of the file."""
+        return {"tokenizer": "TokenizerFile", "checksum": f"{zlib.crc32(self.load().model):08x}"}
+
+    def load(self) -> "Tokenizer":
+        """The tokenizer in the file."""
+        return Tokenizer.load(self.path)
+
+
+class Tokenizer:
+    """A loaded SentencePiece model.
+
+    vocab  number of ids
+    pad, bos, eos, unk  ids; for a foreign model without padding or begin these are its end
+    model  the bytes of the model file
+    """
+
+    def __init__(self, model: bytes, path: str = "tokenizer.model"):
+        self.model = model
+        try:
+            self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise Refused(f"{path} is not a SentencePiece model.") from None
+        self.vocab = len(self._sp)
+        self.eos = self._sp.eos_id() if self._sp.eos_id() >= 0 else self._sp.bos_id()
+        self.bos = self._sp.bos_id() if self._sp.bos_id() >= 0 else self.eos
+        self.pad = self._sp.pad_id() if self._sp.pad_id() >= 0 else self.eos
+        self.unk = self._sp.unk_id()
+        if self.eos < 0:
+            raise Refused(f"{path} has neither a begin nor an end piece to part documents with.")
+        self._bytes = [self._bytes_of(piece) for piece in range(self.vocab)]
+        # A foreign model may set a space before every text: then texts must stay whole, and the
+        # space is taken away again.
+        self._adds_space = "".join(self._sp.encode_as_pieces("a")) == f"{_SPACE}a"
+        # The mark for a space stands for a space even where the text holds the mark itself, so that
+        # is spelt in bytes.
+        spelt = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        self._marks = all(self._sp.is_byte(piece) for piece in spelt)
+        self._mark_ids = np.array(spelt, np.int32)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """From a model file, local or at an fsspec URL. Raises Refused where there is none."""
+        with files.reading(str(path)) as file:
+            model = file.read()
+        return cls(model, str(path))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model file, aside first, so that it is whole or absent."""
+        aside = f"{path}.tmp"
+        with open(aside, "wb") as file:
+            file.write(self.model)
+        os.replace(aside, path)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without begin and end."""
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text as int32, without begin and end; on all cores."""
+        cuts = [self._cut(text) for text in texts]
+        flat = [part for parts in cuts for part in parts if not self._is_mark(part)]
+        encoded = iter(self._sp.EncodeAsNumpy(flat, num_threads=os.cpu_count()) if flat else ())
+        return [
+            np.concatenate(
+                [self._mark_ids if self._is_mark(part) else next(encoded) for part in parts]
+            )
+            for parts in cuts
+        ]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids. Begin, end and padding are nothing, bytes that are not UTF-8 are
+        U+FFFD."""
+        text = self.decode_bytes(ids).decode(errors="replace")
+        return text.removeprefix(" ") if self._adds_space else text
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The UTF-8 bytes of these ids, which may begin or end within a character."""
+        return b"".join(self._bytes[piece] for piece in ids if 0 <= piece < self.vocab)
+
+    def piece(self, piece: int) -> str:
+        """How the model file writes a piece: '\u2581def', '<0x0A>', '<s>'."""
+        return self._sp.id_to_piece(piece)
+
+    def stream(self) -> "Stream":
+        """Decodes ids as they come."""
+        return Stream(self)
+
+    def _cut(self, text: str) -> list[str]:
+        if self._adds_space:
+            return [text]
+        parts = [text]
+        if self._marks and _SPACE in text:
+            parts = re.split(f"({_SPACE})", text)
+        return [piece for part in parts for piece in cut(part, _CUT)]
+
+    def _is_mark(self, part: str) -> bool:
+        return self._marks and part == _SPACE
+
+    def _bytes_of(self, piece: int) -> bytes:
+        if self._sp.is_byte(piece):
+            return bytes([int(self.piece(piece)[3:5], 16)])
+        if self._sp.is_control(piece):
+            return b""
+        if self._sp.is_unknown(piece):
+            return "\ufffd".encode()
+        return self.piece(piece).replace(_SPACE, " ").encode()
+
+
+class Stream:
+    """Text as ids arrive: a character is given out once all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that these ids complete."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD where a character was begun, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+class Sample:
+    """A bounded part of a stream of documents, drawn by the content of their parts and so whatever
+    their order or number.
+
+    Parts are kept while a digest lies below a threshold, which is halved whenever more than
+    `budget` bytes are kept.
+    """
+
+    def __init__(self, budget: int, seed: int):
+        self._budget = budget
+        self._seed = seed
+        self._threshold = 1 << 32
+        self._kept: list[tuple[int, int, int, str]] = []  # digest, bytes, owner, text
+        self._size = 0
+
+    def add(self, document: str, owner: int = 0) -> None:
+        """Offers a document; `owner` is a number by which `texts` can leave it out again."""
+        for text in cut(document, _SENTENCE):
+            data = text.encode()
+            digest = zlib.crc32(data, self._seed)
+            if digest < self._threshold:
+                self._kept.append((digest, len(data), owner, text))
+                self._size += len(data)
+            while self._size > self._budget:
+                self._threshold //= 2
+                self._kept = [part for part in self._kept if part[0] < self._threshold]
+                self._size = sum(part[1] for part in self._kept)
+
+    def texts(self, without: int | None = None) -> Iterator[str]:
+        """The parts that were kept, in order, but those of one owner."""
+        return (text for _, _, owner, text in self._kept if owner != without)
+
+
+def cut(text: str, size: int) -> Iterator[str]:
+    """Consecutive parts of at most `size` characters, cut before a line end, or a space, or
+    anywhere."""
+    start = 0
+    while len(text) - start > size:
+        window = (start + 1, start + size + 1)
+        end = text.rfind("\n", *window)
+        end = text.rfind(" ", *window) if end < 0 else end
+        end = start + size if end < 0 else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _training_refusal(config: SentencePiece, message: str) -> str:
+    if "sentences_.empty()" in message:
+        return "There is no text to train the tokenizer on; is the corpus empty?"
+    if needed := re.search(r"(\d+) vs (\d+)", message):
+        return (
+            f"tokenizer.vocab={config.vocab} is too small: the characters of the text and the "
+            f"fixed pieces are {needed[2]}. Raise it, or lower tokenizer.coverage."
+        )
+    return f"tokenizer: SentencePiece could not train {config}: {message.strip()}"
