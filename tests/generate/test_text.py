@@ -1,0 +1,140 @@
+"""Stop strings and streaming: the same text, whatever tokens and chunks it comes in."""
+
+import pytest
+
+from lm.data.tokenizer import SentencePiece
+from lm.errors import Refused
+from lm.generate import Sampling, generate_text
+from lm.generate.decode import Result
+from lm.generate.text import _Reader
+from tests.generate.conftest import config, parameters
+
+OPTIONS = {"context": 64, "max_tokens": 24, "sampling": Sampling(temperature=0.7), "key": 1}
+PROMPTS = ["a cat ", "", "on the mat the"]
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    """(config, params, tokenizer)"""
+    texts = ["the cat sat on the mat, and that was that; äöü ☃ at the end\n"] * 20
+    tokenizer = SentencePiece(vocab=300).train(texts)
+    speaking = config(vocab=tokenizer.vocab)
+    return speaking, parameters(speaking), tokenizer
+
+
+@pytest.fixture(scope="module")
+def free(speaker):
+    """What is generated without stop strings."""
+    return generate_text(*speaker, PROMPTS, **OPTIONS)
+
+
+def test_text_is_the_decoded_tokens(speaker, free):
+    tokenizer = speaker[2]
+    for text in free:
+        assert text.text == tokenizer.decode(text.tokens)
+        assert len(text.logprobs) == len(text.tokens)
+
+
+def test_streamed_pieces_concatenate_to_the_text(speaker, free):
+    pieces = [""] * len(PROMPTS)
+    calls = 0
+
+    def stream(row: int, piece: str) -> None:
+        nonlocal calls
+        calls += 1
+        pieces[row] += piece
+
+    assert generate_text(*speaker, PROMPTS, stream=stream, **OPTIONS) == free
+    assert pieces == [text.text for text in free]
+    assert calls > len(PROMPTS)
+
+
+def test_a_stop_string_across_tokens_is_cut(speaker, free):
+    tokenizer = speaker[2]
+    row = max(range(len(free)), key=lambda i: len(free[i].text))
+    # From within one token's text to within another's.
+    start = len(tokenizer.decode(free[row].tokens[:9])) - 1
+    stop = free[row].text[start : start + 4]
+    assert not any(stop in tokenizer.decode([token]) for token in free[row].tokens)
+    streamed = [""] * len(PROMPTS)
+
+    def stream(i: int, piece: str) -> None:
+        streamed[i] += piece
+
+    texts = generate_text(*speaker, PROMPTS, stop=("never said", stop), stream=stream, **OPTIONS)
+    for whole, text, pieces in zip(free, texts, streamed, strict=True):
+        cut, found, _ = whole.text.partition(stop)
+        assert text.text == pieces == cut
+        assert text.finished == ("stop" if found else whole.finished)
+        assert text.tokens == whole.tokens[: len(text.tokens)]
+        # The last token kept is the one that completes the stop string.
+        if found:
+            assert stop in tokenizer.decode(text.tokens)
+            assert stop not in tokenizer.decode(text.tokens[:-1])
+
+
+class Letters:
+    """A tokenizer of bytes, for readers."""
+
+    def stream(self):
+        return self
+
+    def __init__(self):
+        import codecs
+
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids):
+        return self._decoder.decode(bytes(ids))
+
+    def finish(self):
+        return self._decoder.decode(b"", final=True)
+
+
+def read(text: bytes, stop: tuple[str, ...], chunk: int) -> tuple[list[str], _Reader]:
+    reader = _Reader(Letters(), stop)
+    pieces = []
+    for end in range(chunk, len(text) + chunk, chunk):
+        tokens = list(text[:end])
+        finished = "max_tokens" if end >= len(text) else None
+        pieces.append(reader.read(Result(tokens, [0.0] * len(tokens), finished)))
+    return pieces, reader
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+@pytest.mark.parametrize(
+    "text, stop, expected, finished",
+    [
+        ("snow ☃ äö", (), "snow ☃ äö", "max_tokens"),
+        ("ababac", ("abac",), "ab", "stop"),
+        ("ababab", ("abac",), "ababab", "max_tokens"),
+        ("one\n\ntwo", ("\n\n", "ne"), "o", "stop"),
+        ("x☃y", ("☃",), "x", "stop"),
+        ("stop", ("stop",), "", "stop"),
+        ("aaab", ("ab", "aab"), "a", "stop"),
+    ],
+)
+def test_reader(text, stop, expected, finished, chunk):
+    pieces, reader = read(text.encode(), stop, chunk)
+    assert "".join(pieces) == expected
+    assert reader.result().text == expected
+    assert reader.result().finished == finished
+    # No piece holds half a character, nor anything that was taken back.
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_what_may_begin_a_stop_string_is_held_back():
+    pieces, _ = read(b"a<|b<|end", ("<|end|>",), 1)
+    assert pieces == ["a", "", "", "<|b", "", "", "", "", "<|end"]
+
+
+def test_half_a_character_at_the_end_is_marked():
+    pieces, _ = read("a☃".encode()[:-1], (), 1)
+    assert pieces == ["a", "", "\ufffd"]
+
+
+def test_refusals(speaker):
+    with pytest.raises(Refused, match="stop=''"):
+        generate_text(*speaker, ["a"], stop=("",), **OPTIONS)
+    with pytest.raises(Refused, match=r"prompt 0 has 101 tokens.*context=64"):
+        generate_text(*speaker, ["1" * 100], **OPTIONS)
