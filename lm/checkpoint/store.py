@@ -7,6 +7,7 @@ needed to read it. A save writes aside and renames, so a folder with a bare numb
 
 import contextlib
 import errno
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -181,7 +182,10 @@ class Store:
     def _stored(self, step: int) -> dict[str, Any]:
         """Path -> what has the shape and dtype of the array in the checkpoint."""
         with self._reading(step):
-            stored = trees.flatten(ocp.metadata(self._root / str(step)).metadata)
+            tree = ocp.metadata(self._root / str(step)).metadata
+            if tree is None:
+                raise ValueError("its arrays are damaged or missing")
+            stored = trees.flatten(tree)
         if not any(path.startswith("params/") for path in stored):
             raise self._misfit(step, "it holds no parameters of a run.")
         return stored
@@ -259,6 +263,15 @@ class Store:
                 path.rmtree(missing_ok=True)
 
 
+def _not_raised(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname and "tensorstore_spec" not in record.getMessage()
+
+
+# What Orbax logs as errors, pages of traceback from each of its threads and tasks, is raised as
+# well and then told in a sentence by Refused.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_not_raised)
+
 _NAMES = ocp.path.step.standard_name_format()
 
 
@@ -300,7 +313,7 @@ def _is_full(error: BaseException | None) -> bool:
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+        if "No space left" in str(error) or "quota exceeded" in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False

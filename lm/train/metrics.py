@@ -105,7 +105,7 @@ class JsonLines:
         self.path = epath.Path(path)
         self._lines: list[str] | None = None
         with _telling(self.path):
-            if "://" in str(path):
+            if _is_remote(path):
                 self._lines = [self.path.read_text()] if self.path.exists() else []
             else:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -293,13 +293,13 @@ class WandB:
         self, project: str, name: str, folder: epath.PathLike, declaration: Values
     ) -> None:
         wandb = _import("wandb", f"log.wandb={project!r}")
-        folder = str(folder) if "://" in str(folder) else str(epath.Path(folder).absolute())
+        folder = str(folder) if _is_remote(folder) else str(epath.Path(folder).absolute())
         self._run = wandb.init(
             project=project,
             name=name,
             id=hashlib.sha256(folder.encode()).hexdigest()[:16],
             resume="allow",
-            dir=None if "://" in folder else folder,
+            dir=None if _is_remote(folder) else folder,
             config=dict(declaration),
         )
 
@@ -370,6 +370,10 @@ def _telling(path: epath.Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         why = "the disk is full. Make room" if full else f"{error.strerror or error}. Mend it"
         raise Refused(f"{path} cannot be written: {why} and run the same command again.") from error
+
+
+def _is_remote(path: epath.PathLike) -> bool:
+    return "://" in str(path)
 
 
 def _finite(x: Any) -> Any:
