@@ -17,6 +17,7 @@ import pytest
 from lm.checkpoint import Save, Store
 from lm.errors import Refused
 
+ROOT = Path(__file__).parents[2]
 OPTIMIZER = optax.adamw(1e-3)
 
 
@@ -256,7 +257,7 @@ def _python(code: str, tmp_path: Path, devices: int = 1, **env: str) -> subproce
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
-        env={**os.environ, "XLA_FLAGS": flags, **env},
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -251,3 +251,50 @@ def test_metrics_are_fetched_while_the_next_update_runs() -> None:
         writers=[Recorder()],
     )
     assert order == ["update 1", "update 2", "line 1", "update 3", "line 2", "line 3", "flush"]
+
+
+TOLD_ON_ONE = """
+import sys
+from lm import distributed
+distributed.initialize()
+import jax, jax.numpy as jnp
+from lm.train.guard import Stopper
+from lm.train.loop import Rates, loop
+
+stopper = Stopper()
+def batches():
+    for step in range(1, 1000):
+        if step == 5 and jax.process_index() == 1:
+            stopper.stop()
+        yield step
+outcome = loop(
+    0, lambda state, batch: (state + 1, {"loss": jnp.float32(0)}), batches(),
+    start=0, steps=1000, rates=Rates(tokens_before=lambda step: step), stopper=stopper,
+)
+print(outcome.step, outcome.stopped)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step_when_one_is_told() -> None:
+    port = 30_000 + os.getpid() % 10_000
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOLD_ON_ONE],
+            env={
+                **os.environ,
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for host in hosts:
+        out, err = host.communicate(timeout=120)
+        # They ask one another at every 16th step. (Gloo greets on standard output.)
+        assert out.splitlines()[-1:] == ["16 True"], err
