@@ -17,7 +17,7 @@ from lm.data.evaluation import Evaluation, evaluation
 from lm.data.loader import BatchShape, Loader, prefetch
 from lm.data.mixture import Mixture
 from lm.data.packing import BestFit, Concatenate
-from lm.data.prepare import Counts, Prepared, prepare
+from lm.data.prepare import Counts, Prepared, prepare, recipe
 from lm.data.progress import Progress
 from lm.data.sources import (
     AnySource,
@@ -62,4 +62,6 @@ __all__ = [
     "evaluation",
     "prefetch",
     "prepare",
+    "recipe",
+    "recipe",
 ]

@@ -34,7 +34,7 @@ class Evaluation:
         self._length = length
         self._rows = sequences
         self._plan = BestFit().plan(stream, length)
-        self._order = np.random.default_rng(0).permutation(self._plan.sequences)
+        self._order = np.random.RandomState(0).permutation(self._plan.sequences)
 
     def __len__(self) -> int:
         return -(-self._plan.sequences // self._rows)

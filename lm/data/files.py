@@ -119,7 +119,7 @@ def _find(path: str) -> list[File]:
     except (ImportError, ValueError) as error:
         raise Refused(f"{path} cannot be opened: {error}") from None
     is_local = "://" not in path
-    if any(sign in inner for sign in "*?["):
+    if any(sign in inner for sign in "*?[") and not fs.exists(inner):
         found = sorted(fs.glob(inner, detail=True).items())
         infos = [(name, info) for name, info in found if info["type"] == "file"]
         if not infos:

@@ -3,9 +3,9 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count, islice, pairwise
 from typing import TypeVar
 
 from lm.data import mixture, packing
@@ -121,23 +121,46 @@ class Loader:
         return {name: plan.sequences for name, plan in self._plans.items()}
 
 
-def prefetch(
-    function: Callable[[int], T], start: int, stop: int | None = None, depth: int = 2
-) -> Iterator[T]:
+class prefetch(Iterator[T]):
     """function(start), function(start + 1), ... up to `stop`, computed in a thread up to `depth`
-    steps ahead of the consumer.
+    steps ahead of the consumer, from now on.
 
-    An exception is raised where its value was due. Closing the iterator, or leaving it, waits for
-    the one in work and drops the rest.
+        with prefetch(loader.batch, 0, steps) as batches:
+            for batch in batches: ...
+
+    An exception is raised where its value was due. Leaving the block waits for the step in work and
+    drops those after it.
     """
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
-    ahead = deque()
-    try:
-        for step in count(start) if stop is None else range(start, stop):
-            ahead.append(pool.submit(function, step))
-            if len(ahead) > depth:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    def __init__(
+        self, function: Callable[[int], T], start: int, stop: int | None = None, depth: int = 2
+    ):
+        self._function = function
+        self._steps = count(start) if stop is None else iter(range(start, stop))
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._ahead: deque[Future[T]] = deque()
+        for step in islice(self._steps, depth):
+            self._submit(step)
+
+    def __next__(self) -> T:
+        if not self._ahead:
+            raise StopIteration
+        due = self._ahead.popleft()
+        for step in islice(self._steps, 1):
+            self._submit(step)
+        return due.result()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._steps = iter(())
+        self._ahead.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "prefetch[T]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit(self, step: int) -> None:
+        self._ahead.append(self._pool.submit(self._function, step))

@@ -4,9 +4,11 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 
 import grain
+import numpy as np
 
 from lm.data.sources import AnySource
 from lm.errors import Refused, check_name
@@ -16,6 +18,7 @@ Weights = dict[str, float] | tuple[tuple[int, dict[str, float]], ...]
 # The same, always as phases that name each source.
 Phases = tuple[tuple[int, dict[str, float]], ...]
 
+_SMALL = 1 << 16  # elements: fewer are permuted in memory
 _UNITS = 1 << 32  # weights are rounded to this fraction of their sum
 
 
@@ -69,15 +72,42 @@ def order(
     """
     names = list(sequences)
     datasets = [
-        grain.MapDataset.range(sequences[name])
-        .shuffle(seed=_seed_of(seed, name))
-        .repeat()
-        .map(lambda number, name=name: (name, number))
+        _shuffled(sequences[name], _seed_of(seed, name)).map(
+            lambda number, name=name: (name, number)
+        )
         for name in names
     ]
     starts = [sequences_before(step) for step, _ in weights]
     turns = _Turns(starts, [[table[name] for name in names] for _, table in weights])
     return grain.MapDataset.select_from_datasets(datasets, turns)
+
+
+def _shuffled(count: int, seed: int) -> grain.MapDataset:
+    """0 .. count - 1 in another order in every epoch, without end."""
+    if count >= _SMALL:
+        return grain.MapDataset.range(count).shuffle(seed=seed).repeat()
+    return grain.MapDataset.source(_Permutations(count, seed))
+
+
+class _Permutations:
+    """What Grain's shuffle does, for few elements. That one draws from 65,536 places until it hits
+    an element, which takes 20 ms for the elements of a list of two."""
+
+    def __init__(self, count: int, seed: int):
+        self._count = count
+        self._epoch = lru_cache(2)(lambda epoch: _permutation(count, seed, epoch))
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> int:
+        epoch, place = divmod(index, self._count)
+        return int(self._epoch(epoch)[place])
+
+
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    # RandomState is frozen: later versions of NumPy give the same numbers.
+    return np.random.RandomState(_seed_of(seed, str(epoch))).permutation(count)
 
 
 class _Turns(grain.transforms.DatasetSelectionMap):

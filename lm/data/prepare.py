@@ -9,8 +9,9 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from lm import trees
 from lm.data import mixture, shards
@@ -28,7 +29,8 @@ from lm.errors import Refused, check_name
 FORMAT = 1  # of the shards: raised when older ones can no longer be read
 
 
-class Counts(NamedTuple):
+@dataclass(frozen=True)
+class Counts:
     """How much there is: `tokens` are predictions, each document's own tokens and its end; `bytes`
     are UTF-8."""
 
@@ -43,20 +45,23 @@ class Prepared:
     tokenizer    the trained or given one
     counts       {(source, "train" | "held_out"): Counts}
     names        of the sources
-    fingerprint  changes with the recipe, the tokenizer or any token
+    held_out     those of them of which something is held out
+    fingerprint  changes with the tokenizer, the division or any token
     """
 
     def __init__(self, folder: Folder, manifest: Mapping[str, Any], weights: mixture.Weights):
         self.tokenizer = _load_tokenizer(folder, manifest)
-        self.fingerprint = digest(json.dumps(manifest, sort_keys=True).encode())[:16]
+        content = [manifest["tokenizer"], manifest["shards"]]
+        self.fingerprint = digest(json.dumps(content, sort_keys=True).encode())[:16]
         self.names = tuple(manifest["shards"])
         self.counts = {
             (name, split): Counts(
-                *(sum(entry[split][what] for entry in entries) for what in Counts._fields)
+                *(sum(e[split][what] for e in entries) for what in ("documents", "tokens", "bytes"))
             )
             for name, entries in manifest["shards"].items()
             for split in shards.SPLITS
         }
+        self.held_out = tuple(n for n in self.names if self.counts[n, "held_out"].documents)
         self._folder = folder
         self._shards = manifest["shards"]
         train_tokens = {name: self.counts[name, "train"].tokens for name in self.names}
@@ -77,7 +82,7 @@ class Prepared:
             )
         return Evaluation(name, held_out, length, sequences)
 
-    def texts(self, name: str, split: str) -> Iterator[str]:
+    def texts(self, name: str, split: str = "held_out") -> Iterator[str]:
         """The documents of a source and split as text, from their tokens."""
         stream = self.stream(name, split)
         for start, stop in pairwise(stream.starts.tolist()):
@@ -108,15 +113,36 @@ def prepare(
         return _open(declared, tokenizer)
     if tokenizer is None:
         raise Refused("tokenizer=None works only with data.Shards; declare a SentencePiece.")
-    if not isinstance(declared, Mixture):
-        declared = Mixture(sources={declared.label: declared})
+    declared = _mixture(declared)
     place = Folder(folder)
-    recipe = _recipe(declared, tokenizer)
-    manifest = _manifest(place) or {"recipe": recipe}
-    _check_recipe(place, manifest["recipe"], recipe)
+    made_from = recipe(declared, tokenizer)
+    manifest = _manifest(place) or {"recipe": made_from}
+    _check_recipe(place, manifest["recipe"], made_from)
     if not _is_complete(place, manifest):
         _write(place, manifest, declared, tokenizer, progress or silent)
     return Prepared(place, manifest, declared.weights)
+
+
+def recipe(
+    declared: AnySource | Mixture | Shards, tokenizer: SentencePiece | TokenizerFile | None
+) -> dict[str, Any]:
+    """All that decides the shards, for json.dumps: declarations and fingerprints of the files.
+    Weights do not."""
+    if isinstance(declared, Shards):
+        return {"shards": declared.path}
+    return _plain(
+        {
+            "format": FORMAT,
+            "tokenizer": tokenizer.recipe() if tokenizer else None,
+            "sources": {n: source.recipe() for n, source in _mixture(declared).sources.items()},
+        }
+    )
+
+
+def _mixture(declared: AnySource | Mixture) -> Mixture:
+    if isinstance(declared, Mixture):
+        return declared
+    return Mixture(sources={declared.label: declared})
 
 
 def _write(
@@ -127,7 +153,8 @@ def _write(
     progress: Progress,
 ) -> None:
     if "sources" not in manifest or folder.size("tokenizer.model") is None:
-        _write_manifest(folder, manifest)
+        if folder.size("manifest.json") is None:
+            _write_manifest(folder, manifest)  # from here on another recipe is refused
         _survey(folder, manifest, declared.sources, tokenizer, progress)
         _write_manifest(folder, manifest)
     trained = _load_tokenizer(folder, manifest)
@@ -180,16 +207,6 @@ def _open(declared: Shards, tokenizer: SentencePiece | TokenizerFile | None) -> 
         made = manifest["recipe"]
         _check_recipe(folder, made, {**made, "tokenizer": _plain(tokenizer.recipe())})
     return Prepared(folder, manifest, declared.weights)
-
-
-def _recipe(declared: Mixture, tokenizer: SentencePiece | TokenizerFile) -> dict[str, Any]:
-    return _plain(
-        {
-            "format": FORMAT,
-            "tokenizer": tokenizer.recipe(),
-            "sources": {name: source.recipe() for name, source in declared.sources.items()},
-        }
-    )
 
 
 def _plain(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Token shards: flat files of token ids, the lengths of their documents, and a manifest.
 
-    manifest.json                   recipe, division of each source, shards with counts and checksums
+    manifest.json                     recipe, division of each source, counts, checksums
     tokenizer.model
-    SOURCE/train-00000.tokens       little-endian uint16, or uint32 above 65,536 pieces;
-                                    each document is [begin, t1 .. tn, end]
-    SOURCE/train-00000.documents.npy  uint32 [documents, 2]: tokens with begin and end, UTF-8 bytes
+    SOURCE/train-00000.tokens         little-endian uint16, or uint32 above 65,536 pieces;
+                                      each document is [begin, t1 .. tn, end]
+    SOURCE/train-00000.documents.npy  uint32 [documents, 2]: tokens in all, UTF-8 bytes
     SOURCE/held_out-00000.*
-    SOURCE/shard-00000.json         this shard is finished
+    SOURCE/shard-00000.json           this shard is finished
 
 Shards are cut by the text alone, so they are the same bytes on any number of cores and after any
 number of interruptions.

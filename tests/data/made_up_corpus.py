@@ -1,0 +1,18 @@
+"""A small made-up corpus, the same in every session."""
+
+import random
+
+WORDS = "def return self import for value the of and in light house tree number é 中 😀".split()
+
+
+def documents(count: int, seed: int = 0, longest: int = 60) -> tuple[str, ...]:
+    """Different texts of up to `longest` lines, indented here and there."""
+    draw = random.Random(seed)
+    texts = []
+    for index in range(count):
+        lines = [f"# {seed}-{index}"]
+        for _ in range(draw.randint(1, longest)):
+            words = draw.choices(WORDS, k=draw.randint(0, 9))
+            lines.append(" " * draw.choice((0, 4, 8)) + " ".join(words))
+        texts.append("\n".join(lines) + "\n")
+    return tuple(texts)

@@ -1,0 +1,59 @@
+"""Every token of every document once, with the document it belongs to."""
+
+import numpy as np
+import pytest
+from made_up_corpus import documents
+
+from lm import data
+from lm.errors import Refused
+
+
+@pytest.mark.parametrize("length, sequences", [(16, 4), (64, 3), (1024, 2)])
+def test_all_predictions_once(tokenizer, length, sequences):
+    texts = documents(12)
+    evaluation = data.evaluation(data.Documents(texts), tokenizer, length, sequences)
+    assert evaluation.bytes_d.tolist() == [len(text.encode()) for text in texts]
+    ids = [tokenizer.encode(text) for text in texts]
+    assert evaluation.tokens_d.tolist() == [len(each) + 1 for each in ids]
+    found = [[] for _ in texts]
+    for batch, documents_bt in evaluation:
+        assert batch.tokens.shape == documents_bt.shape == (sequences, length)
+        assert ((documents_bt >= 0) == (batch.weights > 0)).all()
+        for document in range(len(texts)):
+            found[document] += batch.targets[documents_bt == document].tolist()
+    for document, each in enumerate(ids):
+        assert sorted(found[document]) == sorted([*each, tokenizer.eos])
+    assert len(list(evaluation)) == len(evaluation)
+
+
+def test_rows(tokenizer):
+    evaluation = data.evaluation(data.Documents(documents(12)), tokenizer, 64, 4)
+    whole, of_whole = evaluation.batch(1)
+    part, of_part = evaluation.batch(1, slice(1, 3))
+    assert all(np.array_equal(x[1:3], y) for x, y in zip(whole, part))
+    assert np.array_equal(of_whole[1:3], of_part)
+
+
+def test_the_held_out_documents(prepared):
+    assert prepared.held_out == ("a", "b")
+    for name in prepared.held_out:
+        evaluation = prepared.evaluation(name, 64, 4)
+        counts = prepared.counts[name, "held_out"]
+        assert evaluation.name == name
+        assert len(evaluation.bytes_d) == counts.documents
+        assert evaluation.bytes_d.sum() == counts.bytes
+        assert sum(batch.weights.sum() for batch, _ in evaluation) == counts.tokens
+        assert sum(len(text.encode()) for text in prepared.texts(name)) == counts.bytes
+    with pytest.raises(Refused, match="source='c' is not known"):
+        prepared.evaluation("c", 64, 4)
+
+
+def test_nothing_to_evaluate_is_refused(tokenizer, tokenizer_config, tmp_path):
+    with pytest.raises(Refused, match="no text to evaluate"):
+        data.evaluation(data.Documents(()), tokenizer, 64, 4)
+    prepared = data.prepare(
+        data.Documents(documents(30), held_out=0.0), tokenizer_config, tmp_path
+    )
+    assert prepared.held_out == ()
+    with pytest.raises(Refused, match="nothing held out"):
+        prepared.evaluation("documents", 64, 4)

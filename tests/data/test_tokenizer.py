@@ -1,0 +1,153 @@
+"""Nothing is lost between text and ids, and the same text gives the same tokenizer."""
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from made_up_corpus import documents
+
+from lm import data
+from lm.errors import Refused
+
+# All of Unicode but surrogates, which no UTF-8 text holds; more often what tokenizers stumble over.
+TEXT = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]),
+        st.sampled_from(" \n\t\r\u2581\u2585\0\u00a0<>|s/0123aé中😀"),
+    ),
+    max_size=60,
+)
+AWKWARD = "  a\u2581 b\r\n\n\t</s><0x41><unk> \u2585\0 ﬁ e\u0301 \u2028<|user|>"
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram", "char"])
+def any_tokenizer(request):
+    config = data.SentencePiece(vocab=384, kind=request.param, symbols=data.CHAT_SYMBOLS)
+    return config.train(documents(30))
+
+
+# The tokenizer is read only, so that one serves all examples.
+@settings(max_examples=150, deadline=None, suppress_health_check=[])
+@given(text=TEXT)
+@example(text="")
+@example(text=AWKWARD)
+@example(text="\u2581")
+@example(text=" " * 20_000 + "\n" * 20_000)
+def test_round_trip(any_tokenizer, text):
+    ids = any_tokenizer.encode(text)
+    assert any_tokenizer.decode(ids) == text
+    stream = any_tokenizer.stream()
+    assert "".join([stream.push([i]) for i in ids]) + stream.finish() == text
+
+
+def test_batches_equal_single_texts(any_tokenizer):
+    texts = [*documents(4), "", "\u2581", AWKWARD]
+    assert [ids.tolist() for ids in any_tokenizer.encode_batch(texts)] == [
+        any_tokenizer.encode(text) for text in texts
+    ]
+
+
+def test_text_never_yields_controls(any_tokenizer):
+    for text in (AWKWARD, "<s>", "</s><pad>"):
+        assert not {0, 1, 2, 3} & set(any_tokenizer.encode(text))
+
+
+def test_symbols_are_single_pieces(any_tokenizer):
+    for symbol in data.CHAT_SYMBOLS:
+        (piece,) = any_tokenizer.encode(symbol)
+        assert any_tokenizer.decode([piece]) == symbol
+        assert piece in any_tokenizer.encode(f"x{symbol}y")
+
+
+def test_ids(tokenizer):
+    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.unk) == (0, 1, 2, 3)
+    assert tokenizer.decode([0, 1, *tokenizer.encode("a"), 2]) == "a"
+    # A model's vocabulary may be rounded up beyond the tokenizer's.
+    assert tokenizer.decode([tokenizer.vocab + 5]) == ""
+
+
+def test_half_a_character_is_held_back(tokenizer):
+    stream = tokenizer.stream()
+    ids = tokenizer.encode("\U0010ffff")
+    assert len(ids) == 4
+    assert [stream.push([piece]) for piece in ids] == ["", "", "", "\U0010ffff"]
+    stream.push(ids[:2])
+    assert stream.finish() == "\ufffd"
+    assert tokenizer.decode(ids[:2]) == "\ufffd"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_training_is_deterministic(kind):
+    config = data.SentencePiece(vocab=350, kind=kind)
+    assert config.train(documents(20)).model == config.train(documents(20)).model
+
+
+def test_digits_are_split():
+    tokenizer = data.SentencePiece(vocab=320).train(["2024 2024 2024 " * 50])
+    assert [tokenizer.decode([piece]) for piece in tokenizer.encode("2024")] == list("2024")
+
+
+def test_training_reads_a_bounded_sample():
+    sample = data.tokenizer.Sample(budget=20_000, seed=0)
+    texts = documents(200)
+    for owner, text in enumerate(texts):
+        sample.add(text, owner)
+    kept = list(sample.texts())
+    assert 5_000 < sum(len(part.encode()) for part in kept) <= 20_000
+    assert all(any(part in text for text in texts) for part in kept)
+    again = data.tokenizer.Sample(budget=20_000, seed=0)
+    for text in reversed(texts):
+        again.add(text)
+    assert sorted(again.texts()) == sorted(kept)  # drawn by content, so whatever the order
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    tokenizer.save(path)
+    assert data.Tokenizer.load(path).model == tokenizer.model
+    loaded = data.TokenizerFile(path=str(path)).load()
+    assert loaded.encode("def x") == tokenizer.encode("def x")
+
+
+def test_a_model_that_adds_a_space(tmp_path):
+    # Llama's does so; trained here by SentencePiece's own defaults.
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents(20)),
+        model_writer=model,
+        vocab_size=350,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=3,
+    )
+    tokenizer = data.Tokenizer(model.getvalue())
+    for text in ("self value", " self", "x" * 40_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.pad == tokenizer.eos  # it has none of its own
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(Refused, match="Did you mean 'unigram'"):
+        data.SentencePiece(vocab=500, kind="unigrm")
+    with pytest.raises(Refused, match=r"tokenizer\.vocab=200 must be above 260"):
+        data.SentencePiece(vocab=200)
+    with pytest.raises(Refused, match=r"tokenizer\.vocab=262 is too small"):
+        data.SentencePiece(vocab=262).train(documents(5))
+    with pytest.raises(Refused, match="no text to train"):
+        data.SentencePiece(vocab=300).train([])
+    with pytest.raises(Refused, match="no file"):
+        data.Tokenizer.load(tmp_path / "absent.model")
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    with pytest.raises(Refused, match=r"bad\.model is not a SentencePiece model"):
+        data.Tokenizer.load(tmp_path / "bad.model")
+
+
+def test_a_text_too_small_for_the_vocabulary_is_noted(caplog):
+    tokenizer = data.SentencePiece(vocab=5_000, kind="unigram").train(["a small text"])
+    assert tokenizer.vocab < 5_000
+    assert "yields only" in caplog.text
