@@ -1,9 +1,12 @@
-"""The door: shapes are checked here, in words."""
+"""The door: checks shapes in words and chooses the form that runs."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.grouped_matmul import reference
+from kernels_pallas.grouped_matmul import reference, tiles
+from kernels_pallas.grouped_matmul.varying import varying_alike
 
 
 def grouped_matmul(x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
@@ -41,4 +44,31 @@ def grouped_matmul(x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array) 
         raise ValueError(
             f"grouped_matmul: group_sizes must be integers, not {group_sizes_e.dtype}."
         )
-    return reference.grouped_matmul(x_md, w_edf, group_sizes_e)
+    return _grouped_matmul(*varying_alike(x_md, w_edf, group_sizes_e))
+
+
+@jax.custom_vjp
+def _grouped_matmul(x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(
+        x_md, w_edf, group_sizes_e, cpu=tiles.product, default=reference.grouped_matmul
+    )
+
+
+def _forward(x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array):
+    return _grouped_matmul(x_md, w_edf, group_sizes_e), (x_md, w_edf, group_sizes_e)
+
+
+def _backward(residuals: tuple[jax.Array, jax.Array, jax.Array], dy_mf: jax.Array):
+    def by_tiles(x_md, w_edf, group_sizes_e, dy_mf):
+        dx_md = tiles.product(dy_mf, w_edf, group_sizes_e, transposed=True)
+        return dx_md, tiles.weight_gradient(x_md, dy_mf, group_sizes_e, w_edf.dtype)
+
+    def by_reference(x_md, w_edf, group_sizes_e, dy_mf):
+        product = functools.partial(reference.grouped_matmul, group_sizes_e=group_sizes_e)
+        return jax.vjp(product, x_md, w_edf)[1](dy_mf)
+
+    gradients = jax.lax.platform_dependent(*residuals, dy_mf, cpu=by_tiles, default=by_reference)
+    return *gradients, None
+
+
+_grouped_matmul.defvjp(_forward, _backward)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import grouped_matmul
+from kernels_pallas.grouped_matmul import reference, tiles
 
 M, D, F, E = 20, 6, 5, 4
 X = jax.random.normal(jax.random.key(0), (M, D))
@@ -21,17 +22,21 @@ def one_by_one(x, w, sizes):
 @pytest.mark.parametrize(
     "sizes", [[5, 5, 5, 5], [20, 0, 0, 0], [0, 7, 0, 13], [3, 0, 9, 1], [0, 0, 0, 0]]
 )
-def test_equals_one_product_per_group(sizes):
+@pytest.mark.parametrize(
+    ("function", "rows"),
+    [(grouped_matmul, 512), (grouped_matmul, 3), (reference.grouped_matmul, 512)],
+    ids=["one_tile", "tiles", "reference"],
+)
+def test_equals_one_product_per_group(function, rows, sizes, monkeypatch):
     """Rows past the last group give zeros and no gradient, whatever lies in them."""
+    monkeypatch.setattr(tiles, "ROWS", rows)
     inside = jnp.arange(M)[:, None] < sum(sizes)
     x = jnp.where(inside, X, jnp.nan)
 
     def loss(function, x, w):
         return jnp.sin(function(x, w, jnp.array(sizes))).sum()
 
-    got, got_gradients = jax.jit(jax.value_and_grad(lambda *a: loss(grouped_matmul, *a), (0, 1)))(
-        x, W
-    )
+    got, got_gradients = jax.jit(jax.value_and_grad(lambda *a: loss(function, *a), (0, 1)))(x, W)
     want, want_gradients = jax.value_and_grad(
         lambda *a: loss(lambda x, w, _: one_by_one(x, w, sizes), *a), (0, 1)
     )(jnp.where(inside, X, 0), W)
