@@ -4,6 +4,7 @@ A run lies in WORKDIR/NAME/ (the README names its files). Prepared text lies in 
 shared by all runs that read the same text with the same tokenizer.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -100,11 +101,12 @@ def _play(
         peak_flops=hardware.machine_flops(program.mesh, experiment.precision.compute),
         bytes_per_token=loader.bytes_per_token,
     )
-    with training.Stopper() as stopper, data.prefetch(batch, start, steps) as batches:
+    batches = contextlib.closing(data.prefetch(batch, start, steps))
+    with training.Stopper() as stopper, batches as ahead:
         outcome = training.loop(
             state,
             program.step,
-            batches,
+            ahead,
             start=start,
             steps=steps,
             rates=rates,
@@ -309,7 +311,7 @@ class Run:
             stream=stream,
             mesh=self.mesh,
         )
-        return texts[0] if isinstance(prompts, str) else texts
+        return texts[0].text if isinstance(prompts, str) else [text.text for text in texts]
 
     def evaluate(self, source: Any = None) -> list[evals.Result]:
         """Loss, perplexity and bits per byte with their standard errors.
@@ -488,7 +490,7 @@ def _summary(run: Run, prepared: data.Prepared, plot: epath.Path) -> str:
 
 def _next_commands(run: Run) -> list[str]:
     prompts = run.experiment.sample
-    prompt = (prompts if isinstance(prompts, str) else prompts[0]) if prompts else "Once"
+    prompt = (prompts if isinstance(prompts, str) else prompts[0]) if prompts else "The"
     return [
         f'python -m lm generate {run.folder} --prompt "{prompt}" --temperature 0.8',
         f"python -m lm eval {run.folder} --data FILE",
