@@ -63,5 +63,4 @@ __all__ = [
     "prefetch",
     "prepare",
     "recipe",
-    "recipe",
 ]

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lm.data import files
+from lm.data import files, records
 from lm.errors import Refused, check_name, nearest
 
 log = logging.getLogger(__name__)
@@ -238,29 +238,25 @@ class Tfds(Source):
 
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         try:
-            instructions = builder.info.splits[self.split].file_instructions
+            parts = builder.info.splits[self.split].file_instructions
         except (KeyError, ValueError):
             known = ", ".join(builder.info.splits)
             raise Refused(
                 f"data.split={self.split!r} is not a split of {self.name}: {known}."
             ) from None
-        if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:
+        is_array = builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD
+        if is_array and "://" not in str(builder.data_path):
             yield from builder.as_data_source(self.split, deserialize_method=raw)
             return
-        from grain.experimental import TFRecordIterDataset
-
-        for part in instructions:  # one file each, of which a slice may want only some examples
-            records = iter(TFRecordIterDataset(str(part.filename)))
-            for index in range(part.skip + part.examples_in_shard):
-                record = next(records)
-                if index >= part.skip:
-                    yield record
+        for part in parts:  # one file each, of which a slice may want only some records
+            read = records.array_records if is_array else records.tfrecords
+            yield from read(str(part.filename), part.skip, part.skip + part.take)
 
     def _builder(self) -> Any:
         import tensorflow_datasets as tfds
 
         try:
-            if self.data_dir is None and "/" in self.name and os.path.isdir(self.name):
+            if "://" in self.name or ("/" in self.name and os.path.isdir(self.name)):
                 builder = tfds.builder_from_directory(self.name)
             else:
                 builder = tfds.builder(self.name, data_dir=self.data_dir)

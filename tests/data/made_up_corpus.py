@@ -2,7 +2,21 @@
 
 import random
 
-WORDS = "def return self import for value the of and in light house tree number é 中 😀".split()
+WORDS = (
+    "def",
+    "return",
+    "self",
+    "import",
+    "value",
+    "the",
+    "of",
+    "and",
+    "light",
+    "tree",
+    "é",
+    "中",
+    "😀",
+)
 
 
 def documents(count: int, seed: int = 0, longest: int = 60) -> tuple[str, ...]:

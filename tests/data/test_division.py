@@ -17,7 +17,9 @@ def divide(texts, held_out=0.1):
 
 
 def sides(texts, held_out=0.1):
-    return {text: ("held out" if held else "train") for text, (_, held) in zip(texts, divide(texts))}
+    return {
+        text: ("held out" if held else "train") for text, (_, held) in zip(texts, divide(texts))
+    }
 
 
 def test_about_the_share_is_held_out():

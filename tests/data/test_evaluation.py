@@ -51,9 +51,7 @@ def test_the_held_out_documents(prepared):
 def test_nothing_to_evaluate_is_refused(tokenizer, tokenizer_config, tmp_path):
     with pytest.raises(Refused, match="no text to evaluate"):
         data.evaluation(data.Documents(()), tokenizer, 64, 4)
-    prepared = data.prepare(
-        data.Documents(documents(30), held_out=0.0), tokenizer_config, tmp_path
-    )
+    prepared = data.prepare(data.Documents(documents(30), held_out=0.0), tokenizer_config, tmp_path)
     assert prepared.held_out == ()
     with pytest.raises(Refused, match="nothing held out"):
         prepared.evaluation("documents", 64, 4)

@@ -1,5 +1,7 @@
 """Each token is predicted exactly once, from its own document only."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -40,7 +42,7 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 def test_best_fit(sizes, length, shards):
     stream, documents = make_stream(sizes, shards)
     batch = all_rows(stream, BestFit().plan(stream, length), length)
-    follows = {int(a): int(b) for d in documents for a, b in zip(d[1:], d[2:])}
+    follows = {int(a): int(b) for d in documents for a, b in pairwise(d[1:])}
     predicted = []
     for tokens, targets, weights, segments, positions in zip(*batch):
         assert (np.diff(segments[segments > 0]) >= 0).all()  # 1, 1, 2, 2, 2, ... then padding

@@ -97,7 +97,9 @@ def test_interruptions_at_every_write_leave_no_trace(undisturbed, tmp_path, monk
 
     monkeypatch.setattr(folders, "_write_aside", failing)
     interruptions = 0
-    while True:  # a shard takes three to five writes: it is cut off at each, now torn, now not begun
+    while (
+        True
+    ):  # a shard takes three to five writes: it is cut off at each, now torn, now not begun
         state["left"], state["torn"] = interruptions % 7, interruptions % 2 == 0
         try:
             data.prepare(CORPUS, TOKENIZER, tmp_path)

@@ -5,10 +5,12 @@ import struct
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from made_up_corpus import documents
 
 from lm import data
+from lm.data import records
 from lm.errors import Refused
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -22,7 +24,7 @@ class MadeUpCorpus(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-        features = {"text": tfds.features.Text(), "label": tfds.features.Tensor(shape=(), dtype=int)}
+        features = {"text": tfds.features.Text(), "label": np.int64}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, _):
@@ -73,7 +75,7 @@ def as_tfrecord(folder, place):
         records = data.Tfds("made_up_corpus", data_dir=str(folder), split=split)._records(builder)
         with open(target / f"made_up_corpus-{split}.tfrecord-00000-of-00001", "wb") as file:
             for record in records:
-                # A length, its checksum, the record, its checksum; readers without TensorFlow skip both.
+                # A length and its checksum, the record and its checksum.
                 file.write(struct.pack("<QI", len(record), 0) + record + struct.pack("<I", 0))
     return place
 
@@ -84,6 +86,25 @@ def test_tfrecord(folder, tmp_path):
     there = {"name": "made_up_corpus", "data_dir": str(folder)}
     for split in ("train", "train[3:10]", "test", "train+test"):
         assert read(split=split, **here) == read(split=split, **there)
+    (file,) = place.rglob("*train.tfrecord*")
+    file.write_bytes(file.read_bytes()[:-5_000])
+    with pytest.raises(Refused, match="is damaged after|ends after"):
+        read(**here)
+
+
+def test_records_at_a_url(folder, tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for place, read in (
+        (folder, records.array_records),
+        (as_tfrecord(folder, tmp_path), records.tfrecords),
+    ):
+        (file,) = place.rglob("made_up_corpus-train*")
+        memory.pipe_file("/tfds/file", file.read_bytes())
+        found = list(read("memory://tfds/file", 3, 10))
+        source = data.Tfds("made_up_corpus", split="train[3:10]", data_dir=str(folder))
+        assert found == list(source._records(source._builder()))
 
 
 def test_tensorflow_is_not_imported(folder):

@@ -1,0 +1,39 @@
+"""The files of records that TFDS writes, read without TensorFlow from a path or an fsspec URL."""
+
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+
+import fsspec
+
+from lm.data import files
+from lm.errors import Refused
+
+
+def tfrecords(path: str, start: int, stop: int) -> Iterator[bytes]:
+    """Records start to stop of a TFRecord file: each is a length and its checksum, the bytes and
+    their checksum. Raises Refused for a file that ends before."""
+    with files.reading(path) as file:
+        for number in range(stop):
+            header = file.read(12)
+            length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else 0
+            record = file.read(length + 4)
+            if len(header) < 12 or len(record) < length + 4:
+                raise Refused(f"{path} is damaged: it ends after {number} of {stop} records.")
+            if number >= start:
+                yield record[:length]
+
+
+def array_records(path: str, start: int, stop: int) -> Iterator[bytes]:
+    """Records start to stop of an array_record file, which needs random access and is therefore
+    copied here for the while."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = os.path.join(folder, "records")
+        fs, inner = fsspec.core.url_to_fs(path)
+        fs.get_file(inner, copy)
+        source = ArrayRecordDataSource([copy])
+        for index in range(start, stop):
+            yield source[index]
