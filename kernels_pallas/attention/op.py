@@ -1,8 +1,19 @@
 """The door to attention: checks the arguments and chooses the form that runs."""
 
-import jax
+from functools import partial
 
-from kernels_pallas.attention import reference
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas.attention import blocked
+from kernels_pallas.attention.blocked import Extras, Options
+
+# The name, for policies of jax.checkpoint, of what the backward pass needs: with it saved, attention
+# is not computed twice.
+SAVED = "attention"
+
+# Queries in a block. On CPU a block's scores stay in cache; elsewhere larger blocks fill the chip.
+BLOCK = {"cpu": 64, "default": 256}
 
 
 def attention(
@@ -49,21 +60,42 @@ def attention(
         q_btnh, k_bskh, v_bskh, causal, window, sink_tokens, segments_bt, kv_segments_bs,
         positions_bt, softcap, sinks_n, alibi_n,
     )  # fmt: skip
-    return reference.attention(
-        q_btnh,
-        k_bskh,
-        v_bskh,
-        causal=causal,
-        window=window,
-        sink_tokens=sink_tokens,
-        segments_bt=segments_bt,
-        kv_segments_bs=kv_segments_bs,
-        positions_bt=positions_bt,
-        softcap=softcap,
-        sinks_n=sinks_n,
-        alibi_n=alibi_n,
-        scale=scale,
+    if kv_segments_bs is None:
+        kv_segments_bs = segments_bt
+    extras = Extras(segments_bt, kv_segments_bs, positions_bt, sinks_n, alibi_n)
+    scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(causal, window, sink_tokens, softcap, scale)
+    return _attention(options, q_btnh, k_bskh, v_bskh, extras)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(options, q_btnh, k_bskh, v_bskh, extras):
+    return _forward(options, q_btnh, k_bskh, v_bskh, extras)[0]
+
+
+def _forward(options, q_btnh, k_bskh, v_bskh, extras):
+    arrays = checkpoint_name((q_btnh, k_bskh, v_bskh), SAVED)
+    out_btnh, lse_bkgt = checkpoint_name(
+        _on_platform(blocked.forward, options, *arrays, extras), SAVED
     )
+    return out_btnh, (*arrays, extras, out_btnh, lse_bkgt)
+
+
+def _backward(options, kept, dout_btnh):
+    *gradients, dsinks_n, dalibi_n = _on_platform(blocked.backward, options, *kept, dout_btnh)
+    return *gradients, Extras(None, None, None, dsinks_n, dalibi_n)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _on_platform(function, options, *arrays):
+    """`function` with the block size of the platform that the program is lowered for."""
+    forms = {
+        platform: partial(function, options=options, block=block)
+        for platform, block in BLOCK.items()
+    }
+    return jax.lax.platform_dependent(*arrays, **forms)
 
 
 def check(

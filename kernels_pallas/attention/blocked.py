@@ -1,0 +1,314 @@
+"""Attention in blocks of queries: memory grows with the length, not with its square.
+
+A block of queries meets all the keys it may see at once, so its softmax is the plain one. Blocks
+are gathered in a few sections; keys that a whole section cannot see (later ones under a causal
+mask, those before a window) are never multiplied. The backward pass computes the scores anew from
+the log of the softmax's denominator (FlashAttention, arXiv:2205.14135), and transposed, so that
+each of its five products reads its operands as they lie: XLA on CPU would copy the large ones.
+
+Shapes inside: q_bkgth with N = K * G, k_bksh, v_bksh; a block of queries is [B, K, G * block, H].
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a row that sees nothing has differences of 0 and not of infinities.
+HIDDEN = -1e30
+# Into how many parts a causal mask is cut: 4 leave 5/8 of the square, close to the half that is
+# needed, and each adds its code to the program.
+SECTIONS = 4
+F32 = jnp.float32
+
+
+class Options(NamedTuple):
+    """What is known when tracing."""
+
+    causal: bool
+    window: int | None
+    sink_tokens: int
+    softcap: float | None
+    scale: float
+
+
+class Extras(NamedTuple):
+    """The arrays that not every call has."""
+
+    segments_bt: jax.Array | None
+    kv_segments_bs: jax.Array | None
+    positions_bt: jax.Array | None
+    sinks_n: jax.Array | None
+    alibi_n: jax.Array | None
+
+
+class Section(NamedTuple):
+    """`blocks` blocks of `size` queries from `start`, which see `span` keys: the first ones, or, if
+    `moving`, those up to the end of each block."""
+
+    start: int
+    blocks: int
+    size: int
+    span: int
+    moving: bool
+
+
+def sections(t: int, s: int, block: int, options: Options, indexed: bool) -> list[Section]:
+    """Which keys each block of queries meets; `indexed` queries may lie anywhere and meet all."""
+    blocks = -(-t // block)
+    if indexed or not options.causal:
+        return [Section(0, blocks, block, s, False)]
+    if options.window is not None and not options.sink_tokens:
+        return [Section(0, blocks, block, min(s, block + options.window - 1), True)]
+    parts = min(blocks, SECTIONS)
+    edges = [round(i * blocks / parts) for i in range(parts + 1)]
+    return [
+        Section(low * block, high - low, block, min(s, high * block), False)
+        for low, high in itertools.pairwise(edges)
+    ]
+
+
+def forward(
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    extras: Extras,
+    *,
+    options: Options,
+    block: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(out_btnh, lse_bkgt); a row that sees nothing gives 0 and an lse so large that its weights
+    are 0 in the backward pass."""
+    t, kv_heads = q_btnh.shape[1], k_bskh.shape[2]
+    block = min(block, t)
+    q = _by_group(q_btnh, kv_heads, block)
+    k, v = jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2)
+    extras = _padded(extras, block)
+    outs, lses = [], []
+    indexed = extras.positions_bt is not None
+    for section in sections(t, k.shape[2], block, options, indexed):
+
+        def body(_, i, section=section):
+            return None, _block_forward(options, section, i, q, k, v, extras)
+
+        out, lse = _loop(body, None, section.blocks)[1]
+        outs.append(_join(out))
+        lses.append(_join(lse))
+    return _ungroup(jnp.concatenate(outs, 3), t), jnp.concatenate(lses, 3)[..., :t]
+
+
+def backward(
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    extras: Extras,
+    out_btnh: jax.Array,
+    lse_bkgt: jax.Array,
+    dout_btnh: jax.Array,
+    *,
+    options: Options,
+    block: int,
+) -> tuple[Any, ...]:
+    """Gradients of q_btnh, k_bskh, v_bskh, sinks_n and alibi_n; of these two None if not given."""
+    b, t, n, _ = q_btnh.shape
+    block = min(block, t)
+    s, kv_heads = k_bskh.shape[1:3]
+    groups = n // kv_heads
+    delta_btn = jnp.sum(dout_btnh.astype(F32) * out_btnh.astype(F32), axis=-1)
+    delta = jnp.moveaxis(delta_btn.reshape(b, t, kv_heads, groups), 1, 3)
+    dsinks_n = None
+    if extras.sinks_n is not None:
+        weight = jnp.exp(extras.sinks_n.astype(F32).reshape(kv_heads, groups, 1) - lse_bkgt)
+        dsinks_n = -jnp.sum(weight * delta, axis=(0, 3)).reshape(n)
+        dsinks_n = dsinks_n.astype(extras.sinks_n.dtype)
+
+    q, dout = _by_group(q_btnh, kv_heads, block), _by_group(dout_btnh, kv_heads, block)
+    k, v = jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2)
+    rows = q, dout, _pad(delta, 3, block), _pad(lse_bkgt, 3, block)
+    padded = _padded(extras, block)
+    sums = jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32), jnp.zeros((kv_heads, groups), F32)
+    dqs = []
+    for section in sections(t, s, block, options, extras.positions_bt is not None):
+
+        def body(sums, i, section=section):
+            return _block_backward(options, section, i, sums, rows, k, v, padded)
+
+        sums, dq = _loop(body, sums, section.blocks)
+        dqs.append(_join(dq))
+    dk, dv, dalibi = sums
+    dalibi_n = None if extras.alibi_n is None else dalibi.reshape(n).astype(extras.alibi_n.dtype)
+    dk_bskh = jnp.swapaxes(dk, 1, 2).astype(k.dtype)
+    dv_bskh = jnp.swapaxes(dv, 1, 2).astype(v.dtype)
+    return _ungroup(jnp.concatenate(dqs, 3), t), dk_bskh, dv_bskh, dsinks_n, dalibi_n
+
+
+def _by_group(x_btnh, kv_heads, block):
+    """[B, T, N, H] -> [B, K, G, T up to a multiple of block, H]."""
+    b, t, n, h = x_btnh.shape
+    x = jnp.transpose(x_btnh.reshape(b, t, kv_heads, n // kv_heads, h), (0, 2, 3, 1, 4))
+    return _pad(x, 3, block)
+
+
+def _ungroup(x_bkgth, t):
+    b, k, g, _, h = x_bkgth.shape
+    return jnp.transpose(x_bkgth[:, :, :, :t], (0, 3, 1, 2, 4)).reshape(b, t, k * g, h)
+
+
+def _pad(x, axis, block):
+    """Zeros up to a multiple of block."""
+    short = -x.shape[axis] % block
+    widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths) if short else x
+
+
+def _padded(extras, block):
+    """The extras with those that queries have filled up to whole blocks."""
+    return extras._replace(
+        segments_bt=None if extras.segments_bt is None else _pad(extras.segments_bt, 1, block),
+        positions_bt=None if extras.positions_bt is None else _pad(extras.positions_bt, 1, block),
+    )
+
+
+def _loop(body, carry, blocks):
+    """lax.scan over the numbers 0..blocks-1, without a loop for one block."""
+    if blocks == 1:
+        carry, ys = body(carry, 0)
+        return carry, jax.tree.map(lambda y: y[None], ys)
+    return jax.lax.scan(body, carry, jnp.arange(blocks))
+
+
+def _join(y):
+    """[blocks, B, K, G, block, ...] -> [B, K, G, T, ...]."""
+    y = jnp.moveaxis(y, 0, 3)
+    return y.reshape(*y.shape[:3], -1, *y.shape[5:])
+
+
+def _block_forward(options, section, i, q, k, v, extras):
+    """(out, lse) of block i of a section."""
+    b, kv, g, _, h = q.shape
+    q_start = section.start + i * section.size
+    k_start = _k_start(section, q_start, options, k.shape[2])
+    q = _rows(q, q_start, section.size, 3).reshape(b, kv, -1, h)
+    k = _rows(k, k_start, section.span, 2)
+    v = _rows(v, k_start, section.span, 2)
+    s = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=F32)
+    s = _soften(options, s)
+    s = s.reshape(b, kv, g, section.size, section.span)
+    distance, visible = _mask(options, section, q_start, k_start, extras)
+    if extras.alibi_n is not None:
+        s -= extras.alibi_n.astype(F32).reshape(kv, g, 1, 1) * distance[:, None, None]
+    if visible is not None:
+        s = jnp.where(visible[:, None, None], s, HIDDEN)
+    top = jnp.max(s, axis=-1, keepdims=True)
+    if extras.sinks_n is not None:
+        sinks = extras.sinks_n.astype(F32).reshape(kv, g, 1, 1)
+        top = jnp.maximum(top, sinks)
+    p = jnp.exp(s - top)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    if extras.sinks_n is not None:
+        total += jnp.exp(sinks - top)
+    out = jnp.einsum(
+        "bkts,bksh->bkth",
+        p.reshape(b, kv, -1, section.span).astype(v.dtype),
+        v,
+        preferred_element_type=F32,
+    )
+    out = out.reshape(b, kv, g, section.size, -1) / total
+    lse = top + jnp.log(total)
+    if extras.segments_bt is not None:
+        # Only segments can hide every key of a row: then the top is HIDDEN and each weight was exp(0).
+        seen = top > HIDDEN
+        out, lse = jnp.where(seen, out, 0), jnp.where(seen, lse, -HIDDEN)
+    return out.astype(q.dtype), lse[..., 0]
+
+
+def _block_backward(options, section, i, sums, rows, k, v, extras):
+    """Adds a block's part to the gradients of k, v and alibi, and returns its own of q."""
+    q, dout, delta, lse = rows
+    dk, dv, dalibi = sums
+    b, kv, g, _, h = q.shape
+    q_start = section.start + i * section.size
+    k_start = _k_start(section, q_start, options, k.shape[2])
+    q = _rows(q, q_start, section.size, 3).reshape(b, kv, -1, h)
+    dout = _rows(dout, q_start, section.size, 3).reshape(b, kv, q.shape[2], -1)
+    delta = _rows(delta, q_start, section.size, 3).reshape(b, kv, 1, -1)
+    lse = _rows(lse, q_start, section.size, 3).reshape(b, kv, 1, g, -1)
+    k = _rows(k, k_start, section.span, 2)
+    v = _rows(v, k_start, section.span, 2)
+
+    s = jnp.einsum("bksh,bkth->bkst", k, q, preferred_element_type=F32)
+    s = _soften(options, s)
+    slope = 1 if options.softcap is None else 1 - (s / options.softcap) ** 2
+    p = s.reshape(b, kv, section.span, g, section.size)
+    distance, visible = _mask(options, section, q_start, k_start, extras)
+    if extras.alibi_n is not None:
+        distance = jnp.swapaxes(distance, 1, 2)[:, None, :, None]
+        p -= extras.alibi_n.astype(F32).reshape(kv, 1, g, 1) * distance
+    p = jnp.exp(p - lse)
+    if visible is not None:
+        p = jnp.where(jnp.swapaxes(visible, 1, 2)[:, None, :, None], p, 0)
+    p = p.reshape(s.shape)
+    dp = jnp.einsum("bksh,bkth->bkst", v, dout, preferred_element_type=F32)
+    ds = p * (dp - delta)
+    if extras.alibi_n is not None:
+        by_head = ds.reshape(b, kv, section.span, g, section.size)
+        dalibi -= jnp.sum(by_head * distance, axis=(0, 2, 4))
+    ds = (ds * (slope * options.scale)).astype(q.dtype)
+    p = p.astype(dout.dtype)
+    dk = _add_rows(dk, k_start, jnp.einsum("bkst,bkth->bksh", ds, q, preferred_element_type=F32))
+    dv = _add_rows(dv, k_start, jnp.einsum("bkst,bkth->bksh", p, dout, preferred_element_type=F32))
+    dq = jnp.einsum(
+        "bkhs,bkst->bkht", jnp.swapaxes(k, 2, 3), ds, preferred_element_type=F32
+    ).astype(q.dtype)
+    dq = jnp.swapaxes(dq, 2, 3).reshape(b, kv, g, section.size, h)
+    return (dk, dv, dalibi), dq
+
+
+def _soften(options, s):
+    s *= options.scale
+    return s if options.softcap is None else options.softcap * jnp.tanh(s / options.softcap)
+
+
+def _k_start(section, q_start, options, s):
+    """Index of the first key that a block meets."""
+    if not section.moving or section.span == s:
+        return 0
+    return jnp.clip(q_start + section.size - section.span, 0, s - section.span)
+
+
+def _mask(options, section, q_start, k_start, extras):
+    """(distance, visible), each [B or 1, block, span]; visible is None when everything is."""
+    if extras.positions_bt is None:
+        index = (q_start + jnp.arange(section.size))[None]
+    else:
+        index = _rows(extras.positions_bt, q_start, section.size, 1)
+    key = k_start + jnp.arange(section.span)
+    distance = index[:, :, None] - key
+    terms = []
+    if options.causal:
+        terms.append(distance >= 0)
+    if options.window is not None:
+        terms.append((distance < options.window) | (key < options.sink_tokens))
+    if extras.segments_bt is not None:
+        q_segments = _rows(extras.segments_bt, q_start, section.size, 1)
+        kv_segments = _rows(extras.kv_segments_bs, k_start, section.span, 1)
+        terms.append(q_segments[:, :, None] == kv_segments[:, None])
+    visible = None
+    for term in terms:
+        visible = term if visible is None else visible & term
+    return distance, visible
+
+
+def _rows(x, start, size, axis):
+    if isinstance(start, int):
+        return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _add_rows(x, start, more):
+    """x with `more` added to its rows (axis 2) from `start`."""
+    if isinstance(start, int) and more.shape == x.shape:
+        return x + more
+    size = more.shape[2]
+    return jax.lax.dynamic_update_slice_in_dim(x, _rows(x, start, size, 2) + more, start, 2)
