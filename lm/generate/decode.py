@@ -251,7 +251,7 @@ def _start(
         output = model.forward(
             config,
             params,
-            request.prompts_bp,
+            sharding.shard(request.prompts_bp, "batch", "seq"),
             positions_bt=jnp.broadcast_to(position_p, (rows, prompt_length)),
             cache=model.init_cache(config, rows, shape[1], cache_dtype),
         )
@@ -299,7 +299,13 @@ def _decode(
     def step(state: _State) -> _State:
         last_b1 = jax.lax.dynamic_slice_in_dim(state.tokens_bt, state.step - 1, 1, axis=1)
         position_b1 = (request.length_b + state.count_b - 1)[:, None]
-        output = model.forward(config, params, last_b1, positions_bt=position_b1, cache=state.cache)
+        output = model.forward(
+            config,
+            params,
+            sharding.shard(last_b1, "batch", "seq"),
+            positions_bt=position_b1,
+            cache=state.cache,
+        )
         logits_bv = model.logits(config, params, output.hidden_btd)[:, 0]
         return _emit(request, state._replace(cache=output.cache), logits_bv)
 
