@@ -265,7 +265,7 @@ def route(
     load_e = jax.nn.one_hot(chosen_btk, experts).sum((0, 1, 2)) / (tokens * config.active)
     losses = {}
     if isinstance(config.balance, LoadBalance):
-        share_bte = scores_bte / scores_bte.sum(-1, keepdims=True)
+        share_bte = _normalized(scores_bte)
         share_e = (mask_bt1 * share_bte).sum((0, 1)) / tokens
         losses["balance"] = config.balance.weight * experts * (load_e * share_e).sum()
     if config.z_loss:
