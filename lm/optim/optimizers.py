@@ -1,9 +1,11 @@
 """Optimizers as dataclasses; `build` makes the optax transformation: direction, weight decay,
 learning rate.
- What a leaf is (a matrix, a stack of them, an embedding, a vector) is read from its logical axes,
+
+What a leaf is (a matrix, a stack of them, an embedding, a vector) is read from its logical axes,
 never from its name or rank. Stacked layers and experts are separate matrices to every optimizer:
 training a stack equals training its layers one by one. A leaf whose gradient is zero and which does
-not decay (a router's balancing bias) is never moved by any of them."""
+not decay (a router's balancing bias) is never moved by any of them.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -177,8 +179,7 @@ class Adafactor(_Base):
     exponent           the second moment's decay is 1 - t**-exponent
     clip_update        bound on the root mean square of one matrix's direction
     parameter_scale    scales each direction by its parameter's root mean square, taken as at least
-                       this (1e-3 in the paper);
-                       None takes the learning rate as it is
+                       this (1e-3 in the paper); None takes the learning rate as it is
     factor_above       a matrix is factored when both its sides are at least this long
     """
 

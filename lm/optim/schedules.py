@@ -1,9 +1,11 @@
 """Learning rate as a function of the step. A schedule declares; `resolve` turns its durations into
 steps; `at(step)` is traced by jit.
- Durations are whole steps, `Tokens(1e9)`, or a share of all steps as a number below one, which
-keeps its meaning when `steps` is overridden. Step 0 is the first update: with a warm-up of W steps,
+
+Durations are whole steps, `Tokens(1e9)`, or a share of all steps as a number below one, which keeps
+its meaning when `steps` is overridden. Step 0 is the first update: with a warm-up of W steps,
 at(0) = peak / W (never zero) and at(W - 1) = peak. What falls afterwards would reach its final
-value at step `steps`, one past the last update, so no update is spent at rate zero."""
+value at step `steps`, one past the last update, so no update is spent at rate zero.
+"""
 
 import dataclasses
 import math
