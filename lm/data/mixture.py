@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -28,7 +28,7 @@ class Mixture:
     0.2}`, or from which step on which, `weights=((0, {...}), (1000, {...}))`. Without weights each
     source counts by its tokens."""
 
-    sources: dict[str, AnySource] = field(default_factory=dict)
+    sources: dict[str, AnySource]
     weights: dict[str, float] | tuple[tuple[int, dict[str, float]], ...] = ()
 
     def __post_init__(self) -> None:

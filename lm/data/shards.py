@@ -30,9 +30,8 @@ from lm.errors import Refused
 
 SPLITS = ("train", "held_out")
 SHARD = 1 << 25  # characters of text
-_HASHED = (
-    1 << 30
-)  # bytes: a larger folder is checked by sizes alone, hashing it would delay every start
+# Bytes: a larger folder is checked by sizes alone, since hashing it would delay every start.
+_HASHED = 1 << 28
 
 Entry = dict[str, Any]
 

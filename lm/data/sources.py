@@ -22,9 +22,9 @@ from lm.errors import Refused, check_name, nearest
 
 log = logging.getLogger(__name__)
 
-PART = (
-    1 << 26
-)  # characters: a text file longer than this is given in parts, so that memory stays bounded
+# Characters: a text file longer than this is given in parts, so that memory stays bounded.
+PART = 1 << 26
+_ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "ascii")  # what a typo may have meant
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -90,16 +90,22 @@ class _Files(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text(_Files):
-    """Plain text files, one document each: a path, a glob ('books/**/*.txt'), an fsspec URL, or
-    several of them; .gz .bz2 .xz .zst are decompressed. A file of more than 64 Mi characters
-    becomes several documents, cut at line ends."""
-
+class _Encoded(_Files):
     encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_encoding(self.encoding)
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            check_name("data.encoding", self.encoding, _ENCODINGS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(_Encoded):
+    """Plain text files, one document each: a path, a glob ('books/**/*.txt'), an fsspec URL, or
+    several of them; .gz .bz2 .xz .zst are decompressed. A file of more than 64 Mi characters
+    becomes several documents, cut at line ends."""
 
     def _read_file(self, path: str) -> Iterator[str]:
         with files.reading(path) as file:
@@ -116,7 +122,7 @@ class Text(_Files):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Jsonl(_Files):
+class Jsonl(_Encoded):
     """Files of one JSON object per line, whose `field` is the text. A null is no document; blank
     lines are skipped."""
 
@@ -124,7 +130,7 @@ class Jsonl(_Files):
 
     def _read_file(self, path: str) -> Iterator[str]:
         with files.reading(path) as file:
-            for number, line in enumerate(files.lines(file, path, "utf-8"), start=1):
+            for number, line in enumerate(files.lines(file, path, self.encoding), start=1):
                 if line.isspace():
                     continue
                 where = f"{path}, line {number}"
@@ -140,16 +146,14 @@ class Jsonl(_Files):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Csv(_Files):
+class Csv(_Encoded):
     """Comma-separated files with a line of names first, whose column `field` is the text."""
 
     field: str = "text"
     delimiter: str = ","
-    encoding: str = "utf-8"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_encoding(self.encoding)
         if len(self.delimiter) != 1:
             raise Refused(f"data.delimiter={self.delimiter!r} must be one character.")
 
@@ -364,13 +368,6 @@ def _text_of(record: Mapping[str, Any], field: str, where: str) -> str:
 def _check_field(field: str, known: list[str], where: str) -> None:
     if field not in known:
         raise Refused(f"{where} has no field {field!r} (data.field).{nearest(field, known)}")
-
-
-def _check_encoding(encoding: str) -> None:
-    try:
-        codecs.lookup(encoding)
-    except LookupError:
-        check_name("data.encoding", encoding, ("utf-8", "utf-16", "latin-1", "cp1252", "ascii"))
 
 
 def _without_surrogates(text: str) -> str:

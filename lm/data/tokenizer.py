@@ -20,6 +20,7 @@ import numpy as np
 import sentencepiece
 
 from lm.data import files
+from lm.data.folder import Folder, digest
 from lm.errors import Refused, check_name, check_positive
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ class SentencePiece:
 
     `coverage` is the share of characters that get a piece of their own; the rest is spelt in bytes
     (`byte_fallback`) or unknown. `symbols` are pieces that text always yields whole, as
-    CHAT_SYMBOLS. `split_scripts` keeps letters and punctuation apart, which suits prose; code is a
-    tenth shorter without. At most `sample_bytes` of text, drawn by `seed`, are trained on.
+    CHAT_SYMBOLS. `split_scripts` keeps letters and punctuation in different pieces; without it text
+    takes fewer tokens (by 8 % on Python source, 2 to 11 % on prose, at 4,096 pieces). At most
+    `sample_bytes` of text, drawn by `seed`, are trained on.
     """
 
     vocab: int
@@ -129,7 +131,7 @@ class TokenizerFile:
 
     def recipe(self) -> dict[str, Any]:
         """Which model it is: a checksum of the file."""
-        return {"tokenizer": "TokenizerFile", "checksum": f"{zlib.crc32(self.load().model):08x}"}
+        return {"tokenizer": "TokenizerFile", "checksum": digest(self.load().model)}
 
     def load(self) -> "Tokenizer":
         """The tokenizer in the file."""
@@ -175,11 +177,9 @@ class Tokenizer:
         return cls(model, str(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the model file, aside first, so that it is whole or absent."""
-        aside = f"{path}.tmp"
-        with open(aside, "wb") as file:
-            file.write(self.model)
-        os.replace(aside, path)
+        """Writes the model file, locally or to an fsspec URL; it is whole or absent."""
+        folder, name = os.path.split(str(path))
+        Folder(folder or ".").write(name, self.model)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without begin and end."""

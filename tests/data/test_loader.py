@@ -142,7 +142,7 @@ def test_bad_weights_are_refused():
         with pytest.raises(Refused, match=words.replace("(", r"\(")):
             data.Mixture(sources=a, weights=weights)
     with pytest.raises(Refused, match="is empty"):
-        data.Mixture()
+        data.Mixture(sources={})
 
 
 RAMPS = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9)), max_size=3).map(

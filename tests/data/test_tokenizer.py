@@ -104,6 +104,8 @@ def test_save_and_load(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.model"
     tokenizer.save(path)
     assert data.Tokenizer.load(path).model == tokenizer.model
+    tokenizer.save("memory://run/tokenizer.model")
+    assert data.Tokenizer.load("memory://run/tokenizer.model").model == tokenizer.model
     loaded = data.TokenizerFile(path=str(path)).load()
     assert loaded.encode("def x") == tokenizer.encode("def x")
 
