@@ -1,4 +1,4 @@
-"""What every test shares: the CPU, and one folder of compiled programs.
+"""What every test shares: the CPU, one folder of compiled programs, and which tests are asked for.
 
 The programs are found by their content, so the folder also serves the next session and the
 processes that tests start.
@@ -18,5 +18,20 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; runs with --slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # `-m slow` and `path::name` ask for a test by hand, and get it.
+    if config.getoption("--slow") or config.getoption("-m"):
+        return
+    if any("::" in argument for argument in config.args):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
