@@ -63,7 +63,8 @@ def _place(experiment: Experiment, on: str | None, mesh: Mesh | None) -> tuple[s
 
 def _partition(spec: jax.sharding.PartitionSpec) -> list[str]:
     """One entry per dimension: mesh axes joined by '+', or '' where every device has all of it."""
-    return ["" if part is None else "+".join(part) for part in spec]
+    parts = [(part,) if isinstance(part, str) else part or () for part in spec]
+    return ["+".join(part) for part in parts]
 
 
 def _memory(experiment: Experiment, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
