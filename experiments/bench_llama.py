@@ -29,7 +29,7 @@ def experiment() -> Experiment:
             ffn=model.SwiGLU(hidden=1024),
         ),
         data=data.StandardLibrary(),
-        tokenizer=data.SentencePiece(vocab=4096),
+        tokenizer=data.SentencePiece(vocab=4096, split_scripts=False),
         batch=data.BatchShape(sequences=16, length=256),
         objective=train.NextToken(),
         optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0),

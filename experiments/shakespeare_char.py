@@ -30,7 +30,7 @@ def experiment() -> Experiment:
             ffn=model.SwiGLU(hidden=336),
         ),
         data=data.Text(path="input.txt", held_out=0.1),
-        tokenizer=data.SentencePiece(vocab=72, kind="char", byte_fallback=False),
+        tokenizer=data.SentencePiece(vocab=72, kind="char", byte_fallback=False, coverage=1.0),
         batch=data.BatchShape(sequences=12, length=64, packing=data.Concatenate()),
         objective=train.NextToken(),
         optimizer=optim.Muon(weight_decay=0.1, clip_norm=1.0),

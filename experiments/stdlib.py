@@ -29,7 +29,7 @@ def experiment() -> Experiment:
             ffn=model.SwiGLU(hidden=512),
         ),
         data=data.StandardLibrary(held_out=0.05),
-        tokenizer=data.SentencePiece(vocab=VOCAB, kind="bpe"),
+        tokenizer=data.SentencePiece(vocab=VOCAB, split_scripts=False),
         batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
         objective=train.NextToken(z_loss=1e-4),
         optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0),

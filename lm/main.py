@@ -118,6 +118,7 @@ def _add_generate(parser: Parser) -> None:
     parser.add_argument("--min-p", type=float)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument("--stop", action="append", default=[], help="text to stop at; repeatable")
+    parser.add_argument("--context", type=int, help="tokens of prompt and text (default: trained)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the last)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -144,6 +145,7 @@ def _generate(options: argparse.Namespace) -> None:
     texts = loaded.generate(
         prompts,
         max_tokens=options.max_tokens,
+        context=options.context,
         sampling=sampling,
         stop=tuple(options.stop),
         seed=options.seed,
@@ -179,7 +181,10 @@ def _eval(options: argparse.Namespace) -> None:
         records = [dataclasses.asdict(result) for result in results]
         print(json.dumps({"run": str(options.run), "step": loaded.step, "results": records}))
         return
-    rows = [(r.name, f"{r.value:.4f}", f"± {r.stderr:.4f}", f"{r.count:,}") for r in results]
+    rows = [
+        (r.name, f"{r.value:.4f}", "" if r.stderr is None else f"{r.stderr:.4f}", f"{r.count:,}")
+        for r in results
+    ]
     print(terminal.table(("measure", "value", "standard error", "tokens"), rows))
 
 

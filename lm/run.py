@@ -283,6 +283,7 @@ class Run:
         prompts: str | Sequence[str],
         *,
         max_tokens: int = 64,
+        context: int | None = None,
         temperature: float = 0.8,
         sampling: generate.Sampling | None = None,
         stop: Sequence[str] = (),
@@ -292,18 +293,19 @@ class Run:
         """What follows each prompt: a string for a string, a list for a list.
 
         Args:
-            sampling: in place of `temperature`; 0 takes the likeliest token.
+            context: most tokens of prompt and continuation; default: the length trained at.
+            temperature: 0 takes the likeliest token; `sampling` in its place has all choices.
             stop: texts that end a continuation; they are left out of it.
             stream: called with (row, piece of text) as it comes.
 
-        Raises Refused for a prompt longer than the length that the model was trained at.
+        Raises Refused for a prompt longer than `context`.
         """
         texts = generate.generate_text(
             self.experiment.model,
             self._compute_params(),
             self.tokenizer,
             [prompts] if isinstance(prompts, str) else list(prompts),
-            context=self.experiment.batch.length,
+            context=context or self.experiment.batch.length,
             max_tokens=max_tokens,
             sampling=sampling or generate.Sampling(temperature=temperature),
             stop=stop,
