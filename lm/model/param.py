@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm.errors import check_positive
+from lm.sharding import active_mesh
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
@@ -17,11 +18,12 @@ Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 def param(
     rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], init: Initializer
 ) -> nnx.Param:
-    """A float32 weight of this shape, with one logical axis name per dimension (see
-    lm.sharding)."""
+    """A float32 weight of this shape, with one logical axis name per dimension (see lm.sharding);
+    its axes and its initialiser stay with it."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {tuple(shape)} and axes {tuple(axes)} differ in length")
-    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes))
+    value = init(rngs.params(), tuple(shape), jnp.float32)
+    return nnx.Param(value, axes=tuple(axes), init=init)
 
 
 def einsum(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
@@ -46,12 +48,28 @@ def constant(value: float) -> Initializer:
 
 def normal(std: float) -> Initializer:
     """Gaussian of mean 0."""
-    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+    return _drawn(lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype))
 
 
 def truncated_normal(std: float) -> Initializer:
     """Gaussian of mean 0, cut off at three `std`."""
-    return lambda key, shape, dtype: std * jax.random.truncated_normal(key, -3, 3, shape, dtype)
+    return _drawn(
+        lambda key, shape, dtype: std * jax.random.truncated_normal(key, -3, 3, shape, dtype)
+    )
+
+
+def _drawn(draw: Initializer) -> Initializer:
+    """The numbers of `draw`, which do not depend on the shape they are asked for in. On one device
+    they come in a row, which compiles several times faster; on several in their own shape, of
+    which each device draws its part."""
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+        mesh = active_mesh()
+        if mesh is None or mesh.size == 1:
+            return draw(key, (math.prod(shape),), dtype).reshape(shape)
+        return draw(key, shape, dtype)
+
+    return init
 
 
 class Init(NamedTuple):

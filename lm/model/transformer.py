@@ -103,7 +103,9 @@ class Embedding(nnx.Module):
         self.scale = config.embed_scale
 
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
-        x_btd = self.table[...][tokens_bt]
+        # Gathered over fsdp first: looking tokens up in a table split by width would move the
+        # tokens to every device and the activations back.
+        x_btd = shard(self.table[...], "vocab", "embed")[tokens_bt]
         return x_btd if self.scale is None else x_btd * jnp.asarray(self.scale, x_btd.dtype)
 
 
@@ -134,22 +136,32 @@ class Model(nnx.Module):
         self.unembed = None if config.tied else Unembedding(config, rngs)
 
 
-def _to_dict(state: Any) -> Params:
-    """Nested plain dicts, whose keys are strings."""
-    return trees.unflatten(trees.flatten(nnx.to_pure_dict(state)))
+class Declaration(NamedTuple):
+    """Of a model: the structure of its module, and a shape, logical axes and an initialiser for
+    every weight, stacks included."""
+
+    graph: Any
+    shapes: Params
+    axes: Params
+    inits: Params
 
 
 @functools.lru_cache(maxsize=64)
-def _declaration(config: Config) -> tuple[Any, Params, Params]:
-    """The structure of the module, and the shapes and logical axes of its weights; nothing is
-    allocated."""
+def _declaration(config: Config) -> Declaration:
+    """Nothing is allocated."""
     model = jax.eval_shape(lambda key: Model(config, nnx.Rngs(params=key)), jax.random.key(0))
     graph, state = nnx.split(model)
-    axes = {}
-    for path, weight in state.flat_state():
-        stacked = ("layers",) if path[0] == "blocks" else ()
-        axes["/".join(map(str, path))] = stacked + weight.get_metadata()["axes"]
-    return graph, _to_dict(state), trees.unflatten(axes)
+
+    def names(path: str, weight: nnx.Param) -> tuple[str, ...]:
+        stacked = ("layers",) if path.startswith("blocks/") else ()
+        return stacked + weight.get_metadata()["axes"]
+
+    return Declaration(
+        graph=graph,
+        shapes=trees.map_with_path(lambda path, weight: weight.get_value(), state),
+        axes=trees.map_with_path(names, state),
+        inits=trees.map_with_path(lambda path, weight: weight.get_metadata()["init"], state),
+    )
 
 
 def _module(config: Config, params: Params) -> Model:
@@ -160,25 +172,27 @@ def _module(config: Config, params: Params) -> Model:
             return tree
         return {int(k) if k.isdigit() else k: keyed(v) for k, v in tree.items()}
 
-    return nnx.merge(_declaration(config)[0], keyed(params))
+    return nnx.merge(_declaration(config).graph, keyed(params))
 
 
 def init(config: Config, key: jax.Array) -> Params:
     """Fresh float32 weights. Under `jax.jit(init, static_argnums=0, out_shardings=...)` they are
     born sharded."""
-    return _to_dict(nnx.split(Model(config, nnx.Rngs(params=key)))[1])
+    model = _declaration(config)
+    keys = iter(jax.random.split(key, len(trees.flatten(model.shapes))))
+    return trees.map_with_path(
+        lambda path, x, draw: draw(next(keys), x.shape, x.dtype), model.shapes, model.inits
+    )
 
 
 def shapes(config: Config) -> Params:
     """A jax.ShapeDtypeStruct for every weight."""
-    return jax.tree.map(lambda x: x, _declaration(config)[1])
+    return trees.map_with_path(lambda path, shape: shape, _declaration(config).shapes)
 
 
 def axes(config: Config) -> Params:
     """A tuple of logical axis names for every weight (see lm.sharding)."""
-    return jax.tree.map(
-        lambda x: x, _declaration(config)[2], is_leaf=lambda x: isinstance(x, tuple)
-    )
+    return trees.map_with_path(lambda path, names: names, _declaration(config).axes)
 
 
 def forward(
@@ -209,7 +223,7 @@ def forward(
     check_name("remat", remat, REMAT)
     if cache is not None and segments_bt is not None:
         raise ValueError("a cache holds one document per row: give either segments_bt or cache")
-    model = _module(config, params)
+    model = _module(config, jax.tree.map(jnp.asarray, params))
     if positions_bt is None:
         rows = 1 if cache is None else tokens_bt.shape[0]
         positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), (rows, tokens_bt.shape[1]))

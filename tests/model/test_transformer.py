@@ -1,0 +1,290 @@
+"""The stack: scan, rematerialisation, trees, dtypes, dropout, and what forward hands back."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import model, trees
+
+LOCAL = model.GQA(heads=4, kv_heads=2, head_dim=8, window=3)
+MOE = model.MoE(experts=4, active=2, hidden=8)
+PATTERN = (model.Block(attention=LOCAL), model.Block())
+
+
+def loss(config, params, tokens, remat="none"):
+    hidden = model.forward(config, params, tokens, remat=remat).hidden_btd
+    return jnp.square(model.logits(config, params, hidden)).mean()
+
+
+def relative(a, b):
+    """Largest difference of two trees of numbers, relative to the largest entry of its leaf."""
+    worst = jax.tree.map(lambda x, y: np.abs(x - y).max() / (np.abs(x).max() + 1e-12), a, b)
+    return max(jax.tree.leaves(worst))
+
+
+def test_scan_equals_the_layers_one_by_one(base, run, tokens):
+    """The same weights as one scan, as a pattern with a suffix, and as five single layers. Sums in
+    another order: 1e-5."""
+    scan = dataclasses.replace(base, layers=5)
+    unrolled = dataclasses.replace(scan, prefix=(model.Block(),) * 5)
+    pattern = dataclasses.replace(scan, pattern=(model.Block(),) * 2)
+    assert scan.layout.repeats == 5 and unrolled.layout.repeats == 0
+    assert pattern.layout.repeats == 2 and len(pattern.layout.suffix) == 1
+    expected = run(scan, tokens)
+    for other in (unrolled, pattern):
+        np.testing.assert_allclose(run(other, tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_take_turns(base, run, tokens):
+    """Local, global, local: as the same three layers written one by one, and not as the other way
+    round."""
+    config = dataclasses.replace(base, layers=3, pattern=PATTERN)
+    unrolled = dataclasses.replace(base, layers=3, prefix=(*PATTERN, PATTERN[0]))
+    turned = dataclasses.replace(base, layers=3, pattern=PATTERN[::-1])
+    expected = run(config, tokens)
+    np.testing.assert_allclose(run(unrolled, tokens), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(run(turned, tokens) - expected).max() > 1e-2
+
+
+def test_remat_changes_memory_and_not_gradients(base, draw, tokens):
+    """Of a scan and of a single layer before it. What is computed anew may be summed in another
+    order: 1e-5."""
+    config = dataclasses.replace(base, layers=5, prefix=(model.Block(),))
+    params, tokens = draw(config), np.tile(tokens, (4, 8))
+    gradients, sizes = {}, {}
+    for remat in ("none", "dots", "block"):
+        gradient = jax.grad(lambda p: loss(config, p, tokens, remat))  # noqa: B023
+        compiled = jax.jit(gradient).lower(params).compile()
+        gradients[remat] = compiled(params)
+        sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
+    assert relative(gradients["none"], gradients["dots"]) < 1e-5
+    assert relative(gradients["none"], gradients["block"]) < 1e-5
+    # 'dots' differs from 'none' by attention alone, too little to see at this size.
+    assert sizes["block"] < min(sizes["dots"], sizes["none"])
+
+
+def test_the_program_does_not_grow_with_the_layers(base, tokens):
+    """In characters, forward and backward, within 1 %, with remat and a pattern of two kinds of
+    layers."""
+
+    def size(layers: int) -> int:
+        config = dataclasses.replace(base, layers=layers, pattern=PATTERN)
+
+        def gradient(params):
+            return jax.grad(lambda p: loss(config, p, tokens, "dots"))(params)
+
+        return len(jax.jit(gradient).lower(model.shapes(config)).as_text())
+
+    assert abs(size(8) / size(2) - 1) < 0.01
+
+
+@pytest.mark.parametrize("parts", ["dense", "everything"])
+def test_weights_shapes_and_axes_are_one_tree(base, parts):
+    config = base
+    if parts == "everything":
+        full = dataclasses.replace(
+            base.attention,
+            bias=True,
+            out_bias=True,
+            sinks=model.LearnedSinks(),
+            qk_norm=model.QKNorm(norm=model.LayerNorm()),
+        )
+        config = dataclasses.replace(
+            base,
+            layers=6,
+            attention=full,
+            prefix=(model.Block(ffn=model.MLP(hidden=24, bias=True)),),
+            pattern=(model.Block(ffn=MOE), model.Block()),
+            placement="sandwich",
+        )
+    params = trees.flatten(model.init(config, jax.random.key(0)))
+    shapes, axes = trees.flatten(model.shapes(config)), trees.flatten(model.axes(config))
+    assert set(params) == set(shapes) == set(axes)
+    for path, weight in params.items():
+        assert type(path) is str and weight.dtype == jnp.float32
+        assert weight.shape == shapes[path].shape and weight.ndim == len(axes[path])
+        stacked = bool(re.match(r"blocks/\d+/", path))
+        assert (axes[path][0] == "layers") == stacked
+        if "norm/" not in path and "bias" not in path and not path.endswith("sinks"):
+            assert np.std(weight) > 0, f"{path} starts constant"
+            assert not stacked or np.abs(weight[0] - weight[-1]).max() > 0 or len(weight) == 1
+
+
+def test_callers_may_change_what_they_are_given(base):
+    model.axes(base)["embed"].clear()
+    model.shapes(base)["embed"].clear()
+    assert model.axes(base)["embed"] and model.shapes(base)["embed"]
+
+
+def test_tied_embeddings_serve_twice(base, draw, run, tokens):
+    tied = dataclasses.replace(base, tied=True)
+    params = draw(tied)
+    assert "unembed" not in params
+    two = params | {"unembed": {"w": params["embed"]["table"].T}}
+    np.testing.assert_allclose(
+        run(tied, tokens, params), run(base, tokens, two), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_arithmetic_follows_the_weights(base, draw, run, tokens):
+    """bf16 weights give bf16 hidden states, whose logits are float32 and near those of float32: a
+    bf16 number has 8 bits, and errors of some dozen roundings add up."""
+    params = draw(base)
+    half = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), params)
+    hidden = model.forward(base, half, tokens).hidden_btd
+    assert hidden.dtype == jnp.bfloat16
+    logits = model.logits(base, half, hidden)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, run(base, tokens, params), atol=0.15)
+
+
+def test_dropout(base, draw, tokens):
+    """Off without a key; with one it keeps the mean, and every call site has its own mask."""
+    config = dataclasses.replace(base, dropout=0.4)
+    params = draw(config)
+
+    @jax.jit
+    def hidden(key=None):
+        return model.forward(config, params, tokens, dropout_key=key).hidden_btd
+
+    plain = model.forward(base, params, tokens).hidden_btd
+    np.testing.assert_allclose(hidden(), plain, atol=1e-5)
+    first, again, other = (hidden(jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1 and np.abs(first - plain).max() > 0.1
+
+
+def test_dropout_keeps_the_mean(base, draw, tokens):
+    """With layers that add nothing, what is left is the embedding's mask: 2,000 draws of it have
+    the mean of the plain embedding within five standard errors, sqrt(0.4 / 0.6 / 2000) of each
+    entry."""
+    config = dataclasses.replace(base, dropout=0.4, placement="post")
+    params = jax.tree.map(np.zeros_like, draw(config)) | {"embed": {"table": np.ones((40, 16))}}
+    ones = {"scale": np.ones((2, 16), np.float32)}
+    for name in ("attention_out_norm", "ffn_out_norm"):
+        params["blocks"]["0"][name] = ones
+    keys = jax.random.split(jax.random.key(0), 2000)
+    forward = jax.vmap(
+        lambda key: model.forward(config, params, tokens[:1, :1], dropout_key=key).hidden_btd
+    )
+    kept = np.asarray(forward(keys)) > 0
+    assert abs(kept.mean() - 0.6) < 5 * np.sqrt(0.6 * 0.4 / kept.size)
+
+
+def test_side_losses_and_load(base, draw, tokens):
+    """One number per loss, summed over layers; the load of each MoE under the path of its
+    weights."""
+    config = dataclasses.replace(
+        base,
+        layers=6,
+        ffn=dataclasses.replace(MOE, z_loss=1e-3),
+        prefix=(model.Block(ffn=model.SwiGLU(hidden=24)),),
+        pattern=(model.Block(), model.Block(ffn=model.SwiGLU(hidden=24))),
+    )
+    out = model.forward(config, draw(config), tokens)
+    assert {path: load.shape for path, load in out.load.items()} == {
+        "blocks/0/ffn": (2, 4),
+        "suffix/0/ffn": (4,),
+    }
+    for load in out.load.values():
+        np.testing.assert_allclose(load.sum(-1), 1, rtol=1e-5)
+    assert set(out.losses) == {"balance", "router_z"}
+    assert all(value.shape == () and value > 0 for value in out.losses.values())
+    dense = model.forward(base, draw(base), tokens)
+    assert dense.losses == {} and dense.load == {} and dense.cache is None
+
+
+def test_padding_counts_in_no_load(base, draw, tokens):
+    config = dataclasses.replace(base, ffn=MOE)
+    params, segments = draw(config), np.ones_like(tokens)
+    segments[:, 8:] = 0
+    padded = model.forward(config, params, tokens, segments_bt=segments)
+    short = model.forward(config, params, tokens[:, :8])
+    np.testing.assert_allclose(padded.load["blocks/0/ffn"], short.load["blocks/0/ffn"], atol=1e-6)
+    np.testing.assert_allclose(padded.losses["balance"], short.losses["balance"], rtol=1e-5)
+
+
+def test_update_balance_moves_only_the_biases_of_routers(base, draw, tokens):
+    config = dataclasses.replace(
+        base, ffn=dataclasses.replace(MOE, balance=model.BiasBalance(rate=0.01))
+    )
+    params = jax.tree.map(jnp.asarray, draw(config))
+    load = model.forward(config, params, tokens).load
+    moved = trees.flatten(model.update_balance(config, params, load))
+    bias = "blocks/0/ffn/bias"
+    for path, weight in trees.flatten(params).items():
+        assert (path == bias) != np.array_equal(weight, moved[path])
+    step = np.asarray(moved[bias] - trees.flatten(params)[bias])
+    np.testing.assert_allclose(np.abs(step[step != 0]), 0.01, rtol=1e-4)
+    assert np.all(step[np.asarray(load["blocks/0/ffn"]) > 0.25 + 1e-6] < 0)
+
+    dense = draw(base)
+    assert relative(dense, model.update_balance(base, dense, {})) == 0
+
+
+def test_initial_weights(base):
+    """Their standard deviations are those that the config asks for, within 10 % at a few thousand
+    entries."""
+    wide = dataclasses.replace(
+        base,
+        dim=64,
+        layers=8,
+        attention=model.MHA(heads=4, head_dim=16),
+        ffn=model.ReLU2(hidden=256),
+        embed_std=0.5,
+    )
+    expected = {
+        model.Normal(std=0.1): (0.1, 0.1),
+        model.ScaledNormal(std=0.1): (0.1, 0.1 / 4),  # two sublayers in each of eight layers
+        model.Xavier(): ((2 / 320) ** 0.5, (2 / 320) ** 0.5),
+        model.He(): ((2 / 64) ** 0.5, (2 / 256) ** 0.5),
+        model.He(gain=1.0): ((1 / 64) ** 0.5, (1 / 256) ** 0.5),
+        model.TruncatedNormal(std=0.1): (0.0987, 0.0987),  # three standard deviations keep 0.987
+    }
+    for init, (up, down) in expected.items():
+        config = dataclasses.replace(wide, init=init)
+        params = trees.flatten(model.init(config, jax.random.key(0)))
+        np.testing.assert_allclose(np.std(params["blocks/0/ffn/up"]), up, rtol=0.1)
+        np.testing.assert_allclose(np.std(params["blocks/0/ffn/down"]), down, rtol=0.1)
+        np.testing.assert_allclose(np.std(params["embed/table"]), 0.5, rtol=0.1)
+        if isinstance(init, model.TruncatedNormal):
+            assert np.abs(params["blocks/0/ffn/up"]).max() <= 0.3
+
+
+def test_weights_do_not_depend_on_how_they_are_drawn():
+    """In a row, as on one device, or in their own shape, as on several: the same numbers."""
+    init, shape, key = model.Normal(std=1.0).build(1).reads(8, 24), (3, 8, 4, 6), jax.random.key(5)
+    np.testing.assert_array_equal(init(key, shape, "float32"), jax.random.normal(key, shape))
+
+
+def test_norm_scales_start_at_one(base):
+    """In the 1 + w form the weight starts at zero, and the network is the same."""
+    offset = dataclasses.replace(base, norm=model.RMSNorm(offset=1.0))
+    start = model.init(offset, jax.random.key(0))
+    assert not np.any(start["final_norm"]["scale"])
+    x = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    plain = model.init(base, jax.random.key(0))
+    np.testing.assert_allclose(
+        model.forward(offset, start, x).hidden_btd,
+        model.forward(base, plain, x).hidden_btd,
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_a_cache_holds_one_document_per_row(base, draw, tokens):
+    cache = model.init_cache(base, 2, 16)
+    with pytest.raises(ValueError, match="segments_bt or cache"):
+        model.forward(base, draw(base), tokens, segments_bt=np.ones_like(tokens), cache=cache)
+
+
+def test_cache_in_another_dtype(base, draw, tokens):
+    params = draw(base)
+    cache = model.init_cache(base, 2, 16, jnp.bfloat16)
+    out = model.forward(base, params, tokens, cache=cache)
+    assert {leaf.dtype for leaf in jax.tree.leaves(out.cache)} == {jnp.dtype(jnp.bfloat16)}
+    assert out.hidden_btd.dtype == jnp.float32

@@ -1,0 +1,147 @@
+"""What holds for every kind of layer: it looks only back, keeps packed documents apart, can be
+cached, and differs from the base, so that an option that does nothing is caught."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lm import model
+
+NORM, OFFSET = model.RMSNorm(), model.RMSNorm(offset=1.0)
+LOCAL = model.GQA(heads=4, kv_heads=2, head_dim=8, window=3)
+
+ATTENTION = {
+    "theta": {"position": model.RoPE(theta=100.0)},
+    "linear": {"position": model.RoPE(scaling=model.LinearScaling(factor=4))},
+    "ntk": {"position": model.RoPE(scaling=model.NTK(factor=4))},
+    "yarn": {"position": model.RoPE(scaling=model.YaRN(factor=4, original=16))},
+    "llama3": {"position": model.RoPE(scaling=model.Llama3Scaling(factor=4, original=32))},
+    "partial": {"position": model.RoPE(fraction=0.5)},
+    "alibi": {"position": model.ALiBi()},
+    "no_position": {"position": model.NoPosition()},
+    "qk_norm": {"qk_norm": model.QKNorm(norm=NORM)},
+    "qk_norm_whole": {"qk_norm": model.QKNorm(norm=model.LayerNorm(), over="projection")},
+    "bias": {"bias": True},
+    "out_bias": {"out_bias": True},
+    "softcap": {"softcap": 1.0},
+    "window": {"window": 3},
+    "learned_sinks": {"sinks": model.LearnedSinks()},
+    "first_tokens": {"window": 3, "sinks": model.FirstTokens(count=2)},
+    "scale": {"scale": 1.0},
+    "mha": {"kv_heads": 4},
+    "mqa": {"kv_heads": 1},
+}
+WHOLE = {
+    "layer_norm": {"norm": model.LayerNorm()},
+    "layer_norm_no_bias": {"norm": model.LayerNorm(bias=False)},
+    "one_plus_norm": {"norm": OFFSET},
+    "post": {"placement": "post"},
+    "output": {"placement": "output"},
+    "sandwich": {"placement": "sandwich"},
+    "geglu": {"ffn": model.GeGLU(hidden=24)},
+    "ffn_bias": {"ffn": model.SwiGLU(hidden=24, bias=True)},
+    "relu2": {"ffn": model.ReLU2(hidden=24)},
+    "mlp": {"ffn": model.MLP(hidden=24, bias=True)},
+    "mlp_tanh": {"ffn": model.MLP(hidden=24, activation="gelu_tanh")},
+    "mlp_relu": {"ffn": model.MLP(hidden=24, activation="relu")},
+    "mlp_silu": {"ffn": model.MLP(hidden=24, activation="silu")},
+    "moe": {"ffn": model.MoE(experts=4, active=2, hidden=8)},
+    "embed_scale": {"embed_scale": 4.0},
+    "logit_softcap": {"logit_softcap": 2.0},
+    "tied": {"tied": True},
+    "alternating": {"pattern": (model.Block(attention=LOCAL), model.Block())},
+    "prefix": {"prefix": (model.Block(ffn=model.ReLU2(hidden=24)),)},
+    # Six layers: one before, the pattern twice, and its beginning once more.
+    "all_parts": {
+        "layers": 6,
+        "prefix": (model.Block(ffn=model.ReLU2(hidden=24)),),
+        "pattern": (model.Block(attention=LOCAL), model.Block()),
+    },
+}
+VARIANTS = ["base", *ATTENTION, *WHOLE]
+
+
+@pytest.fixture(scope="session")
+def configs(base, attend):
+    """Name of a variant -> its config."""
+    return lambda name: (
+        attend(**ATTENTION[name])
+        if name in ATTENTION
+        else dataclasses.replace(base, **WHOLE.get(name, {}))
+    )
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, configs):
+    """(name, config)"""
+    return request.param, configs(request.param)
+
+
+def test_differs_from_the_base(variant, base, run, tokens):
+    name, config = variant
+    if name == "base":
+        pytest.skip("the base itself")
+    difference = np.abs(run(config, tokens) - run(base, tokens)).max()
+    assert difference > 1e-2, "the option does nothing"
+
+
+@pytest.mark.parametrize(
+    "name", ["base", "alibi", "window", "first_tokens", "learned_sinks", "post", "moe", "all_parts"]
+)
+def test_looks_only_back(name, configs, draw, tokens):
+    """The gradient of the hidden state at place 5 is zero, exactly, at later tokens, and not at any
+    before: but two windows of 3 reach only the last five."""
+    config = dataclasses.replace(configs(name), tied=False)
+
+    def hidden(table, params):
+        params = params | {"embed": {"table": table}}
+        return model.forward(config, params, tokens).hidden_btd[:, 5, 0].sum()
+
+    params = draw(config)
+    gradient = np.asarray(jax.jit(jax.grad(hidden))(params["embed"]["table"], params))
+    assert not gradient[tokens[:, 6:]].any()
+    seen = np.abs(gradient[tokens[:, :6]]).max(-1) > 0
+    assert seen[:, 1:].all() and seen[:, 0].all() == (name != "window")
+
+
+def test_packed_documents_equal_those_run_alone(variant, run, tokens):
+    """Two documents of 6 tokens: each as when it begins a row by itself. Within 1e-5: the softmax
+    sums the same terms among zeros, in another order."""
+    name, config = variant
+    if name == "first_tokens":
+        pytest.skip("the first tokens are those of the row, not of the document")
+    ones, places = np.ones((2, 1), np.int32), np.arange(12, dtype=np.int32)
+    packed = run(
+        config, tokens, segments_bt=ones * (1 + places // 6), positions_bt=ones * (places % 6)
+    )
+    alone = [run(config, np.roll(tokens, -start, axis=1))[:, :6] for start in (0, 6)]
+    np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=1e-5, rtol=1e-5)
+
+
+def test_cached_equals_uncached(variant, run, draw, tokens):
+    """A prompt of 5 tokens in the first row and of 3 in the second, then one token at a time, in a
+    cache longer than the text: at every place the logits of the whole text, within 1e-4."""
+    _, config = variant
+    params, length = draw(config), tokens.shape[1]
+
+    @jax.jit
+    def step(params, tokens, positions, cache):
+        out = model.forward(config, params, tokens, positions_bt=positions, cache=cache)
+        return model.logits(config, params, out.hidden_btd), out.cache
+
+    lengths, slots = np.array([5, 3]), 16
+    positions = np.arange(5) * np.ones((2, 1), np.int32)
+    positions = np.where(positions < lengths[:, None], positions, slots)  # padding writes nothing
+    cache = model.init_cache(config, 2, slots)
+    expected = run(config, tokens)
+    logits, cache = step(params, tokens[:, :5], positions, cache)
+    for row in range(2):
+        np.testing.assert_allclose(
+            logits[row, : lengths[row]], expected[row, : lengths[row]], atol=1e-4
+        )
+    for i in range(length - 5):
+        place = lengths + i
+        logits, cache = step(params, tokens[np.arange(2), place][:, None], place[:, None], cache)
+        np.testing.assert_allclose(logits[:, 0], expected[np.arange(2), place], atol=1e-4)
