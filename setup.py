@@ -6,7 +6,9 @@ setup(
     description="From raw text to a served language model: one experiment file, JAX, TPU first",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["lm", "lm.*", "experiments", "kernels_pallas", "kernels_pallas.*"]),
+    packages=find_packages(
+        include=["lm", "lm.*", "experiments", "kernels_pallas", "kernels_pallas.*"]
+    ),
     install_requires=[
         "jax>=0.10",
         "flax>=0.12.8",

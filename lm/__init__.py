@@ -3,6 +3,7 @@
 The rooms, in the order in which data passes through them (imports run left to right only):
 
     errors, terminal    refusals in one sentence; progress bars and tables
+    declaration         plain dataclasses changed by path, to JSON and back, as text
     trees, precision, mesh, sharding, distributed, hardware
     data                documents in, Batch out
     model               Batch in, logits out
@@ -10,7 +11,7 @@ The rooms, in the order in which data passes through them (imports run left to r
     train               objective, step, loop, metrics
     checkpoint          orbax: saves and restores on any mesh
     generate, evals     a trained model speaks and is measured
-    experiment          the declaration, overrides, JSON
+    experiment          what is declared, as one object; its name follows its changes
     run, show, bench    the conductor (read lm/run.py first)
     main                the two doors
 """

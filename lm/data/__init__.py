@@ -2,7 +2,7 @@
 
 batch        the contract with the model
 files        finding, opening and decoding files, local or at a URL
-sources      declarations that yield documents
+sources      declarations that yield documents; records: TFDS files at a URL
 tokenizer    SentencePiece: train, load, encode, decode
 division     which text is held out
 shards       tokens on disk; folder, stream: writing and reading them
