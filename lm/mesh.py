@@ -118,7 +118,8 @@ class Place:
     """A mesh and how to spend its memory.
 
     `microbatches` per step; `remat` says which activations the backward pass computes anew:
-    'none' keeps all, 'dots' keeps matrix products, 'block' keeps only each layer's input.
+    'none' only element-wise work, 'dots' all but the products with weights, 'block' all but each
+    layer's input.
     """
 
     mesh: Mesh = Mesh()

@@ -1,5 +1,6 @@
 """Weights: the one way to declare one, the one way to multiply by one, and how they are drawn."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,36 @@ def param(
 
 def einsum(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
     """Activations times a weight. Every matrix product of the dense model goes through here."""
-    return jnp.einsum(equation, x, w[...])
+    return _product(equation, x, w[...])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x, w)
+
+
+def _product_forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
+    return jnp.einsum(equation, x, w), (x, w)
+
+
+def _product_backward(equation: str, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = kept
+    inputs, output = equation.split("->")
+    x_axes, w_axes = inputs.split(",")
+
+    def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jnp.einsum(f"{x_axes},{output}->{w_axes}", x, dy)
+
+    def flat_weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
+        # XLA on CPU transposes, inside slow loops, what it contracts over two axes (batch, length).
+        rows = math.prod(x.shape[:2])
+        return (x.reshape(rows, -1).T @ dy.reshape(rows, -1)).reshape(w.shape)
+
+    dw = jax.lax.platform_dependent(x, dy, cpu=flat_weight_gradient, default=weight_gradient)
+    return jnp.einsum(f"{output},{w_axes}->{x_axes}", dy, w), dw
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

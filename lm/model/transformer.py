@@ -217,8 +217,8 @@ def forward(
       cache: of `init_cache`, or of an earlier call's Output; queries see its slots up to their own
         position.
       dropout_key: a jax.random.key; None turns dropout off.
-      remat: what the backward pass computes anew: 'none'; 'dots' all but matrix products with
-        weights; 'block' all but each layer's input.
+      remat: what the backward pass computes anew: 'none' only what is element-wise; 'dots' all but
+        matrix products with weights; 'block' all but each layer's input.
     """
     check_name("remat", remat, REMAT)
     if cache is not None and segments_bt is not None:
@@ -294,11 +294,21 @@ def _scan(
     return *carry, sides
 
 
+# What costs less to compute anew than to write and read back.
+_ELEMENTWISE = {
+    "add", "sub", "mul", "div", "neg", "max", "min", "square", "integer_pow", "sqrt", "rsqrt",
+    "exp", "log", "tanh", "erf", "logistic", "cos", "sin", "select_n", "convert_element_type",
+    "broadcast_in_dim", "reshape", "transpose", "squeeze", "concatenate", "slice", "split",
+    "reduce_sum", "sharding_constraint",
+}  # fmt: skip
+
+
 def _remat(function: Callable, name: str, in_scan: bool) -> Callable:
-    if name == "none":
-        return function
-    policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if name == "dots" else None
+    policy = {
+        "none": lambda primitive, *_, **__: primitive.name not in _ELEMENTWISE,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "block": None,
+    }[name]
     # A scan already keeps the two passes apart; elsewhere XLA would merge them and undo the saving.
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
 
