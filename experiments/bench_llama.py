@@ -1,9 +1,9 @@
-"""The model on which a training step is measured side by side with other codebases; it is not meant to be trained to an end.
+"""A training step to measure side by side with other codebases, not to train to an end.
 
     python -m lm bench step experiments.bench_llama
 
-Llama-style: width 384, 6 layers, 6 query and 2 key/value heads of width 64, SwiGLU 1024, an untied vocabulary of 4096; 16 sequences of
-256 tokens in float32 with AdamW and clipping at 1.0.
+Llama-style: width 384, 6 layers, 6 query and 2 key/value heads of width 64, SwiGLU 1024, an untied
+vocabulary of 4096; 16 sequences of 256 tokens in float32 with AdamW and clipping at 1.0.
 
 Asks: which share of the machine's own matmul rate does a whole step reach?
 
@@ -25,7 +25,9 @@ def experiment() -> Experiment:
             vocab=4096,
             dim=384,
             layers=6,
-            attention=model.GQA(heads=6, kv_heads=2, head_dim=64, position=model.RoPE(theta=10_000)),
+            attention=model.GQA(
+                heads=6, kv_heads=2, head_dim=64, position=model.RoPE(theta=10_000)
+            ),
             ffn=model.SwiGLU(hidden=1024),
         ),
         data=data.StandardLibrary(),

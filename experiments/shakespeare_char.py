@@ -3,8 +3,9 @@
     python -m experiments.shakespeare_char --set data.path=input.txt
     python -m experiments.shakespeare_char --set 'data=Tfds(name="tiny_shakespeare")'
 
-4 layers, 4 heads, width 128, 64 characters of context, 12 sequences a step, 2,000 steps: 1.5 million characters. nanoGPT's
-readme gives a validation loss of 1.88 nats for it (github.com/karpathy/nanoGPT, "I only have a macbook").
+4 layers, 4 heads, width 128, 64 characters of context, 12 sequences a step, 2,000 steps: 1.5
+million characters. nanoGPT's readme gives a validation loss of 1.88 nats for it
+(github.com/karpathy/nanoGPT, "I only have a macbook").
 
 Asks: how far below 1.88 does a better recipe get with the same parameters and tokens?
 
@@ -26,7 +27,9 @@ def experiment() -> Experiment:
             vocab=72,
             dim=128,
             layers=4,
-            attention=model.GQA(heads=4, kv_heads=4, head_dim=32, position=model.RoPE(theta=10_000)),
+            attention=model.GQA(
+                heads=4, kv_heads=4, head_dim=32, position=model.RoPE(theta=10_000)
+            ),
             ffn=model.SwiGLU(hidden=336),
         ),
         data=data.Text(path="input.txt", held_out=0.1),

@@ -25,7 +25,9 @@ def experiment() -> Experiment:
             vocab=VOCAB,
             dim=DIM,
             layers=LAYERS,
-            attention=model.GQA(heads=6, kv_heads=2, head_dim=32, position=model.RoPE(theta=10_000)),
+            attention=model.GQA(
+                heads=6, kv_heads=2, head_dim=32, position=model.RoPE(theta=10_000)
+            ),
             ffn=model.SwiGLU(hidden=512),
         ),
         data=data.StandardLibrary(held_out=0.05),

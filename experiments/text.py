@@ -2,8 +2,8 @@
 
     python -m experiments.text --set data.path='books/*.txt'
 
-`data.path` takes a file, a glob, a URL or several of them as ('a.txt','b.txt'). A share of the documents is held out for
-evaluation (of a single file, its end), and a tokenizer is trained on the rest.
+`data.path` takes a file, a glob, a URL or several of them as ('a.txt','b.txt'). A share of the
+documents (of a single file, its end) is held out, and a tokenizer is trained on the rest.
 """
 
 from lm import checkpoint, data, evals, model, optim, train
@@ -24,7 +24,9 @@ def experiment() -> Experiment:
             vocab=VOCAB,
             dim=256,
             layers=4,
-            attention=model.GQA(heads=8, kv_heads=4, head_dim=32, position=model.RoPE(theta=10_000)),
+            attention=model.GQA(
+                heads=8, kv_heads=4, head_dim=32, position=model.RoPE(theta=10_000)
+            ),
             ffn=model.SwiGLU(hidden=704),
         ),
         data=data.Text(path="*.txt", held_out=0.05),

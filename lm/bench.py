@@ -1,11 +1,10 @@
-"""Seconds of a training step, measured in this process beside the matmul rate of the same machine."""
+"""Seconds of a training step, measured in one process with the machine's matmul rate."""
 
 import importlib
 import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from etils import epath
 from lm import hardware, model, run, terminal
 from lm.data.batch import Batch
 from lm.errors import Refused
-from lm.experiment import Experiment, from_json
+from lm.experiment import Experiment
 from lm.mesh import Mesh
 
 WARM_UP = 2
@@ -114,7 +113,7 @@ def _random_batch(program: run.Program) -> Batch:
 
 
 def _peak_memory() -> int:
-    """Bytes: of the fullest device where it can tell, else the peak resident size of the process."""
+    """Bytes: of the fullest device where it can tell, else of the process (resident)."""
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
     known = [peak for peak in peaks if peak]
     if known:

@@ -1,4 +1,4 @@
-"""How fast this machine can multiply: published peaks of accelerators, a measurement for the rest."""
+"""How fast this machine multiplies: published peaks of accelerators, else a measurement."""
 
 import statistics
 import time
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 FLOP/s per jax device, from the vendors' pages (cloud.google.com/tpu/docs, nvidia.com), November 2026.
-# Keys are beginnings of jax.Device.device_kind; on v4 and v5p a device is a whole chip, on TPU7x half of one.
+# Dense bf16 FLOP/s per jax device, from the vendors' pages (cloud.google.com/tpu/docs, nvidia.com),
+# November 2026. Keys are beginnings of jax.Device.device_kind; on v4 and v5p a device is a whole
+# chip, on TPU7x half of one.
 PEAK_BF16: Mapping[str, float] = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -25,7 +26,8 @@ PEAK_BF16: Mapping[str, float] = {
 
 
 def peak_flops(device: jax.Device, dtype: str = "float32") -> float:
-    """FLOP/s of one device: the published bf16 peak where it is known, else the measured matmul rate in `dtype`."""
+    """FLOP/s of one device: the published bf16 peak where it is known, else the matmul rate
+    measured in `dtype`."""
     for kind, flops in PEAK_BF16.items():
         if device.device_kind.startswith(kind):
             return flops

@@ -1,6 +1,8 @@
-"""The two doors. `main(experiment)` serves `python -m experiments.NAME [train|show]`; `lm_main` serves `python -m lm VERB`.
+"""The two doors. `main(experiment)` serves `python -m experiments.NAME [train|show]`; `lm_main`
+serves `python -m lm VERB`.
 
-A user's mistake ends in one sentence on stderr and exit code 2, an interruption in 130 (Ctrl-C) or 143 (SIGTERM).
+A user's mistake ends in one sentence on stderr and exit code 2, an interruption in 130 (Ctrl-C) or
+143 (SIGTERM).
 """
 
 import argparse
@@ -126,8 +128,7 @@ def _add_generate(parser: Parser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from lm import run
-    from lm import generate
+    from lm import generate, run
 
     sampling = generate.Sampling(
         temperature=options.temperature,

@@ -1,4 +1,4 @@
-"""The conductor. `train` plays an Experiment from raw text to a finished run; `load` opens what it left.
+"""The conductor. `train` plays an Experiment from raw text to a finished run, `load` opens a run.
 
 A run lies in WORKDIR/NAME/ (the README names its files). Prepared text lies in WORKDIR/data/ and is
 shared by all runs that read the same text with the same tokenizer.
@@ -190,7 +190,7 @@ def _span(index: tuple[slice, ...], rows: int) -> tuple[int, int]:
 
 
 def assemble(experiment: Experiment, on: str | None = None, mesh: Mesh | None = None) -> Program:
-    """The program of an experiment at a place of this machine. Raises Refused where it cannot be."""
+    """The program of an experiment at a place. Raises Refused where this machine cannot be it."""
     name, place = choose(experiment.places, on, mesh)
     experiment.check_place(place)
     built = place.mesh.build()
@@ -222,7 +222,7 @@ def assemble(experiment: Experiment, on: str | None = None, mesh: Mesh | None = 
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between processes, in JAX_COMPILATION_CACHE_DIR or ~/.cache/lm/jax."""
+    """Keeps compiled programs for later: in JAX_COMPILATION_CACHE_DIR, or ~/.cache/lm/jax."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(_cache() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -235,8 +235,8 @@ def _cache() -> Path:
 def prepare(experiment: Experiment, workdir: str | os.PathLike = "runs") -> data.Prepared:
     """The experiment's text as token shards, made now or found in WORKDIR/data/.
 
-    Where WORKDIR is a bucket, each host keeps its own copy under ~/.cache/lm/data: what is made from
-    the same text is the same, byte for byte.
+    Where WORKDIR is a bucket, each host keeps its own copy under ~/.cache/lm/data: what is made
+    from the same text is the same, byte for byte.
     """
     parent = _cache() / "data" if "://" in str(workdir) else Path(workdir) / "data"
     recipe = json.dumps(data.recipe(experiment.data, experiment.tokenizer), sort_keys=True)
@@ -356,7 +356,7 @@ _logits = jax.jit(_forward_logits, static_argnums=0)
 
 
 def load(folder: str | os.PathLike, *, step: int | None = None, mesh: Mesh | None = None) -> Run:
-    """Opens a run folder: the parameters of `step` (default: the newest), on one device or on a mesh.
+    """Opens a run folder: the parameters of `step` (default: the newest), on one device or a mesh.
 
     Raises Refused where there is no run, no such checkpoint, or a damaged one.
     """
@@ -395,7 +395,9 @@ def _read_declaration(folder: epath.Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except ValueError:
-        raise Refused(f"{path} is damaged: it is not JSON. Restore it, or delete {folder}.") from None
+        raise Refused(
+            f"{path} is damaged: it is not JSON. Restore it, or delete {folder}."
+        ) from None
 
 
 def _check_same(folder: epath.Path, written: dict[str, Any] | None, now: Experiment) -> None:
@@ -469,7 +471,8 @@ def _finish(run: Run, prepared: data.Prepared) -> None:
     )
     if run.stopped:
         terminal.note(
-            f"Stopped and saved at step {run.step}: {run.folder}. The same command goes on from there."
+            f"Stopped and saved at step {run.step}: {run.folder}. "
+            "The same command goes on from there."
         )
         return
     print(_summary(run, prepared, plot))
@@ -482,7 +485,8 @@ def _summary(run: Run, prepared: data.Prepared, plot: epath.Path) -> str:
             spread = f" ± {result['stderr']:.4f}" if result["stderr"] is not None else ""
             source = result["name"].removesuffix("/bits_per_byte")
             lines.append(f"Held out    {result['value']:.4f}{spread} bits per byte ({source})")
-            lines.append(f"            {evals.xz_bits_per_byte(prepared.texts(source)):.4f} by xz -9")
+            by_xz = evals.xz_bits_per_byte(prepared.texts(source))
+            lines.append(f"            {by_xz:.4f} by xz -9")
     lines += [f"Loss curve  {plot}", f"Checkpoint  {run.folder / 'checkpoints' / str(run.step)}"]
     prompts = run.experiment.sample
     for prompt in (prompts,) if isinstance(prompts, str) else prompts or ():

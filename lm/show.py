@@ -1,4 +1,4 @@
-"""What an experiment comes to before it runs: declaration, parameters with their shardings, FLOPs, tokens, memory."""
+"""What an experiment comes to before it runs: declaration, parameters, FLOPs, tokens, memory."""
 
 import math
 from typing import Any

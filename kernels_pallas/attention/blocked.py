@@ -217,7 +217,7 @@ def _block_forward(options, section, i, q, k, v, extras):
     out = out.reshape(b, kv, g, section.size, -1) / total
     lse = top + jnp.log(total)
     if extras.segments_bt is not None:
-        # Only segments can hide every key of a row: then the top is HIDDEN and each weight was exp(0).
+        # Only segments can hide all keys of a row: then the top is HIDDEN, each weight exp(0).
         seen = top > HIDDEN
         out, lse = jnp.where(seen, out, 0), jnp.where(seen, lse, -HIDDEN)
     return out.astype(q.dtype), lse[..., 0]

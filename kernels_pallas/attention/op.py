@@ -8,8 +8,8 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas.attention import blocked
 from kernels_pallas.attention.blocked import Extras, Options
 
-# The name, for policies of jax.checkpoint, of what the backward pass needs: with it saved, attention
-# is not computed twice.
+# The name, for policies of jax.checkpoint, of what the backward pass needs: with it saved,
+# attention is not computed twice.
 SAVED = "attention"
 
 # Queries in a block. On CPU a block's scores stay in cache; elsewhere larger blocks fill the chip.
@@ -32,20 +32,23 @@ def attention(
     alibi_n: jax.Array | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """Softmax attention with grouped key/value heads: query head n reads key/value head n // (N // K).
+    """Softmax attention with grouped heads: query head n reads key/value head n // (N // K).
 
-    Keys lie at indices 0..S-1. The query's index is `positions_bt`, or its place 0..T-1 when that is None (queries and keys are
-    then the same sequence). A key at index s is visible to a query at index t when all of these hold: `causal`: s <= t;
-    `window`: t - s < window, or s < `sink_tokens` (arXiv:2309.17453); segments: equal. A row that sees no key gives zeros.
+    Keys lie at indices 0..S-1. The query's index is `positions_bt`, or its place 0..T-1 when that
+    is None (queries and keys are then the same sequence). A key at index s is visible to a query at
+    index t when all of these hold: `causal`: s <= t; `window`: t - s < window, or s < `sink_tokens`
+    (arXiv:2309.17453); segments: equal. A row that sees no key gives zeros.
 
     Args:
       q_btnh, k_bskh, v_bskh: queries, keys, values.
       causal: hides later keys.
       window: how many keys up to and including its own a query sees; needs `causal`.
       sink_tokens: the first keys, visible whatever the window.
-      segments_bt, kv_segments_bs: document of each query and key; the second defaults to the first when T == S.
+      segments_bt, kv_segments_bs: document of each query and key; the second defaults to the first
+        when T == S.
       positions_bt: index of each query among the keys, for cached decoding.
-      softcap: scores become softcap * tanh(scores / softcap), before the mask (Gemma 2, arXiv:2408.00118).
+      softcap: scores become softcap * tanh(scores / softcap), before the mask (Gemma 2,
+        arXiv:2408.00118).
       sinks_n: a learned logit per query head that takes part in the softmax and carries no value.
       alibi_n: slope per query head; adds -slope * (t - s) to the scores (arXiv:2108.12409).
       scale: factor on the scores; H ** -0.5 when None.

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as einsums: the specification of every other form, and slow in memory (O(T*S))."""
+"""Attention as einsums: the specification of every other form, with O(T*S) memory."""
 
 import jax
 import jax.numpy as jnp

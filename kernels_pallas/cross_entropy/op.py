@@ -1,7 +1,8 @@
 """Cross-entropy in chunks of positions: the logits of one chunk live at a time, and only once.
 
-The loss is the end of the forward pass, so its gradients are computed in the same loop from the same logits and wait, as small as
-the hidden states and the unembedding, for the backward pass to scale them (Liger, arXiv:2410.10989).
+The loss is the end of the forward pass, so its gradients are computed in the same loop from the
+same logits and wait, as small as the hidden states and the unembedding, for the backward pass to
+scale them (Liger, arXiv:2410.10989).
 """
 
 from functools import partial
@@ -26,7 +27,8 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sums over all tokens of the loss and of its first part.
 
-    loss = nll + z_loss * lse ** 2, where lse is the log of the softmax's denominator (PaLM, arXiv:2204.02311).
+    loss = nll + z_loss * lse ** 2, where lse is the log of the softmax's denominator (PaLM,
+    arXiv:2204.02311).
 
     Args:
       x_btd: hidden states, any float dtype.
@@ -38,7 +40,8 @@ def cross_entropy(
       chunk: positions handled at a time; None chooses.
 
     Returns:
-      (loss_sum, nll_sum) in float32. Gradients flow through loss_sum, to x, w and the weights; nll_sum is for reporting.
+      (loss_sum, nll_sum) in float32. Gradients flow through loss_sum, to x, w and the weights;
+      nll_sum is for reporting.
 
     Raises:
       ValueError: naming the argument that does not fit.

@@ -1,4 +1,4 @@
-"""Cross-entropy over whole logits [B, T, V]: the specification, and the largest array of a training step."""
+"""Cross-entropy over whole logits [B, T, V]: the specification of the chunked form."""
 
 import jax
 import jax.numpy as jnp
