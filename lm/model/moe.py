@@ -293,7 +293,10 @@ def update_bias(bias_e: jax.Array, load_e: jax.Array, rate: float) -> jax.Array:
     Both arrays are [..., E]; called once a step with the load of its whole batch, outside the
     gradient.
     """
-    return bias_e + rate * jnp.sign(load_e.mean(-1, keepdims=True) - load_e)
+    mean_e1 = load_e.mean(-1, keepdims=True)
+    missing_e = mean_e1 - load_e
+    # A load that is the mean up to rounding is the mean, or the sign would be that of the rounding.
+    return bias_e + rate * jnp.where(abs(missing_e) > 1e-5 * mean_e1, jnp.sign(missing_e), 0)
 
 
 # Experts
