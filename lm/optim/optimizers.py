@@ -78,7 +78,8 @@ class _Base:
 
     `clip_norm` bounds the global norm of the gradient (None: no bound). The training step does it,
     on the gradient averaged over all micro-batches, where it computes that norm for the metrics;
-    the transformation itself does not clip."""
+    the transformation itself does not clip.
+    """
 
     weight_decay: float = 0.0
     decay_embedding: bool = True
@@ -109,7 +110,8 @@ class _Base:
 
         `update(gradients, state, params, step=step)` returns what to add to the parameters. The
         learning rate is schedule(step) of the given step, so a skipped update does not delay the
-        schedule."""
+        schedule.
+        """
         mask = trees.map_with_path(lambda _, a: decays(a, self.decay_embedding), axes)
         links = [self._direction(axes), _decay(self.weight_decay, mask), *self._rescale(axes)]
         return optax.with_extra_args_support(optax.chain(*links, _descend(schedule)))
@@ -126,7 +128,8 @@ class AdamW(_Base):
     """Adam with decoupled decay (Loshchilov & Hutter, arXiv:1711.05101).
 
     `moments` is the format of the first moment; the second stays float32, where a change by 1 - b2
-    does not round away."""
+    does not round away.
+    """
 
     b1: float = 0.9
     b2: float = 0.999
@@ -227,7 +230,8 @@ class Muon(_Base):
 
     An orthogonal m x n matrix has root mean square 1/sqrt(max(m, n)); it is multiplied by rms *
     sqrt(max(m, n)), and 0.2 is what AdamW's steps measure, so one learning rate and one decay serve
-    both halves (Moonlight, arXiv:2502.16982)."""
+    both halves (Moonlight, arXiv:2502.16982).
+    """
 
     momentum: float = 0.95
     rms: float = 0.2

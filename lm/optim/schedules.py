@@ -97,7 +97,8 @@ class _Base:
 
         `batch` turns tokens into steps: `batch.steps_for(tokens)` and `batch.tokens_before(step)`,
         as data.BatchShape has them; it may be None where no duration is in Tokens. Raises Refused
-        when the parts are longer than the run."""
+        when the parts are longer than the run.
+        """
         lengths = self._in_steps(batch)
         self._check_fit(lengths)
         return dataclasses.replace(self, **lengths)

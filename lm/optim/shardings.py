@@ -20,7 +20,8 @@ def state_shardings(
 
     A state leaf that stands at a parameter's path is split as the parameter is; a dimension reduced
     to size 1, as in factored second moments, is not split. Counts and other leaves are copied to
-    every device."""
+    every device.
+    """
     by_path = {
         tuple(path.split("/")): (leaf, split)
         for (path, leaf), split in zip(

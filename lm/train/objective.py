@@ -20,7 +20,8 @@ class Loss(NamedTuple):
     weight    scalar, sum of the label weights
     metrics   name -> scalar, each times the weight
     load      path -> [L?, E], the share of tokens that each expert of an MoE block received, times
-              the weight"""
+              the weight
+    """
 
     total: jax.Array
     weight: jax.Array

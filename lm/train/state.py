@@ -25,7 +25,8 @@ class State(NamedTuple):
     skipped      int32, updates left out because a gradient or the loss was not finite
 
     Tokens seen are not kept here: they are a function of the step
-    (`data.BatchShape.tokens_before`), exact at any size."""
+    (`data.BatchShape.tokens_before`), exact at any size.
+    """
 
     step: jax.Array
     params: Any

@@ -48,16 +48,17 @@ def make_step(
     step of the schedule.
 
     Metrics, float32 scalars: loss (what is minimised, per unit of label weight), nll and the
-    model's side losses (per unit of label weight), grad_norm (before clipping), param_norm (before
+    model's side losses (per unit of label weight), grad_norm (before clipping), param_norm (after
     the update), learning_rate, weight (sum of label weights), tokens (not padding), skipped (0 or
-    1), and loss_scale where there is one."""
+    1), and loss_scale where there is one.
+    """
     transformation = optimizer.build(schedule, model.axes(config))
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        params = precision.to_compute(state.params)
+        compute = precision.to_compute(state.params)
         gradient = _gradient(
-            config, objective, params, batch, state.loss_scale, key, microbatches, remat
+            config, objective, compute, batch, state.loss_scale, key, microbatches, remat
         )
         loss = gradient.loss
         share = 1 / jnp.where(loss.weight > 0, loss.weight, 1)  # an empty batch has no gradient
@@ -66,20 +67,26 @@ def make_step(
         to_mean = share / gradient.times
         norm = trees.global_norm(gradient.grads) * to_mean
         clip = 1.0 if optimizer.clip_norm is None else jnp.minimum(1, optimizer.clip_norm / norm)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32) * (to_mean * clip), gradient.grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
 
-        full = cast(state.params, "float32")
-        updates, opt_state = transformation.update(grads, state.opt_state, full, step=state.step)
-        updated = jax.tree.map(lambda p, u: p + u, full, updates)
-        load = jax.tree.map(lambda x: x * share, loss.load)
-        updated = precision.to_params(model.update_balance(config, updated, load))
+        def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32) * (to_mean * clip), gradient.grads)
+            params = cast(params, "float32")
+            updates, opt_state = transformation.update(grads, opt_state, params, step=state.step)
+            params = jax.tree.map(jnp.add, params, updates)
+            load = jax.tree.map(lambda x: x * share, loss.load)
+            return precision.to_params(model.update_balance(config, params, load)), opt_state
 
+        # A branch, not a choice per element: the donated state is then updated in place, where a
+        # choice makes XLA keep a copy of all of it.
+        params, opt_state = jax.lax.cond(
+            finite, update, lambda *unchanged: unchanged, state.params, state.opt_state
+        )
         metrics = {
             "loss": loss.total * share,
             **{name: value * share for name, value in loss.metrics.items()},
             "grad_norm": norm,
-            "param_norm": trees.global_norm(state.params),
+            "param_norm": trees.global_norm(params),
             "learning_rate": schedule(state.step),
             "weight": loss.weight,
             "tokens": jnp.sum(batch.segments > 0),
@@ -89,8 +96,8 @@ def make_step(
             metrics["loss_scale"] = state.loss_scale.scale
         new = State(
             step=state.step + 1,
-            params=_choose(finite, updated, state.params),
-            opt_state=_choose(finite, opt_state, state.opt_state),
+            params=params,
+            opt_state=opt_state,
             loss_scale=_rescale(precision.loss_scale, state.loss_scale, finite),
             skipped=state.skipped + ~finite,
         )
@@ -191,9 +198,3 @@ def _rescale(
     factor = jnp.where(finite, jnp.where(grow, 2.0, 1.0), 0.5)
     scale = jnp.clip(state.scale * factor, _SMALLEST_SCALE, _LARGEST_SCALE)
     return ScaleState(scale, jnp.where(grow, 0, finite_steps))
-
-
-def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
-    # Element by element, so that it joins the update's own pass over memory; `cond` would copy the
-    # state.
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

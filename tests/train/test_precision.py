@@ -33,7 +33,7 @@ def trained(precision, batches, objective=None):
 
 def test_formats_of_state_and_arithmetic():
     batches = [batch(seed) for seed in range(3)]
-    exact, exact_lines = trained(Precision(), batches)
+    _, exact_lines = trained(Precision(), batches)
     for precision in (BF16, Precision(params="bfloat16", compute="bfloat16"), FP16):
         states, lines = trained(precision, batches)
         stored = {leaf.dtype for leaf in jax.tree.leaves(states[-1].params)}
