@@ -36,7 +36,7 @@ def experiment() -> Experiment:
         objective=train.NextToken(),
         optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0),
         schedule=optim.WarmupCosine(peak=1e-3, warmup=100, steps=1_000),
-        places={"laptop": Place(mesh=Mesh())},
+        places={"single": Place(mesh=Mesh())},
     )
 
 

@@ -40,7 +40,7 @@ def experiment() -> Experiment:
         schedule=optim.WSD(peak=3e-3, warmup=0.05, decay=0.4, steps=2_000),
         evals=(evals.Perplexity(every=500),),
         save=checkpoint.Save(every=500),
-        places={"laptop": Place(mesh=Mesh())},
+        places={"single": Place(mesh=Mesh())},
     )
 
 

@@ -37,7 +37,7 @@ def experiment() -> Experiment:
         schedule=optim.WSD(peak=2e-3, warmup=0.05, decay=0.3, steps=STEPS),
         evals=(evals.Perplexity(every=250),),
         save=checkpoint.Save(every=100),
-        places={"laptop": Place(mesh=Mesh())},
+        places={"single": Place(mesh=Mesh())},
     )
 
 

@@ -2,7 +2,7 @@
 
 A declaration is made of int, float, str, bool, None, tuples, dicts with text keys, and dataclasses
 of these. Nothing here knows a field by name: types come from the hints of the dataclasses. A path
-is written as in `model.attention.heads`, `evals.0.every`, `places.cpu.microbatches`.
+is written as in `model.attention.heads`, `evals.0.every`, `places.single.microbatches`.
 """
 
 import ast

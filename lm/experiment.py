@@ -58,7 +58,7 @@ class Experiment:
     evals: tuple[Perplexity, ...] = ()
     save: Save = Save(every=1_000)
     log: Log = Log()
-    places: dict[str, Place] = field(default_factory=lambda: {"cpu": Place(mesh=Mesh())})
+    places: dict[str, Place] = field(default_factory=lambda: {"single": Place(mesh=Mesh())})
     sample: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class Experiment:
                 f"after a letter or digit, at most {LONGEST_NAME} in all."
             )
         if not self.places:
-            raise Refused('places={} must name one place at least, as in {"cpu": Place()}.')
+            raise Refused('places={} must name one place at least, as in {"single": Place()}.')
 
     def _check_vocabulary(self) -> None:
         vocab = getattr(self.tokenizer, "vocab", 0)  # a tokenizer's file is not read yet

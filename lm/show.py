@@ -113,8 +113,8 @@ def text(shown: dict[str, Any]) -> str:
             terminal.table(("parameter", "shape", "axes", "sharding", "count"), rows),
             "",
             f"Parameters  {counts['total']:,} in all, {counts['active']:,} at work on a token",
-            f"FLOPs       {terminal.number(shown['flops_per_token'])} per token, "
-            f"{shown['flops']:.3g} in all",
+            f"FLOPs       {terminal.number(shown['flops_per_token'])} per token, forward and "
+            f"backward; {shown['flops']:.3g} in all",
             f"Tokens      {shown['tokens']:,} in {shown['steps']:,} steps",
             f"Place       {place['name']}: mesh {place['mesh']}, {place['devices']} device(s)",
             f"Memory      per device: {sizes}; activations come on top",

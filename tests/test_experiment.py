@@ -78,7 +78,7 @@ def changed(*written, base=BASE):
         ({"evals": (evals.Perplexity(source="web"),)}, "evals.0.source='web' is not a source"),
         ({"evals": evals.Perplexity()}, "must be a list of Perplexity"),
         ({"seed": "0"}, "seed='0' must be a whole number"),
-        ({"places": {"cpu": Mesh()}}, "places.cpu=Mesh\\(\\) must be Place"),
+        ({"places": {"single": Mesh()}}, "places.single=Mesh\\(\\) must be Place"),
         ({"optimizer": optim.WSD}, "optimizer=.* must be AdamW"),
         (
             {"schedule": optim.WSD(peak=1, warmup=90, decay=optim.Tokens(1e4), steps=100)},
@@ -155,8 +155,8 @@ CHANGES = {
     "optimizer.b2=0.99": lambda e: e.optimizer.b2 == 0.99,
     "optimizer.clip_norm=none": lambda e: e.optimizer.clip_norm is None,
     "optimizer=Lion(b1=0.5)": lambda e: e.optimizer == optim.Lion(b1=0.5),
-    "places.cpu.microbatches=2": lambda e: e.places["cpu"].microbatches == 2,
-    "places.cpu.mesh.data=2": lambda e: e.places["cpu"].mesh == Mesh(data=2),
+    "places.single.microbatches=2": lambda e: e.places["single"].microbatches == 2,
+    "places.single.mesh.data=2": lambda e: e.places["single"].mesh == Mesh(data=2),
     "evals.0.every=5": lambda e: e.evals == (evals.Perplexity(every=5),),
     "evals=()": lambda e: e.evals == (),
     "save.every=7": lambda e: e.save.every == 7,
@@ -187,7 +187,7 @@ def test_a_change_is_made_and_becomes_part_of_the_name(written):
         ("layers=2", "Did you mean 'model.layers'"),
         ("modle.layers=2", "Did you mean 'model.layers'"),
         ("scheduel.steps=5", "Did you mean 'schedule.steps'"),
-        ("places.gpu.microbatches=2", "Did you mean 'places.cpu.microbatches'"),
+        ("places.singel.microbatches=2", "Did you mean 'places.single.microbatches'"),
         ("model.layers=two", "model.layers=two must be a whole number"),
         ("model.layers=2.5", "model.layers=2.5 must be a whole number"),
         ("model.layers", "--set model.layers needs a value, as in model.layers=VALUE"),
@@ -293,7 +293,7 @@ def test_what_may_change_is_not_part_of_the_identity():
         "save.every=7",
         "log.every=3",
         "evals=()",
-        "places.cpu.mesh.data=2",
+        "places.single.mesh.data=2",
         "sample=x",
     )
     assert same != BASE

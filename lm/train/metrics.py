@@ -215,7 +215,10 @@ class StepLines:
         step, now = values["step"], time.monotonic()
         left = None
         if self._began is None:
-            self._began = now  # after the first update, which compiles
+            self._began = now
+            # The first update waited for the compiler: its rates would only mislead.
+            rates = ("tokens_per_second", "model_flops_utilization")
+            values = {key: x for key, x in values.items() if key not in rates}
         else:
             done = step - self._first
             left = (now - self._began) / done * (self._steps - step)
