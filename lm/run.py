@@ -326,6 +326,7 @@ class Run:
         length, sequences = e.batch.length, e.batch.sequences_at(0)
         if source is None:
             prepared = prepare(e, self.folder.parent)
+            _check_same_text(self.folder, _read_declaration(self.folder), prepared)
             found = [prepared.evaluation(name, length, sequences) for name in prepared.held_out]
         else:
             source = data.Text(path=str(source)) if isinstance(source, str | Path) else source

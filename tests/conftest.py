@@ -35,3 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    """A finished run of the tiny experiment (tiny_experiments.Trained). To change it, `copy` it."""
+    from tiny_experiments import trained
+
+    return trained(tmp_path_factory.mktemp("tiny"))

@@ -1,23 +1,30 @@
 """The smallest experiment that is a whole one, and text for it."""
 
+import contextlib
+import dataclasses
+import io
+import json
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from lm import checkpoint, data, evals, model, optim, train
 from lm.experiment import Experiment
+from lm.main import main
 from lm.mesh import Mesh, Place
 
 STEPS, LENGTH = 8, 32
 
-_WORDS = "the tree of light and a stone in its river by night under one sky".split()
+_LINE = "the tree of light and a stone in its river by night under one sky"
 
 
 def texts(count: int = 40, seed: int = 0) -> tuple[str, ...]:
     """Different documents of a few lines."""
-    draw = random.Random(seed)
+    draw, words = random.Random(seed), _LINE.split()
 
     def line() -> str:
-        return " ".join(draw.choices(_WORDS, k=draw.randint(3, 9)))
+        return " ".join(draw.choices(words, k=draw.randint(3, 9)))
 
     return tuple("\n".join(line() for _ in range(draw.randint(2, 8))) for _ in range(count))
 
@@ -31,18 +38,13 @@ def write_texts(folder: Path, count: int = 40, seed: int = 0) -> str:
 
 
 def config(**fields) -> model.Config:
-    parts = dict(
-        vocab=320,
-        dim=16,
-        layers=2,
-        attention=model.GQA(heads=2, kv_heads=1, head_dim=8, position=model.RoPE()),
-        ffn=model.SwiGLU(hidden=32),
-    )
-    return model.Config(**(parts | fields))
+    attention = model.GQA(heads=2, kv_heads=1, head_dim=8, position=model.RoPE())
+    parts = {"attention": attention, "ffn": model.SwiGLU(hidden=32)}
+    return model.Config(vocab=320, dim=16, layers=2, **(parts | fields))
 
 
 def experiment(**fields) -> Experiment:
-    parts = dict(
+    base = Experiment(
         name="tiny",
         model=config(),
         data=data.Documents(texts=texts(), held_out=0.1),
@@ -55,4 +57,46 @@ def experiment(**fields) -> Experiment:
         log=train.Log(every=2),
         places={"cpu": Place(mesh=Mesh())},
     )
-    return Experiment(**(parts | fields))
+    return dataclasses.replace(base, **fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What training the tiny experiment on files left, through the door of an experiment file.
+
+    home      holds texts/ and runs/
+    declare   the experiment, as an experiment file gives it
+    folder    the run's
+    out, err  what was said
+    """
+
+    home: Path
+    declare: Callable[[], Experiment]
+    folder: Path
+    out: str
+    err: str
+
+    def copy(self, to: Path) -> Path:
+        """Its runs/ elsewhere, to be changed or damaged."""
+        shutil.copytree(self.home / "runs", to / "runs")
+        return to / "runs"
+
+
+def trained(home: Path) -> Trained:
+    """Texts, and the tiny experiment trained on them."""
+    declared = experiment(data=data.Text(path=write_texts(home / "texts"), held_out=0.1))
+
+    def declare() -> Experiment:
+        return declared
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        main(declare, ["--workdir", str(home / "runs")])
+    return Trained(home, declare, home / "runs" / "tiny", out.getvalue(), err.getvalue())
+
+
+def losses(folder: Path) -> list[float]:
+    """Of metrics.jsonl, after checking that each step is there once."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]

@@ -1,13 +1,12 @@
-"""Runs one tiny experiment on several meshes and writes what came out as .npz, for the tests to compare.
+"""Runs a tiny experiment on several meshes and writes what came out as .npz, to be compared.
 
 python mesh_runs.py FOLDER RUN MESH ...       RUN is one of RUNS, MESH as in data=2,fsdp=4
 
-For each mesh: STEPS updates from the same beginning, with the losses and gradient norms of all of them, and the gradient
-and the parameters of the first. A checkpoint of step SAVED goes to FOLDER/saved-MESH; checkpoints that lie in FOLDER when
-the process starts, or that earlier meshes saved, are restored and trained on to the end.
+For each mesh: STEPS updates from the same beginning, with the losses and gradient norms of all of
+them, and the gradient and the parameters of the first. A checkpoint of step SAVED goes to
+FOLDER/saved-MESH; this one, and those that were there before, are restored and trained on.
 """
 
-import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lm import checkpoint, data, distributed, model, optim, run, trees
 from lm.data.batch import Batch
@@ -32,14 +32,15 @@ DENSE = Experiment(
         layers=2,
         attention=model.GQA(heads=8, kv_heads=2, head_dim=4, position=model.RoPE()),
         ffn=model.SwiGLU(hidden=32),
-        # Embeddings that training moves through zero would make the norm after them, and so the gradient, ill-conditioned.
+        # Embeddings that an update moves through zero would make the norm after them, and so the
+        # gradient, ill-conditioned.
         embed_std=0.5,
     ),
     data=data.Documents(texts=("unused",)),
     tokenizer=data.SentencePiece(vocab=VOCAB, kind="char", byte_fallback=False),
     batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
-    # Adam divides each gradient by its own size, so rounding would decide the sign of the step wherever a gradient is
-    # nearly zero. A large eps makes the step a smooth function of the gradient, with the parameters comparable as well.
+    # Adam divides each gradient by its own size, so rounding would decide the sign of the step
+    # wherever a gradient is nearly zero. A large eps makes it a smooth function of the gradient.
     optimizer=optim.AdamW(eps=1e-3, weight_decay=0.1, clip_norm=1e3),
     schedule=optim.Constant(peak=1e-2, steps=STEPS),
 )
@@ -72,8 +73,8 @@ RUNS = {
 
 
 def batch(step: int) -> Batch:
-    """Several documents in a row, padding after them, label weights that differ from row to row; one row is all padding,
-    so that a mean of means would be a different number."""
+    """Several documents in a row and padding after them; label weights differ from row to row and
+    one row is all padding, so that a mean of means would be another number."""
     random = np.random.default_rng(step)
     shape = (SEQUENCES, LENGTH)
     starts_bt = random.random(shape) < 0.2
@@ -118,8 +119,6 @@ class Play:
 
 def whole(tree: Any, prefix: str) -> dict[str, np.ndarray]:
     """PREFIX/path -> the whole array, on every process."""
-    from jax.experimental import multihost_utils
-
     flat = trees.flatten(tree)
     if jax.process_count() > 1:
         flat = {k: multihost_utils.process_allgather(x, tiled=True) for k, x in flat.items()}
@@ -127,7 +126,7 @@ def whole(tree: Any, prefix: str) -> dict[str, np.ndarray]:
 
 
 def first_moment(state: Any) -> Any:
-    """After one update (1 - b1) times the gradient: what the step computed, with nothing computed anew for the test."""
+    """After one update (1 - b1) times the gradient that the step itself computed."""
     adam = [
         part
         for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
@@ -173,6 +172,5 @@ def main(folder: Path, name: str, meshes: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        distributed.initialize()
-        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    distributed.initialize()
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -1,8 +1,9 @@
 """Every mesh computes what one device computes, and goes on from what any other has saved.
 
-The runs themselves are in mesh_runs.py, in processes of their own with 8 virtual CPU devices; here their numbers are
-compared. Tolerances are for float32: a sum taken in another order differs by a few units of 6e-8, which gradients through
-the layers keep below 1e-5 of the largest element; twenty updates feed it back into itself, hence 1e-4.
+The runs themselves are in mesh_runs.py, in processes of their own with 8 virtual CPU devices; here
+their numbers are compared. Tolerances are for float32: a sum taken in another order differs by a
+few units of 6e-8, which gradients through the layers keep below 1e-5 of the largest element; twenty
+updates feed it back into itself, hence 1e-4.
 """
 
 import os
@@ -109,7 +110,9 @@ def check_agreement(mesh: Numbers, alone: Numbers) -> None:
     """Prints the largest differences (pytest -s) and asserts their bounds."""
     for path, x in alone.items():
         if path.startswith("initial/"):
-            np.testing.assert_array_equal(mesh[path], x, path)  # drawn by the same counters
+            # The same random bits, turned into normals by a polynomial that XLA's vectors and
+            # scalars round differently in the last bit.
+            np.testing.assert_allclose(mesh[path], x, rtol=1e-6, err_msg=path)
     losses, norms = (np.abs(mesh[k] / alone[k] - 1) for k in ("loss", "grad_norm"))
     gradients, params = (differences(mesh, alone, k) for k in ("gradient", "params"))
     print(
@@ -127,7 +130,7 @@ def check_agreement(mesh: Numbers, alone: Numbers) -> None:
 
 
 def check_restored(mesh: Numbers, all_meshes: Mapping[str, Numbers], name: str) -> None:
-    """What was saved on any mesh is on this one to the bit, and goes on as the run that was never stopped."""
+    """What was saved on any mesh is on this one to the bit, and goes on as if never stopped."""
     origins = [k.removeprefix("continued ") for k in mesh if k.startswith("continued ")]
     assert origins
     for origin in origins:
@@ -188,5 +191,5 @@ def test_two_processes_agree_with_one_device(two_processes, dense, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", TWO_PROCESSES)
 def test_two_processes_go_on_from_one(two_processes, dense, mesh):
-    """Checkpoints of the processes themselves, and those of one process with one device or eight."""
+    """Their own checkpoints, and those of one process with one device or eight."""
     check_restored(two_processes[mesh], dense | two_processes, mesh)

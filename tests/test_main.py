@@ -1,0 +1,356 @@
+"""The two doors: what they print, what they refuse and in which words, and with which exit code."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from tiny_experiments import STEPS, experiment, losses, write_texts
+
+from lm import data, run
+from lm.main import lm_main, main
+
+
+@pytest.fixture
+def door(tiny, tmp_path, capsys):
+    """door("show", "--json", ...) -> (exit code, stdout, stderr), in an empty --workdir; a list of
+    `lm` arguments begins with "lm"."""
+
+    def enter(*arguments: str, declare=tiny.declare, workdir: Path = tmp_path / "runs"):
+        capsys.readouterr()
+        code = 0
+        try:
+            if arguments[:1] == ("lm",):
+                lm_main(arguments[1:])
+            else:
+                main(declare, [*arguments, "--workdir", str(workdir)])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return enter
+
+
+def check_refused(result: tuple[int, str, str], *parts: str) -> None:
+    """Exit code 2, nothing on stdout, and one sentence of all these parts as the end of stderr."""
+    code, out, err = result
+    assert code == 2, err
+    assert out == ""
+    assert "Traceback" not in err
+    sentence = err.splitlines()[-1]
+    assert sentence.startswith("python -m "), err
+    for part in parts:
+        assert part in sentence, err
+
+
+# ---- Training
+
+
+def test_training_says_what_happens_and_what_to_do_next(tiny):
+    for step in (1, 2, 4, 8):
+        assert f"step {step}/8" in tiny.err
+    for word in ("reading", "tokenizer", "tokenising", "loss", "bits/byte", "lr", "grad", "MFU"):
+        assert word in tiny.err, word
+    assert "Trained tiny to step 8" in tiny.out
+    assert "bits per byte" in tiny.out and "by xz -9" in tiny.out
+    assert str(tiny.folder / "plots/loss.png") in tiny.out
+    assert str(tiny.folder / "checkpoints/8") in tiny.out
+    commands = tiny.out.split("Next\n")[1].splitlines()
+    assert len(commands) == 3
+    assert commands[0].strip().startswith(f"python -m lm generate {tiny.folder} --prompt")
+    assert commands[1].strip().startswith(f"python -m lm eval {tiny.folder}")
+    assert "--set schedule.steps=16" in commands[2]
+
+
+def test_again_says_that_it_is_complete_and_what_to_do(tiny, door):
+    code, out, _ = door(workdir=tiny.home / "runs")
+    assert code == 0
+    assert f"{tiny.folder} is complete at step 8 of 8" in out
+    assert "python -m lm generate" in out and "--set schedule.steps=16" in out and "delete" in out
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+)
+def test_signal_saves_and_the_same_command_goes_on(tiny, door, tmp_path, monkeypatch, number, code):
+    folder = tmp_path / "runs/tiny"
+    prefetch = data.prefetch
+
+    def interrupted(function, start, stop):
+        def at_step(step):
+            if step == 2:  # while the loop is before it
+                os.kill(os.getpid(), number)
+            return function(step)
+
+        return prefetch(at_step, start, stop)
+
+    monkeypatch.setattr(data, "prefetch", interrupted)
+    given, out, err = door()
+    monkeypatch.undo()
+    assert given == code
+    steps = len(losses(folder))
+    assert 0 < steps < STEPS
+    assert f"Stopped and saved at step {steps}: {folder}. The same command goes on" in err
+    assert "Traceback" not in err and "Trained" not in out
+    assert (folder / "checkpoints" / str(steps)).is_dir()
+
+    given, out, err = door()
+    assert given == 0
+    assert f"Resuming {folder} from step {steps} of {STEPS}" in err
+    assert f"Trained tiny to step {STEPS}" in out
+    assert losses(folder) == losses(tiny.folder)  # to the bit, as if it had not been stopped
+    assert (folder / "eval.jsonl").read_text() == (tiny.folder / "eval.jsonl").read_text()
+
+
+def test_changes_give_the_run_another_name(door, tmp_path):
+    code, _, err = door("--set", "schedule.steps=1", "--set", "model.layers=1")
+    assert code == 0, err
+    assert [p.name for p in (tmp_path / "runs").iterdir() if p.name != "data"] == [
+        "tiny+model.layers=1+schedule.steps=1"
+    ]
+
+
+# ---- What is refused before training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--set", "model.layer=2"), ("model.layer", "Did you mean 'model.layers'?")),
+        (("--set", "schedule.stepps=2"), ("Did you mean 'schedule.steps'?",)),
+        (("--set", "model.layers=two"), ("model.layers=two", "whole number")),
+        (("--set", "model.layers"), ("--set model.layers needs a value",)),
+        (("--set", "model.attention.kv_heads=3"), ("kv_heads=3", "heads=2")),
+        (("--set", "optimizer=Adam()"), ("Adam", "Did you mean 'AdamW'?")),
+        (("--set", "batch.sequences=0"), ("batch.sequences=0 must be above zero",)),
+        (("--set", "data.path=nowhere/*.txt"), ("nowhere/*.txt", "matches no file")),
+        (("--set", "data.path=nowhere.txt"), ("There is no file 'nowhere.txt'",)),
+        (("--set", "tokenizer.vocab=400"), ("tokenizer.vocab=400", "set model.vocab=400")),
+        (("--mesh", "data=64"), ("needs 64 devices", "smaller mesh")),
+        (("--mesh", "data=3"), ("batch.sequences=4 must be a multiple of 3",)),
+        (("--mesh", "datta=2"), ("Did you mean 'data'?",)),
+        (("--mesh", "data"), ("needs a whole number",)),
+        (("--on", "v5p-64"), ("--on='v5p-64' is not known",)),
+        (("--stepps", "3"), ("unknown option '--stepps'",)),
+        (("--sett", "a=1"), ("unknown option '--sett'", "Did you mean '--set'?")),
+        (("tran",), ("'tran'", "train", "show")),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith(("-", "tran")) else "",
+)
+def test_experiment_refuses_in_one_sentence(door, arguments, parts):
+    check_refused(door(*arguments), *parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"", ("no text", "text")),
+        (b"caf\xe9 in the night\n" * 40, ("0.txt", "byte 3 (0xe9) is not utf-8", "encoding")),
+        (None, ("0.txt is a folder; name its files",)),
+    ],
+    ids=["empty", "latin-1", "folder"],
+)
+def test_unusable_text_is_refused(door, tmp_path, content, parts):
+    path = tmp_path / "0.txt"
+    path.mkdir() if content is None else path.write_bytes(content)
+    check_refused(door("--set", f"data.path={path}"), *parts)
+
+
+def test_text_that_is_not_there_yet_is_named_with_its_neighbour(door, tmp_path):
+    write_texts(tmp_path / "books", count=1)
+    check_refused(
+        door("--set", f"data.path={tmp_path}/books/00.txt"), "There is no file", "'000.txt'"
+    )
+
+
+def test_folder_that_cannot_be_made_is_refused(door, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    check_refused(door(workdir=tmp_path / "file"), str(tmp_path / "file"))
+
+
+# ---- Damage
+
+
+def damage(path: Path) -> None:
+    """Other bytes in the middle."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
+    path.write_bytes(content)
+
+
+def test_damaged_shard_is_refused_with_what_to_do(tiny, door, tmp_path):
+    runs = tiny.copy(tmp_path / "damaged")
+    shutil.rmtree(runs / "tiny")
+    shard = next(runs.glob("data/*/*/train-*.tokens"))
+    damage(shard)
+    check_refused(door(workdir=runs), str(shard), "damaged", "Delete it")
+    shard.unlink()
+    assert door("--set", "schedule.steps=1", workdir=runs)[0] == 0
+
+
+def truncate_largest(checkpoint: Path) -> None:
+    path = max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_arrays(checkpoint: Path) -> None:
+    for path in checkpoint.rglob("d/*"):
+        path.write_bytes(bytes(len(path.read_bytes())))
+
+
+def empty_files(checkpoint: Path) -> None:
+    for path in checkpoint.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("harm", [truncate_largest, damage_arrays, empty_files])
+def test_damaged_checkpoint_is_refused_with_the_one_before(tiny, door, tmp_path, harm):
+    runs = tiny.copy(tmp_path / "damaged")
+    checkpoint = runs / "tiny/checkpoints/8"
+    harm(checkpoint)
+    parts = (f"{checkpoint} cannot be read", "Step 4 is the one before it", "delete")
+    check_refused(door("lm", "generate", str(runs / "tiny"), "--json"), *parts)
+    check_refused(door(workdir=runs), *parts)  # complete, as far as names say
+    shutil.rmtree(checkpoint)
+    code, _, err = door(workdir=runs)
+    assert code == 0, err
+    assert losses(runs / "tiny") == losses(tiny.folder)
+
+
+def test_damaged_checkpoint_to_resume_from_is_refused(tiny, door, tmp_path):
+    runs = tiny.copy(tmp_path / "damaged")
+    shutil.rmtree(runs / "tiny/checkpoints/8")
+    truncate_largest(runs / "tiny/checkpoints/4")
+    check_refused(door(workdir=runs), "checkpoints/4 cannot be read", "no older one")
+    assert len(losses(runs / "tiny")) == STEPS  # nothing of the run is lost
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("{", ("experiment.json is damaged",)),
+        ("", ("experiment.json is damaged",)),
+        ("[]", ("experiment.json",)),
+        ("{}", ("experiment.json",)),
+        ('{"experiment": {}}', ("experiment.json",)),
+        ('{"experiment": {"class": "lm.experiment.Experiment", "lerning": 3}}', ("experiment",)),
+    ],
+)
+def test_damaged_declaration_is_refused(tiny, door, tmp_path, content, parts):
+    runs = tiny.copy(tmp_path / "damaged")
+    (runs / "tiny/experiment.json").write_text(content)
+    check_refused(door("lm", "generate", str(runs / "tiny")), *parts)
+    check_refused(door(workdir=runs), *parts)
+
+
+def test_damaged_tokenizer_is_refused(tiny, door, tmp_path):
+    folder = tiny.copy(tmp_path / "damaged") / "tiny"
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    check_refused(door("lm", "generate", str(folder)), "tokenizer.model")
+    (folder / "tokenizer.model").unlink()
+    check_refused(door("lm", "generate", str(folder)), "tokenizer.model")
+
+
+def test_second_declaration_in_the_same_folder_is_refused(tiny, door):
+    declared = dataclasses.replace(tiny.declare(), seed=1)
+    result = door(declare=lambda: declared, workdir=tiny.home / "runs")
+    check_refused(result, "begun with another declaration (seed: 0 -> 1)", "--set name=NAME")
+
+
+# ---- What is done with a result
+
+
+def test_generate_prints_the_prompt_and_what_follows(tiny, door):
+    arguments = ("--prompt", "the tree", "--max-tokens", "6", "--temperature", "0")
+    code, out, _ = door("lm", "generate", str(tiny.folder), *arguments)
+    assert code == 0
+    assert out.startswith("the tree")
+    code, printed, _ = door("lm", "generate", str(tiny.folder), *arguments, "--json")
+    assert code == 0
+    (sample,) = json.loads(printed)["samples"]
+    assert sample["prompt"] == "the tree"
+    assert out == f"the tree{sample['text']}\n"
+
+
+def test_generate_takes_several_prompts(tiny, door):
+    prompts = ("--prompt", "the tree", "--prompt", "a stone in its river", "--max-tokens", "4")
+    code, out, _ = door("lm", "generate", str(tiny.folder), *prompts, "--json", "--seed", "1")
+    assert code == 0
+    found = json.loads(out)
+    assert found["step"] == STEPS
+    assert [s["prompt"] for s in found["samples"]] == ["the tree", "a stone in its river"]
+    assert door("lm", "generate", str(tiny.folder), *prompts, "--json", "--seed", "1")[1] == out
+
+
+def test_eval_prints_a_table_or_json(tiny, door, tmp_path):
+    text = tmp_path / "other.txt"
+    text.write_text("a stone in its river\n" * 9)
+    code, out, _ = door("lm", "eval", str(tiny.folder), "--data", str(text), "--json")
+    assert code == 0
+    results = json.loads(out)["results"]
+    assert [r["name"] for r in results] == ["text/loss", "text/perplexity", "text/bits_per_byte"]
+    assert all({"value", "stderr", "count", "step"} <= r.keys() for r in results)
+    code, table, _ = door("lm", "eval", str(tiny.folder), "--data", str(text))
+    assert code == 0
+    assert "standard error" in table
+    assert all(f"{r['value']:.4f}" in table for r in results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("generate", "RUN", "--prompt", "the tree " * 40), ("32", "longer", "context")),
+        (("generate", "RUN", "--step", "5"), ("no checkpoint of step 5", "only of 4, 8")),
+        (("generate", "RUN", "--temperature", "-1"), ("temperature=-1",)),
+        (("generate", "RUN", "--top-p", "2"), ("top_p=2",)),
+        (("generate", "RUN", "--max-tokens", "0"), ("max",)),
+        (("generate", "RUN", "--max-tokens", "many"), ("many",)),
+        (("generate", "nowhere"), ("nowhere is not a run folder: it has no experiment.json",)),
+        (("eval", "nowhere"), ("nowhere is not a run folder",)),
+        (("eval", "RUN", "--data", "nowhere.txt"), ("There is no file 'nowhere.txt'",)),
+        (("eval", "RUN", "--date", "x"), ("unknown option '--date'", "Did you mean '--data'?")),
+        (("bench", "step", "nowhere"), ("'nowhere' is neither a run folder nor a module",)),
+        (("bench", "step", "lm.errors"), ("lm.errors declares no experiment()",)),
+        (("bench", "stepp", "RUN"), ("stepp",)),
+        (("generat", "RUN"), ("generat", "generate")),
+        ((), ("VERB",)),
+        (("generate",), ("run",)),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_results_refuse_in_one_sentence(tiny, door, arguments, parts):
+    arguments = [str(tiny.folder) if a == "RUN" else a for a in arguments]
+    check_refused(door("lm", *arguments), *parts)
+
+
+def test_run_without_a_checkpoint_says_so(tiny, door, tmp_path):
+    folder = tiny.copy(tmp_path / "early") / "tiny"
+    shutil.rmtree(folder / "checkpoints")
+    check_refused(door("lm", "generate", str(folder)), "has no checkpoint yet")
+
+
+def test_help_names_the_verbs(door):
+    code, out, _ = door("lm", "--help")
+    assert code == 0
+    assert all(verb in out for verb in ("generate", "eval", "bench"))
+
+
+def test_bug_keeps_its_traceback(monkeypatch, door):
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run, "train", broken)
+    with pytest.raises(ZeroDivisionError):
+        door()
+
+
+def test_declaring_does_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    experiment()
+    assert not list(tmp_path.iterdir())

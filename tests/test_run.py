@@ -1,0 +1,193 @@
+"""Training through `lm.train`, and what `lm.load` gives back."""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from tiny_experiments import LENGTH, STEPS, config, experiment
+
+import lm
+from lm import data, model, optim, run, trees
+from lm.errors import Refused
+from lm.mesh import Mesh
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return lm.load(tiny.folder)
+
+
+def test_run_folder_holds_what_the_readme_names(tiny):
+    written = json.loads((tiny.folder / "experiment.json").read_text())
+    assert written.keys() >= {"experiment", "data", "place", "devices", "python", "versions", "git"}
+    assert set(written["versions"]) == set(run.PACKAGES)
+    for name in ("tokenizer.model", "metrics.jsonl", "eval.jsonl", "plots/loss.png"):
+        assert (tiny.folder / name).stat().st_size > 0, name
+    assert (tiny.folder / "plots/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (tiny.folder / "checkpoints").iterdir()) == ["4", "8"]
+
+
+def test_metrics_have_a_line_for_each_step(tiny):
+    lines = [json.loads(x) for x in (tiny.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    wanted = "loss grad_norm learning_rate tokens seconds tokens_per_second bits_per_byte"
+    for line in lines:
+        assert line.keys() >= {*wanted.split(), "model_flops_utilization", "weight", "skipped"}
+        assert all(math.isfinite(x) for x in line.values())
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert lines[-1]["tokens"] == STEPS * 4 * LENGTH
+
+
+def test_evaluations_say_how_sure_they_are(tiny):
+    lines = [json.loads(x) for x in (tiny.folder / "eval.jsonl").read_text().splitlines()]
+    measures = ("loss", "perplexity", "bits_per_byte")
+    assert [(line["step"], line["name"]) for line in lines] == [
+        (step, f"text/{measure}") for step in (4, 8) for measure in measures
+    ]
+    assert all(line["stderr"] > 0 and line["count"] > 0 for line in lines)
+    by_name = {line["name"]: line["value"] for line in lines[-3:]}
+    assert by_name["text/perplexity"] == pytest.approx(math.exp(by_name["text/loss"]))
+
+
+def test_loaded_run_is_the_declared_one(tiny, loaded):
+    assert loaded.experiment == tiny.declare()
+    assert loaded.step == STEPS
+    assert loaded.stopped is None
+    shapes = {k: v.shape for k, v in trees.flatten(model.shapes(config())).items()}
+    assert {k: v.shape for k, v in trees.flatten(loaded.params).items()} == shapes
+    assert isinstance(loaded.params["blocks"]["0"]["attention"]["q"], jax.Array)
+
+
+def test_logits_are_of_each_position_and_causal(loaded):
+    tokens_bt = np.arange(2 * 6).reshape(2, 6) + 10
+    logits_btv = loaded.logits(tokens_bt)
+    assert logits_btv.shape == (2, 6, 320)
+    assert logits_btv.dtype == np.float32
+    changed = tokens_bt.copy()
+    changed[:, -1] = 3
+    again_btv = loaded.logits(changed)
+    np.testing.assert_array_equal(logits_btv[:, :-1], again_btv[:, :-1])
+    assert not np.array_equal(logits_btv[:, -1], again_btv[:, -1])
+
+
+def test_generate_gives_strings_for_strings_and_lists_for_lists(loaded):
+    one = loaded.generate("the tree", max_tokens=8, temperature=0)
+    assert isinstance(one, str)
+    assert loaded.generate("the tree", max_tokens=8, temperature=0) == one
+    both = loaded.generate(["the tree", "a"], max_tokens=8, temperature=0)
+    assert both[0] == one  # whatever stands beside it
+    assert len(both) == 2
+
+
+def test_prompt_longer_than_the_context_is_refused(loaded):
+    with pytest.raises(Refused, match="32"):
+        loaded.generate("the tree " * 40, max_tokens=4)
+
+
+def test_evaluate_repeats_what_the_loop_wrote(tiny, loaded):
+    lines = [json.loads(x) for x in (tiny.folder / "eval.jsonl").read_text().splitlines()]
+    results = loaded.evaluate()
+    for result, line in zip(results, lines[-3:], strict=True):
+        assert result.name == line["name"]
+        assert result.value == pytest.approx(line["value"], rel=1e-6)  # the same sums in float32
+
+
+def test_earlier_step_can_be_loaded(tiny, loaded):
+    earlier = lm.load(tiny.folder, step=4)
+    assert earlier.step == 4
+    assert not np.array_equal(*(np.asarray(r.params["embed"]) for r in (earlier, loaded)))
+    with pytest.raises(Refused, match="no checkpoint of step 5 in .*, only of 4, 8"):
+        lm.load(tiny.folder, step=5)
+
+
+def test_run_can_be_loaded_onto_a_mesh(tiny, loaded):
+    on_mesh = lm.load(tiny.folder, mesh=Mesh())
+    jax.tree.map(np.testing.assert_array_equal, on_mesh.params, loaded.params)
+    with pytest.raises(Refused, match="needs 64 devices"):
+        lm.load(tiny.folder, mesh=Mesh(data=64))
+
+
+def test_copied_run_folder_stands_by_itself(tiny, loaded, tmp_path):
+    folder = tiny.copy(tmp_path) / "tiny"
+    hidden = tiny.home.rename(tiny.home.with_name("hidden"))
+    try:
+        copied = lm.load(folder)
+        jax.tree.map(np.testing.assert_array_equal, copied.params, loaded.params)
+        text = copied.generate("the tree", max_tokens=8, temperature=0)
+        other = tmp_path / "other.txt"
+        other.write_text("a stone in the river\n" * 5)
+        results = copied.evaluate(other)
+    finally:
+        hidden.rename(tiny.home)
+    assert text == loaded.generate("the tree", max_tokens=8, temperature=0)
+    assert [r.name for r in results] == ["text/loss", "text/perplexity", "text/bits_per_byte"]
+
+
+def test_finished_run_is_not_trained_again(tiny, capsys):
+    again = lm.train(tiny.declare(), workdir=tiny.home / "runs")
+    said = capsys.readouterr().out
+    assert again.step == STEPS
+    assert "is complete at step 8 of 8" in said
+    assert "python -m lm generate" in said and "delete" in said
+
+
+def test_another_declaration_in_the_same_folder_is_refused(tiny):
+    other = replace(tiny.declare(), seed=1)
+    with pytest.raises(Refused, match=r"another declaration \(seed: 0 -> 1\)\. .*--set name=NAME"):
+        lm.train(other, workdir=tiny.home / "runs")
+
+
+def test_what_a_run_may_change_does_not_stop_it(tiny):
+    other = replace(tiny.declare(), log=replace(tiny.declare().log, every=1), sample="the")
+    assert lm.train(other, workdir=tiny.home / "runs").step == STEPS
+
+
+@pytest.fixture
+def changed_text(tiny):
+    """One of the texts is another one for the time of a test."""
+    path = next((tiny.home / "texts").iterdir())
+    text, times = path.read_text(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_text(text + "night")
+    yield
+    path.write_text(text)
+    os.utime(path, ns=times)
+
+
+def test_changed_text_is_refused(tiny, changed_text, tmp_path):
+    runs = tiny.copy(tmp_path)
+    shutil.rmtree(runs / "tiny/checkpoints/8")  # stopped at step 4
+    with pytest.raises(Refused, match=r"text has changed since .*tiny was begun"):
+        lm.train(tiny.declare(), workdir=runs)
+    with pytest.raises(Refused, match=r"text has changed since .*tiny was begun"):
+        lm.load(runs / "tiny").evaluate()
+
+
+def test_touched_text_is_not_changed_text(tiny, tmp_path):
+    """Copied or checked out anew, files have other times and the same words."""
+    texts = shutil.copytree(tiny.home / "texts", tmp_path / "texts", copy_function=shutil.copyfile)
+    declared = replace(tiny.declare(), data=data.Text(path=f"{texts}/*.txt", held_out=0.1))
+    one, two = (run.prepare(e, tmp_path / "runs") for e in (tiny.declare(), declared))
+    assert one.fingerprint == two.fingerprint
+
+
+def test_longer_schedule_is_another_run(tiny):
+    longer = replace(tiny.declare(), schedule=optim.Constant(peak=1e-3, steps=9))
+    with pytest.raises(Refused, match="schedule"):
+        lm.train(longer, workdir=tiny.home / "runs")
+
+
+def test_too_little_text_is_refused_before_anything_is_compiled(tmp_path):
+    declared = experiment(data=data.Documents(texts=("a",), held_out=0.1))
+    with pytest.raises(Refused, match="too small to give a held_out part"):
+        lm.train(declared, workdir=tmp_path)
+
+
+def test_calling_the_room_trains_too():
+    """`lm.train` names the room, and what a notebook says to train."""
+    assert callable(lm.train)
+    assert lm.train.NextToken is type(experiment().objective)
