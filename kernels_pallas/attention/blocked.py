@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 # Finite, so that a row that sees nothing has differences of 0 and not of infinities.
 HIDDEN = -1e30
-# Into how many parts a causal mask is cut: 4 leave 5/8 of the square, close to the half that is
-# needed, and each adds its code to the program.
-SECTIONS = 4
+# Into how many sections a causal mask is cut at most: 4 leave 5/8 of the square, close to the half
+# that is needed. Each adds its code to the program, which pays where it has this many blocks.
+SECTIONS, BLOCKS_OF_A_SECTION = 4, 4
 F32 = jnp.float32
 
 
@@ -61,7 +61,7 @@ def sections(t: int, s: int, block: int, options: Options, indexed: bool) -> lis
         return [Section(0, blocks, block, s, False)]
     if options.window is not None and not options.sink_tokens:
         return [Section(0, blocks, block, min(s, block + options.window - 1), True)]
-    parts = min(blocks, SECTIONS)
+    parts = min(blocks, SECTIONS, max(2, blocks // BLOCKS_OF_A_SECTION))
     edges = [round(i * blocks / parts) for i in range(parts + 1)]
     return [
         Section(low * block, high - low, block, min(s, high * block), False)
