@@ -24,11 +24,22 @@ from lm.mesh import Mesh
 class Parser(argparse.ArgumentParser):
     """An argument parser whose refusals are one sentence with the nearest known option."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Looks for unknown options first: argparse would take their values for the verb."""
+        args = sys.argv[1:] if args is None else list(args)
+        for argument in args if self._subparsers is None else ():
+            option = argument.partition("=")[0]
+            # What holds a space is a value to argparse too, as in --prompt "-- select".
+            if option.startswith("--") and " " not in option and option != "--":
+                self._check_option(option)
+        return super().parse_known_args(args, namespace)
+
+    def _check_option(self, option: str) -> None:
+        known = self._option_string_actions
+        if option not in known:
+            self.error(f"unknown option {option!r}.{nearest(option, known)}")
+
     def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            option = message.split(": ", 1)[1].split()[0]
-            known = [name for action in self._actions for name in action.option_strings]
-            message = f"unknown option {option!r}.{nearest(option.split('=')[0], known)}"
         self.exit(2, f"{self.prog}: {message} (--help lists what there is)\n")
 
 
@@ -139,10 +150,7 @@ def _generate(options: argparse.Namespace) -> None:
     )
     prompts = options.prompt or [""]
     loaded = run.load(options.run, step=options.step)
-    stream = None
-    if not options.json and len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
-        stream = _print_piece
+    stream = None if options.json or len(prompts) > 1 else _Typed(prompts[0])
     texts = loaded.generate(
         prompts,
         max_tokens=options.max_tokens,
@@ -156,13 +164,24 @@ def _generate(options: argparse.Namespace) -> None:
         samples = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
         print(json.dumps({"run": str(options.run), "step": loaded.step, "samples": samples}))
     elif stream:
-        print()
+        stream.end()
     else:
         print("\n---\n".join(p + t for p, t in zip(prompts, texts, strict=True)))
 
 
-def _print_piece(row: int, piece: str) -> None:
-    print(piece, end="", flush=True)
+class _Typed:
+    """Prints the prompt and what follows as it comes; nothing where the prompt is refused."""
+
+    def __init__(self, prompt: str) -> None:
+        self._waiting = prompt
+
+    def __call__(self, row: int, piece: str) -> None:
+        print(self._waiting + piece, end="", flush=True)
+        self._waiting = ""
+
+    def end(self) -> None:
+        """The line is over, and the prompt printed even if nothing followed it."""
+        print(self._waiting)
 
 
 def _add_eval(parser: Parser) -> None:

@@ -383,10 +383,18 @@ def load(folder: str | os.PathLike, *, step: int | None = None, mesh: Mesh | Non
 
 def load_declaration(folder: str | os.PathLike) -> Experiment:
     """The experiment that a run folder was made by."""
-    written = _read_declaration(epath.Path(folder))
+    folder = epath.Path(folder)
+    written = _read_declaration(folder)
     if written is None:
         raise Refused(f"{folder} is not a run folder: it has no experiment.json.")
-    return from_json(written["experiment"])
+    return _declared(folder, written)
+
+
+def _declared(folder: epath.Path, written: dict[str, Any]) -> Experiment:
+    try:
+        return from_json(written["experiment"])
+    except Refused as refusal:
+        raise Refused(f"{folder / 'experiment.json'}: {refusal}") from None
 
 
 def _read_declaration(folder: epath.Path) -> dict[str, Any] | None:
@@ -394,17 +402,20 @@ def _read_declaration(folder: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        written = json.loads(path.read_text())
     except ValueError:
+        written = None
+    if not isinstance(written, dict) or not written.keys() >= {"experiment", "data"}:
         raise Refused(
-            f"{path} is damaged: it is not JSON. Restore it, or delete {folder}."
-        ) from None
+            f"{path} is damaged: it holds no declaration. Restore it, or delete {folder}."
+        )
+    return written
 
 
 def _check_same(folder: epath.Path, written: dict[str, Any] | None, now: Experiment) -> None:
     if written is None:
         return
-    before = from_json(written["experiment"])
+    before = _declared(folder, written)
     if identity(before) != identity(now):
         changed = "; ".join(differences(before, now))
         raise Refused(

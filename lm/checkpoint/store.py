@@ -306,7 +306,7 @@ def _describe(x: Any) -> str:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")[:200]
+    return lines[0].partition(" See full TensorStore")[0].rstrip(".")[:200]
 
 
 def _is_full(error: BaseException | None) -> bool:
