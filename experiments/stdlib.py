@@ -13,7 +13,7 @@ from lm.main import main
 from lm.mesh import Mesh, Place
 
 VOCAB, DIM, LAYERS = 4096, 192, 4
-SEQUENCES, LENGTH, STEPS = 8, 512, 500  # 4,096 tokens a step, about 2 million in all
+SEQUENCES, LENGTH, STEPS = 8, 512, 400  # 4,096 tokens a step, 1.6 million in all
 
 
 def experiment() -> Experiment:
@@ -36,10 +36,10 @@ def experiment() -> Experiment:
         objective=train.NextToken(z_loss=1e-4),
         optimizer=optim.Muon(weight_decay=0.1, clip_norm=1.0),
         schedule=optim.WSD(peak=3e-3, warmup=0.05, decay=0.5, steps=STEPS),
-        evals=(evals.Perplexity(every=250),),
-        save=checkpoint.Save(every=250),
+        evals=(evals.Perplexity(every=200),),
+        save=checkpoint.Save(every=100),
         places={"single": Place(mesh=Mesh())},
-        sample="def read(",
+        sample="def read(self",
     )
 
 

@@ -502,7 +502,10 @@ def _summary(run: Run, prepared: data.Prepared, plot: epath.Path) -> str:
     lines += [f"Loss curve  {plot}", f"Checkpoint  {run.folder / 'checkpoints' / str(run.step)}"]
     prompts = run.experiment.sample
     for prompt in (prompts,) if isinstance(prompts, str) else prompts or ():
-        lines += ["Sample", terminal.indent(prompt + run.generate(prompt, max_tokens=128))]
+        lines += [
+            "Sample",
+            terminal.indent(prompt + run.generate(prompt, max_tokens=96, temperature=0.5)),
+        ]
     return "\n".join([*lines, "Next", *(f"  {command}" for command in _next_commands(run))])
 
 
