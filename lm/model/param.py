@@ -32,33 +32,47 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
     return _product(equation, x, w[...])
 
 
+# Written out, because XLA on CPU copies, in slow loops, operands of a product that contracts two
+# axes unless they are the last of one and the first of the other, in one order.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x, w)
+    x_letters, w_letters, _ = _letters(equation)
+    return _contract(x, x_letters, w, w_letters)
 
 
 def _product_forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
-    return jnp.einsum(equation, x, w), (x, w)
+    return _product(equation, x, w), (x, w)
 
 
 def _product_backward(equation: str, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, w = kept
-    inputs, output = equation.split("->")
-    x_axes, w_axes = inputs.split(",")
+    x_letters, w_letters, y_letters = _letters(equation)
 
     def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return jnp.einsum(f"{x_axes},{output}->{w_axes}", x, dy)
+        return jnp.einsum(f"{x_letters},{y_letters}->{w_letters}", x, dy)
 
     def flat_weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-        # XLA on CPU transposes, inside slow loops, what it contracts over two axes (batch, length).
-        rows = math.prod(x.shape[:2])
-        return (x.reshape(rows, -1).T @ dy.reshape(rows, -1)).reshape(w.shape)
+        tokens = math.prod(x.shape[:2])
+        return (x.reshape(tokens, -1).T @ dy.reshape(tokens, -1)).reshape(w.shape)
 
     dw = jax.lax.platform_dependent(x, dy, cpu=flat_weight_gradient, default=weight_gradient)
-    return jnp.einsum(f"{output},{w_axes}->{x_axes}", dy, w), dw
+    return _contract(dy, y_letters, w, w_letters), dw
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _letters(equation: str) -> tuple[str, str, str]:
+    inputs, output = equation.split("->")
+    x_letters, w_letters = inputs.split(",")
+    return x_letters, w_letters, output
+
+
+def _contract(x: jax.Array, x_letters: str, w: jax.Array, w_letters: str) -> jax.Array:
+    """Sums over the letters that both have; the others stay in their order, those of x first."""
+    shared = [letter for letter in x_letters if letter in w_letters]
+    axes = tuple([letters.index(letter) for letter in shared] for letters in (x_letters, w_letters))
+    return jax.lax.dot_general(x, w, (axes, ((), ())))
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
