@@ -39,8 +39,10 @@ def write_texts(folder: Path, count: int = 40, seed: int = 0) -> str:
 
 def config(**fields) -> model.Config:
     attention = model.GQA(heads=2, kv_heads=1, head_dim=8, position=model.RoPE())
-    parts = {"attention": attention, "ffn": model.SwiGLU(hidden=32)}
-    return model.Config(vocab=320, dim=16, layers=2, **(parts | fields))
+    base = model.Config(
+        vocab=320, dim=16, layers=2, attention=attention, ffn=model.SwiGLU(hidden=32)
+    )
+    return dataclasses.replace(base, **fields)
 
 
 def experiment(**fields) -> Experiment:

@@ -7,7 +7,9 @@ needed to read it. A save writes aside and renames, so a folder with a bare numb
 
 import contextlib
 import errno
+import inspect
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -210,7 +212,7 @@ class Store:
         }
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        with self._reading(step), context:
+        with self._reading(step), context, _quiet_threads():
             return trees.flatten(ocp.load(self._root / str(step), trees.unflatten(abstract)))
 
     def _misfit(self, step: int, why: str) -> Refused:
@@ -271,6 +273,23 @@ def _not_raised(record: logging.LogRecord) -> bool:
 # well and then told in a sentence by Refused.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_not_raised)
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """When a read fails, those at work beside it find their event loop closed, which Python prints
+    as it can't be raised. The failure itself is raised."""
+    before = sys.unraisablehook
+
+    def hook(event: Any) -> None:
+        closed = "Event loop is closed" in str(event.exc_value)
+        if not closed and not inspect.iscoroutine(event.object):
+            before(event)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = before  # not after a failure: threads outlive it
+
 
 _NAMES = ocp.path.step.standard_name_format()
 
