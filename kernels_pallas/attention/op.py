@@ -32,7 +32,8 @@ def attention(
     alibi_n: jax.Array | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """Softmax attention with grouped heads: query head n reads key/value head n // (N // K).
+    """Softmax attention with grouped key/value heads: query head n reads key/value head
+    n // (N // K).
 
     Keys lie at indices 0..S-1. The query's index is `positions_bt`, or its place 0..T-1 when that
     is None (queries and keys are then the same sequence). A key at index s is visible to a query at
@@ -42,10 +43,10 @@ def attention(
     Args:
       q_btnh, k_bskh, v_bskh: queries, keys, values.
       causal: hides later keys.
-      window: how many keys up to and including its own a query sees; needs `causal`.
+      window: how many keys up to its own a query sees; needs `causal`.
       sink_tokens: the first keys, visible whatever the window.
-      segments_bt, kv_segments_bs: document of each query and key; the second defaults to the first
-        when T == S.
+      segments_bt, kv_segments_bs: document of each query and key; the second is the first when it
+        is left out and T == S.
       positions_bt: index of each query among the keys, for cached decoding.
       softcap: scores become softcap * tanh(scores / softcap), before the mask (Gemma 2,
         arXiv:2408.00118).

@@ -172,3 +172,30 @@ def test_refuses_in_words(change, words):
     q, k, v, *_ = inputs(17, 17, 4, 2)
     with pytest.raises(ValueError, match=words):
         attention(**({"q_btnh": q, "k_bskh": k, "v_bskh": v} | change))
+
+
+def test_memory_grows_with_the_length_and_not_its_square():
+    def gradient_memory(length):
+        q, k, v, *_ = inputs(length, length, 2, 1)
+
+        def loss(q, k, v):
+            return jnp.sum(attention(q, k, v) ** 2)
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Four times the length: four times the blocks' scores and inputs, where the square would be 16.
+    assert gradient_memory(4096) < 6 * gradient_memory(1024)
+
+
+def test_a_window_reads_only_the_keys_in_reach():
+    """The products of a block and its window, counted in the compiled program, do not grow with the
+    sequence."""
+
+    def flops_of_a_block(length):
+        q, k, v, *_ = inputs(length, length, 2, 1)
+        compiled = jax.jit(lambda *a: attention(*a, window=16)).lower(q, k, v).compile()
+        # XLA counts the body of a loop once, and here the body is one block.
+        return compiled.cost_analysis()["flops"]
+
+    assert flops_of_a_block(2048) < 1.5 * flops_of_a_block(512)

@@ -1,0 +1,63 @@
+"""On four devices, in a process of its own: attention over batch and heads needs no communication,
+and both kernels give what one device gives."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import re
+
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import kernels_pallas
+
+grid = np.array(jax.devices()).reshape(2, 2)
+mesh = jax.sharding.Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+def compare(function, arrays, specs):
+    gradient = jax.grad(function, (0, 1))
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    options = {"in_shardings": shardings, "out_shardings": tuple(shardings[:2])}
+    compiled = jax.jit(gradient, **options).lower(*arrays).compile()
+    got = compiled(*(jax.device_put(x, s) for x, s in zip(arrays, shardings)))
+    for a, b in zip(got, jax.jit(gradient)(*arrays)):
+        # Sums over two devices, in float32 and another order.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    return re.findall(r"(all-\\w+|collective-permute|reduce-scatter)\\(", compiled.as_text())
+
+
+keys = jax.random.split(jax.random.key(0), 5)
+q, k, v = (jax.random.normal(key, (4, 128, n, 8)) for key, n in zip(keys, (4, 2, 2)))
+segments = jnp.ones((4, 128), jnp.int32)
+
+
+def attend(q, k, v, segments):
+    return jnp.sum(kernels_pallas.attention(q, k, v, segments_bt=segments) ** 2)
+
+
+heads = P("data", None, "tensor", None)
+assert compare(attend, (q, k, v, segments), (heads, heads, heads, P("data"))) == []
+
+x, w = jax.random.normal(keys[3], (4, 128, 16)), jax.random.normal(keys[4], (16, 64))
+
+
+def cross_entropy(x, w, targets, weights):
+    return kernels_pallas.cross_entropy(x, w, targets, weights, chunk=32)[0]
+
+
+for spec in (P(None, "tensor"), P("data", None), P("data", "tensor")):
+    arrays = x, w, segments, jnp.ones((4, 128))
+    compare(cross_entropy, arrays, (P("data"), spec, P("data"), P("data")))
+"""
+
+
+@pytest.mark.slow
+def test_four_devices():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True, timeout=300)
