@@ -41,8 +41,8 @@ def machine_flops(mesh: jax.sharding.Mesh, dtype: str = "float32") -> float:
 
 
 def matmul_flops(dtype: str = "float32", size: int | None = None, repeats: int = 7) -> float:
-    """Measured FLOP/s of a square matrix product on the default device, the best of `repeats`: whatever else
-    runs on the machine can only slow it."""
+    """Measured FLOP/s of a square matrix product on the default device, the best of `repeats`:
+    whatever else runs on the machine can only slow it."""
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     # Random, since products of zeros run faster on chips that are limited by power.
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
