@@ -36,12 +36,12 @@ def einsum(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
 # axes unless they are the last of one and the first of the other, in one order.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    x_letters, w_letters, _ = _letters(equation)
-    return _contract(x, x_letters, w, w_letters)
+    return _product_forward(equation, x, w)[0]
 
 
 def _product_forward(equation: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, Any]:
-    return _product(equation, x, w), (x, w)
+    x_letters, w_letters, _ = _letters(equation)
+    return _contract(x, x_letters, w, w_letters), (x, w)
 
 
 def _product_backward(equation: str, kept: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -53,18 +53,21 @@ def test_blocks_take_turns(base, run, tokens):
 def test_remat_changes_memory_and_not_gradients(base, draw, tokens):
     """Of a scan and of a single layer before it. What is computed anew may be summed in another
     order: 1e-5."""
-    config = dataclasses.replace(base, layers=5, prefix=(model.Block(),))
+    config = dataclasses.replace(base, layers=9, prefix=(model.Block(),))
     params, tokens = draw(config), np.tile(tokens, (4, 8))
     gradients, sizes = {}, {}
+
+    def hidden_loss(params, remat):
+        return jnp.square(model.forward(config, params, tokens, remat=remat).hidden_btd).mean()
+
     for remat in ("none", "dots", "block"):
-        gradient = jax.grad(lambda p: loss(config, p, tokens, remat))  # noqa: B023
-        compiled = jax.jit(gradient).lower(params).compile()
+        compiled = jax.jit(jax.grad(hidden_loss), static_argnums=1).lower(params, remat).compile()
         gradients[remat] = compiled(params)
         sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert relative(gradients["none"], gradients["dots"]) < 1e-5
     assert relative(gradients["none"], gradients["block"]) < 1e-5
     # 'dots' differs from 'none' by attention alone, too little to see at this size.
-    assert sizes["block"] < min(sizes["dots"], sizes["none"])
+    assert sizes["block"] < 0.9 * min(sizes["dots"], sizes["none"])
 
 
 def test_the_program_does_not_grow_with_the_layers(base, tokens):
