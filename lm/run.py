@@ -68,8 +68,7 @@ def train(
         stopped=stopped,
         mesh=program.mesh,
     )
-    if distributed.is_main():
-        _finish(run, prepared)
+    _finish(run, prepared)
     return run
 
 
@@ -79,7 +78,7 @@ def _play(
     """The loop, from the newest checkpoint or from the beginning; and what stopped it early."""
     experiment, steps = program.experiment, program.schedule.steps
     start = store.latest() or 0
-    if start:
+    if start and distributed.is_main():
         terminal.note(f"Resuming {folder} from step {start} of {steps}.")
     state = store.restore(program.abstract) if start else program.init()
     loader = prepared.loader(experiment.batch, experiment.seed)
@@ -477,6 +476,9 @@ def _git_revision() -> str | None:
 
 def _finish(run: Run, prepared: data.Prepared) -> None:
     """What a person is told when the loop has ended."""
+    samples = [] if run.stopped else _samples(run)  # by all processes, as all hold the weights
+    if not distributed.is_main():
+        return
     plot = run.folder / "plots" / "loss.png"
     training.plot_loss(
         run.folder / "metrics.jsonl", run.folder / "eval.jsonl", plot, run.experiment.name
@@ -487,26 +489,31 @@ def _finish(run: Run, prepared: data.Prepared) -> None:
             "The same command goes on from there."
         )
         return
-    print(_summary(run, prepared, plot))
+    lines = ["", f"Trained {run.experiment.name} to step {run.step}.", *_held_out(run, prepared)]
+    lines += [f"Loss curve  {plot}", f"Checkpoint  {run.folder / 'checkpoints' / str(run.step)}"]
+    for sample in samples:
+        lines += ["Sample", terminal.indent(sample)]
+    print("\n".join([*lines, "Next", *(f"  {command}" for command in _next_commands(run))]))
 
 
-def _summary(run: Run, prepared: data.Prepared, plot: epath.Path) -> str:
-    lines = ["", f"Trained {run.experiment.name} to step {run.step}."]
+def _samples(run: Run) -> list[str]:
+    """The prompts of the declaration, continued."""
+    prompts = run.experiment.sample or ()
+    prompts = (prompts,) if isinstance(prompts, str) else prompts
+    return [p + run.generate(p, max_tokens=96, temperature=0.5) for p in prompts]
+
+
+def _held_out(run: Run, prepared: data.Prepared) -> list[str]:
+    """Bits per byte of the last evaluation, beside what xz makes of the same text."""
+    lines = []
     for result in training.read_lines(run.folder / "eval.jsonl"):
         if result["step"] == run.step and result["name"].endswith("/bits_per_byte"):
             spread = f" ± {result['stderr']:.4f}" if result["stderr"] is not None else ""
             source = result["name"].removesuffix("/bits_per_byte")
-            lines.append(f"Held out    {result['value']:.4f}{spread} bits per byte ({source})")
             by_xz = evals.xz_bits_per_byte(prepared.texts(source))
+            lines.append(f"Held out    {result['value']:.4f}{spread} bits per byte ({source})")
             lines.append(f"            {by_xz:.4f} by xz -9")
-    lines += [f"Loss curve  {plot}", f"Checkpoint  {run.folder / 'checkpoints' / str(run.step)}"]
-    prompts = run.experiment.sample
-    for prompt in (prompts,) if isinstance(prompts, str) else prompts or ():
-        lines += [
-            "Sample",
-            terminal.indent(prompt + run.generate(prompt, max_tokens=96, temperature=0.5)),
-        ]
-    return "\n".join([*lines, "Next", *(f"  {command}" for command in _next_commands(run))])
+    return lines
 
 
 def _next_commands(run: Run) -> list[str]:
