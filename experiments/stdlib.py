@@ -35,7 +35,7 @@ def experiment() -> Experiment:
         batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
         objective=train.NextToken(z_loss=1e-4),
         optimizer=optim.Muon(weight_decay=0.1, clip_norm=1.0),
-        schedule=optim.WSD(peak=3e-3, warmup=0.05, decay=0.5, steps=STEPS),
+        schedule=optim.WSD(peak=6e-3, warmup=0.05, decay=0.5, steps=STEPS),
         evals=(evals.Perplexity(every=200),),
         save=checkpoint.Save(every=100),
         places={"single": Place(mesh=Mesh())},
