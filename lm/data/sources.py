@@ -4,6 +4,7 @@ says what they were made of.
 Every source says which share of its documents is `held_out` from training, to be evaluated on.
 """
 
+import abc
 import codecs
 import csv
 import dataclasses
@@ -34,7 +35,7 @@ def _first() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Source(abc.ABC):
     """What all sources share. `held_out` is a share of the documents; 0 holds nothing out."""
 
     held_out: float = 0.05
@@ -63,11 +64,13 @@ class Source:
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("path", "texts")}
         return {"source": type(self).__name__, **fields, "fingerprint": self._fingerprint()}
 
+    @abc.abstractmethod
     def _read(self) -> Iterator[str]:
-        raise NotImplementedError
+        """The texts, empty ones included."""
 
+    @abc.abstractmethod
     def _fingerprint(self) -> str:
-        raise NotImplementedError
+        """Changes with what lies there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +88,9 @@ class _Files(Source):
         for file in files.find(self.path):
             yield from self._read_file(file.path)
 
+    @abc.abstractmethod
     def _read_file(self, path: str) -> Iterator[str]:
-        raise NotImplementedError
+        """The texts of one file."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ training a stack equals training its layers one by one. A leaf whose gradient is
 not decay (a router's balancing bias) is never moved by any of them.
 """
 
+import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ def is_hidden_matrix(axes: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Base:
+class _Base(abc.ABC):
     """What all share. Decay is decoupled: w -= learning_rate * (direction + weight_decay * w) for
     the leaves of `decays`.
 
@@ -116,8 +117,9 @@ class _Base:
         links = [self._direction(axes), _decay(self.weight_decay, mask), *self._rescale(axes)]
         return optax.with_extra_args_support(optax.chain(*links, _descend(schedule)))
 
+    @abc.abstractmethod
     def _direction(self, axes: trees.Tree) -> optax.GradientTransformation:
-        raise NotImplementedError
+        """What turns gradients into directions of descent."""
 
     def _rescale(self, axes: trees.Tree) -> list[optax.GradientTransformation]:
         return []

@@ -7,6 +7,7 @@ at(0) = peak / W (never zero) and at(W - 1) = peak. What falls afterwards would 
 value at step `steps`, one past the last update, so no update is spent at rate zero.
 """
 
+import abc
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ Duration = int | float | Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Base:
+class _Base(abc.ABC):
     """`peak` is the highest rate, `steps` the length of the run, `warmup` the linear rise from peak
     / warmup to peak."""
 
@@ -111,9 +112,9 @@ class _Base:
         rise = (t + 1) / max(warmup, 1)
         return jnp.float32(self.peak) * jnp.where(t < warmup, rise, self._after(t, lengths))
 
+    @abc.abstractmethod
     def _after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
         """The share of the peak at step t, when the warm-up is over."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
