@@ -109,8 +109,12 @@ class _Base(abc.ABC):
         have been resolved."""
         lengths = self._in_steps()
         t, warmup = jnp.asarray(step, jnp.float32), lengths["warmup"]
-        rise = (t + 1) / max(warmup, 1)
-        return jnp.float32(self.peak) * jnp.where(t < warmup, rise, self._after(t, lengths))
+        share = jnp.where(t < warmup, self._rise(t, max(warmup, 1)), self._after(t, lengths))
+        return jnp.float32(self.peak) * share
+
+    def _rise(self, t: jax.Array, warmup: int) -> jax.Array:
+        """The share of the peak at step t of the warm-up."""
+        return (t + 1) / warmup
 
     @abc.abstractmethod
     def _after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
@@ -176,14 +180,11 @@ class OneCycle(_Base):
         super().__post_init__()
         check_positive(**{"schedule.start": self.start})
 
-    def at(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """The learning rate of update `step` (from 0), float32 scalar. Durations in Tokens must
-        have been resolved."""
-        lengths = self._in_steps()
-        t, warmup = jnp.asarray(step, jnp.float32), lengths["warmup"]
-        up = _between(_cosine(1 - jnp.minimum(t / max(warmup, 1), 1)), self.start)
-        down = _between(_cosine(_progress(t, lengths)), self.final)
-        return jnp.float32(self.peak) * jnp.where(t < warmup, up, down)
+    def _rise(self, t: jax.Array, warmup: int) -> jax.Array:
+        return _between(_cosine(1 - jnp.minimum(t / warmup, 1)), self.start)
+
+    def _after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
+        return _between(_cosine(_progress(t, lengths)), self.final)
 
 
 @dataclass(frozen=True, kw_only=True)

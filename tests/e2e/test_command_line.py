@@ -141,3 +141,45 @@ def test_closed_pipe_is_not_an_error(folder):
     err = process.stderr.read()
     process.wait(timeout=300)
     assert "Traceback" not in err and "Exception" not in err, err
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of a few hundred kB; `disk(size)` makes it larger."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if not mount("size=4k"):
+        pytest.skip("only root may mount a disk")
+
+    def resize(size: str) -> Path:
+        assert mount(f"remount,size={size}")
+        return place
+
+    yield resize
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_full_disk_loses_nothing(folder, disk):
+    """Wherever it happens, it is one sentence; with room again the same command finishes."""
+    command = ("experiments.text", *settings(folder, 10))
+    code, _, err = finish(python(folder, *command))
+    assert code == 0, err
+    wanted = losses(folder / "runs/small")
+    for size in ("40k", "300k", "360k", "500k", "700k"):
+        where = disk(size)
+        code, _, err = finish(python(folder, *command, "--workdir", str(where)))
+        print(size, code, err.splitlines()[-1])
+        if code == 0:
+            break
+        assert code == 2, err
+        assert "Traceback" not in err and "the disk" in err.splitlines()[-1].lower(), err
+        assert "full" in err.splitlines()[-1]
+    code, _, err = finish(python(folder, *command, "--workdir", str(disk("20m"))))
+    assert code == 0, err
+    assert losses(where / "small") == wanted
