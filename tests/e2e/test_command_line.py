@@ -171,7 +171,7 @@ def test_full_disk_loses_nothing(folder, disk):
     code, _, err = finish(python(folder, *command))
     assert code == 0, err
     wanted = losses(folder / "runs/small")
-    for size in ("40k", "300k", "360k", "500k", "700k"):
+    for size in ("16k", "40k", "60k", "120k", "200k", "300k", "400k", "430k"):
         where = disk(size)
         code, _, err = finish(python(folder, *command, "--workdir", str(where)))
         print(size, code, err.splitlines()[-1])
