@@ -209,7 +209,16 @@ def empty_files(checkpoint: Path) -> None:
             path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("harm", [truncate_largest, damage_arrays, empty_files])
+def flip_bits(checkpoint: Path) -> None:
+    """Of the parameters' elements, which no format notices by itself."""
+    path = max(checkpoint.rglob("d/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    for place in range(2_000, len(content) - 2_000, 500):
+        content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [truncate_largest, damage_arrays, empty_files, flip_bits])
 def test_damaged_checkpoint_is_refused_with_the_one_before(tiny, door, tmp_path, harm):
     runs = tiny.copy(tmp_path / "damaged")
     checkpoint = runs / "tiny/checkpoints/8"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
@@ -103,10 +104,10 @@ class Store:
         self._writing()
         self.wait()  # also tells of its failure under its own step
         self._begun = step
+        flat = _flat(state)
+        beside = {"metadata": dict(metadata or {}), "checksums": _checksums(flat)}
         with self._telling():
-            self._writer.save_async(
-                step, trees.unflatten(_flat(state)), force=True, custom_metadata=metadata or {}
-            )
+            self._writer.save_async(step, trees.unflatten(flat), force=True, custom_metadata=beside)
         self._saved_at = time.monotonic()
 
     def wait(self) -> None:
@@ -162,8 +163,11 @@ class Store:
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What was handed to `save` beside the state."""
         step = self._existing(step)
+        return self._beside(step).get("metadata", {})
+
+    def _beside(self, step: int) -> dict[str, Any]:
         with self._reading(step):
-            return dict(ocp.metadata(self._root / str(step)).custom_metadata or {})
+            return ocp.metadata(self._root / str(step)).custom_metadata or {}
 
     def _writing(self) -> Save:
         if self._save is None or self._writer is None:
@@ -212,8 +216,13 @@ class Store:
         }
         context = ocp.Context()
         context.pytree.loading.partial_load = True
+        written = self._beside(step).get("checksums", {})
         with self._reading(step), context, _quiet_threads():
-            return trees.flatten(ocp.load(self._root / str(step), trees.unflatten(abstract)))
+            loaded = trees.flatten(ocp.load(self._root / str(step), trees.unflatten(abstract)))
+            for path, found in _checksums(loaded).items():
+                if written.get(path, found) != found:
+                    raise ValueError(f"the checksum of {path} is another")
+        return loaded
 
     def _misfit(self, step: int, why: str) -> Refused:
         return Refused(f"The checkpoint {self.folder / str(step)} is of another declaration: {why}")
@@ -319,8 +328,31 @@ def _key(entry: Any) -> str:
     return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
 
 
+def _checksums(flat: Mapping[str, Any]) -> dict[str, int]:
+    """Of each array, the same on any mesh; any one changed element changes it. Files do not notice
+    a flipped bit: random numbers are stored as they are."""
+    return {path: int(x) for path, x in jax.device_get(_sum_bits(dict(flat))).items()}
+
+
+@jax.jit
+def _sum_bits(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: _sum_of_bits(jnp.asarray(x)) for path, x in flat.items()}
+
+
+def _sum_of_bits(x: jax.Array) -> jax.Array:
+    """Elements as whole numbers times odd weights by their place, modulo 2**32: exact, so in any
+    order."""
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        place, stride = place + index * jnp.uint32(stride % 2**32), stride * x.shape[axis]
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
 def _describe(x: Any) -> str:
-    return f"{jax.numpy.dtype(x.dtype).name}{list(x.shape)}"
+    return f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
 
 
 def _first_line(error: BaseException) -> str:

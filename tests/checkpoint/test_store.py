@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from lm.checkpoint import Save, Store
+from lm.checkpoint.store import _checksums
 from lm.errors import Refused
 
 ROOT = Path(__file__).parents[2]
@@ -337,3 +338,17 @@ def test_two_processes_save_together(tmp_path: Path) -> None:
     assert Store(tmp_path).steps() == [2, 3]
     w = np.arange(16 * 8, dtype=np.float32).reshape(16, 8) / 7
     np.testing.assert_array_equal(Store(tmp_path).restore_params()["w"], w)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
+def test_one_flipped_bit_changes_the_checksum(dtype: str) -> None:
+    x = jnp.arange(24).reshape(2, 3, 4).astype(dtype)
+    content = np.asarray(x).copy()
+    flat = content.view(np.uint8).reshape(-1)
+    (before,) = _checksums({"x": x}).values()
+    for place in range(flat.size):
+        for bit in range(8):
+            flat[place] ^= 1 << bit
+            assert _checksums({"x": content}) != {"x": before}
+            flat[place] ^= 1 << bit
+    assert _checksums({"x": content}) == {"x": before}
