@@ -193,7 +193,7 @@ SCRIPT = """
     from lm import distributed, model, sharding
     from lm.evals import evaluate
     from lm.mesh import Mesh
-    from tests.evals.test_perplexity import CONFIG, Packed, by_measure, documents
+    from test_perplexity import CONFIG, Packed, by_measure, documents
 
     distributed.initialize()
     assert jax.process_count() == 2 and jax.device_count() == 8
@@ -218,6 +218,7 @@ def test_the_mesh_and_the_processes_do_not_matter(params):
             **os.environ,
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
             "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.path.dirname(__file__),
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(process),

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import VOCAB, config, parameters
 
 from lm import model
 from lm.errors import Refused
 from lm.generate import Result, Sampling, generate, stream
-from tests.generate.conftest import VOCAB, config, parameters
 
 GREEDY = Sampling(temperature=0)
 STEPS = 12
@@ -242,7 +242,7 @@ MESH_SCRIPT = """
     from lm import model, sharding
     from lm.generate import Sampling, decode, generate, stream
     from lm.mesh import Mesh
-    from tests.generate.conftest import config, parameters
+    from small_models import config, parameters
 
     prompts, steps, context = json.loads(sys.argv[1])
     small = config()
@@ -266,7 +266,12 @@ def test_the_same_tokens_on_a_mesh(prompts):
     flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps([prompts, STEPS, CONTEXT])],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env={
+            **os.environ,
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.path.dirname(__file__),
+        },
         capture_output=True,
         text=True,
         check=False,

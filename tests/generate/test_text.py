@@ -1,13 +1,13 @@
 """Stop strings and streaming: the same text, whatever tokens and chunks it comes in."""
 
 import pytest
+from small_models import config, parameters
 
 from lm.data.tokenizer import SentencePiece
 from lm.errors import Refused
 from lm.generate import Sampling, generate_text
 from lm.generate.decode import Result
 from lm.generate.text import _Reader
-from tests.generate.conftest import config, parameters
 
 OPTIONS = {"context": 64, "max_tokens": 24, "sampling": Sampling(temperature=0.7), "key": 1}
 PROMPTS = ["a cat ", "", "on the mat the"]
