@@ -7,7 +7,7 @@ vocabulary of 4096; 16 sequences of 256 tokens in float32 with AdamW and clippin
 
 Asks: which share of the machine's own matmul rate does a whole step reach?
 
-Answer: see LOG.md.
+Answer: 53 % on two CPU cores in float32 (2026-11-20, revision 4992cbe); LOG.md has the conditions.
 """
 
 from lm import data, model, optim, train
