@@ -30,13 +30,18 @@ def progress(description: str, total: int | None = None) -> Iterator[Progress]:
 
     A bar on a terminal or in a notebook, plain lines on stderr elsewhere.
     """
-    if sys.stderr.isatty() or _in_notebook():
+    if draws_bars():
         with _bar(description, total) as bar:
             yield bar
     else:
         lines = _Lines(description, total)
         yield lines
         lines.done()
+
+
+def draws_bars() -> bool:
+    """Whether somebody watches: on a terminal and in a notebook, not in a file."""
+    return sys.stderr.isatty() or _in_notebook()
 
 
 @contextlib.contextmanager

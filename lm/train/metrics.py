@@ -86,6 +86,8 @@ class Log:
             Files(folder, after=after),
             StepLines(every=self.every, after=after, steps=steps),
         ]
+        if terminal.draws_bars():
+            writers.append(Bar(after=after, steps=steps))
         if self.tensorboard:
             writers.append(TensorBoard(folder / "tensorboard", after=after))
         if self.wandb is not None:
@@ -236,6 +238,29 @@ class StepLines:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class Bar:
+    """A progress bar of the updates, below the lines; where none can be drawn, the lines say it."""
+
+    def __init__(self, *, after: int, steps: int) -> None:
+        self._stack = contextlib.ExitStack()
+        self._bar = self._stack.enter_context(terminal.progress("training", steps - after))
+
+    def step(self, values: Values) -> None:
+        """One more is done."""
+        del values
+        self._bar.advance(1)
+
+    def evaluation(self, step: int, results: Sequence[Result]) -> None:
+        """The bar waits."""
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._stack.close()
 
 
 def step_line(values: Values, steps: int, seconds_left: float | None = None) -> str:

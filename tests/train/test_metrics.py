@@ -1,5 +1,6 @@
 """metrics.jsonl stays valid and exact, whatever was torn; the other writers are asked for."""
 
+import contextlib
 import json
 import math
 import sys
@@ -14,6 +15,7 @@ from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm import terminal
 from lm.errors import Refused
 from lm.train.metrics import Files, JsonLines, Log, read_lines, step_line, truncate_after
 from lm.train.plot import plot_loss, smooth
@@ -222,3 +224,23 @@ def test_the_declaration_of_a_line_is_json(tmp_path: Path) -> None:
     lines.close()
     text = (tmp_path / "deep" / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "name": "x"}
+
+
+def test_a_bar_counts_the_updates_that_are_left(tmp_path, monkeypatch):
+    counted = []
+
+    @contextlib.contextmanager
+    def progress(description, total):
+        counted.append((description, total))
+        yield types.SimpleNamespace(advance=counted.append)
+        counted.append("closed")
+
+    monkeypatch.setattr(terminal, "progress", progress)
+    monkeypatch.setattr(terminal, "draws_bars", lambda: True)
+    writers = Log().writers(tmp_path, name="bars", after=3, steps=5, declaration={})
+    for step in (4, 5):
+        for writer in writers:
+            writer.step({"step": step, "loss": 1.0})
+    for writer in writers:
+        writer.close()
+    assert counted == [("training", 2), 1, 1, "closed"]
