@@ -9,9 +9,10 @@ million characters. nanoGPT's readme gives a validation loss of 1.88 nats for it
 
 Asks: how far below 1.88 does a better recipe get with the same parameters and tokens?
 
-Answer: 1.547 ± 0.007 nats per character on the last tenth of the text (2026-11-20, revision ee3c7d6,
-one seed, 797,824 parameters, 1.54 million characters; 94 s on two CPU cores). Muon, RoPE, SwiGLU and
-warm-up, stable, decay in place of AdamW, learned positions, GELU and cosine; not taken apart.
+Answer: 1.547 ± 0.007 nats per character on the last tenth of the text (2026-11-20, revision
+ee3c7d6, one seed, 797,824 parameters, 1.54 million characters; 94 s on two CPU cores). Muon, RoPE,
+SwiGLU and warm-up, stable, decay in place of AdamW, learned positions, GELU and cosine; which of
+them matters was not taken apart.
 """
 
 from lm import checkpoint, data, evals, model, optim, train

@@ -2,7 +2,7 @@
 
 A change that was meant is written with
 
-    python -m tests.test_golden --write
+    python tests/test_golden.py --write
 
 and read in the diff. Nothing in it depends on the machine.
 """
@@ -45,7 +45,7 @@ def test_an_experiment_comes_to_what_it_did(name):
         kept.splitlines(), now.splitlines(), f"golden/{name}.txt", "now", lineterm="", n=2
     )
     assert kept == now, "\n".join(
-        [f"{name} has changed. If that was meant: python -m tests.test_golden --write", *diff]
+        [f"{name} has changed. If that was meant: python tests/test_golden.py --write", *diff]
     )
 
 
@@ -64,5 +64,5 @@ def write() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
-        sys.exit("usage: python -m tests.test_golden --write")
+        sys.exit("usage: python tests/test_golden.py --write")
     write()
