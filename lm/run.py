@@ -24,7 +24,7 @@ from lm import checkpoint, data, distributed, evals, generate, hardware, model, 
 from lm import train as training
 from lm.data.batch import Batch
 from lm.errors import Refused
-from lm.experiment import Experiment, differences, from_json, identity, to_json
+from lm.experiment import MAY_CHANGE, Experiment, differences, from_json, identity, to_json
 from lm.mesh import Mesh, Place, choose
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
@@ -416,7 +416,8 @@ def _check_same(folder: epath.Path, written: dict[str, Any] | None, now: Experim
         return
     before = _declared(folder, written)
     if identity(before) != identity(now):
-        changed = "; ".join(differences(before, now))
+        free = {name: getattr(now, name) for name in MAY_CHANGE}
+        changed = "; ".join(differences(dataclasses.replace(before, **free), now))
         raise Refused(
             f"{folder} was begun with another declaration ({changed}). Give this one another name "
             "with --set name=NAME, or another --workdir."
