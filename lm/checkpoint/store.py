@@ -7,10 +7,12 @@ needed to read it. A save writes aside and renames, so a folder with a bare numb
 
 import contextlib
 import errno
+import functools
 import inspect
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +64,7 @@ class Store:
         self._remote = "://" in str(folder)
         self._root = self.folder if self._remote else self.folder.expanduser().absolute()
         self._save = save
+        _quiet_leftovers()
         self._saved_at = time.monotonic()
         self._begun: int | None = None  # the step being saved
         self._writer = None
@@ -217,7 +220,7 @@ class Store:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         written = self._beside(step).get("checksums", {})
-        with self._reading(step), context, _quiet_threads():
+        with self._reading(step), context:
             loaded = trees.flatten(ocp.load(self._root / str(step), trees.unflatten(abstract)))
             for path, found in _checksums(loaded).items():
                 if written.get(path, found) != found:
@@ -284,20 +287,24 @@ for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_not_raised)
 
 
-@contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
-    """When a read fails, those at work beside it find their event loop closed, which Python prints
-    as it can't be raised. The failure itself is raised."""
-    before = sys.unraisablehook
+@functools.cache
+def _quiet_leftovers() -> None:
+    """When a read or a write fails, the tasks at work beside it find their event loop closed, or
+    are never begun. Python prints that from their threads and at exit, pages of it, below the
+    sentence that tells of the failure itself."""
+    raised, unraisable = sys.excepthook, sys.unraisablehook
 
-    def hook(event: Any) -> None:
+    def on_raised(kind: Any, error: Any, traceback: Any) -> None:
+        if "Event loop is closed" not in str(error):
+            raised(kind, error, traceback)
+
+    def on_unraisable(event: Any) -> None:
         closed = "Event loop is closed" in str(event.exc_value)
         if not closed and not inspect.iscoroutine(event.object):
-            before(event)
+            unraisable(event)
 
-    sys.unraisablehook = hook
-    yield
-    sys.unraisablehook = before  # not after a failure: threads outlive it
+    sys.excepthook, sys.unraisablehook = on_raised, on_unraisable
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
 
 _NAMES = ocp.path.step.standard_name_format()
