@@ -138,7 +138,7 @@ def _write_split(
         np.save(table, np.array(lengths, "<u4"))
         for name, data in (
             (f"{stem}.tokens", np.concatenate(tokens).data.cast("B")),
-            (f"{stem}.documents.npy", table.getbuffer()),
+            (f"{stem}.documents.npy", table.getvalue()),
         ):
             folder.write(name, data)
             counts["files"][name] = {"bytes": len(data), "sha256": digest(data)}
