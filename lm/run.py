@@ -480,10 +480,7 @@ def _finish(run: Run, prepared: data.Prepared) -> None:
     samples = [] if run.stopped else _samples(run)  # by all processes, as all hold the weights
     if not distributed.is_main():
         return
-    plot = run.folder / "plots" / "loss.png"
-    training.plot_loss(
-        run.folder / "metrics.jsonl", run.folder / "eval.jsonl", plot, run.experiment.name
-    )
+    plot = _draw(run)
     if run.stopped:
         terminal.note(
             f"Stopped and saved at step {run.step}: {run.folder}. "
@@ -495,6 +492,15 @@ def _finish(run: Run, prepared: data.Prepared) -> None:
     for sample in samples:
         lines += ["Sample", terminal.indent(sample)]
     print("\n".join([*lines, "Next", *(f"  {command}" for command in _next_commands(run))]))
+
+
+def _draw(run: Run) -> epath.Path:
+    """The loss curve, from what was logged."""
+    plot = run.folder / "plots" / "loss.png"
+    training.plot_loss(
+        run.folder / "metrics.jsonl", run.folder / "eval.jsonl", plot, run.experiment.name
+    )
+    return plot
 
 
 def _samples(run: Run) -> list[str]:
@@ -534,6 +540,8 @@ def _this_command() -> str:
 
 def _say_complete(run: Run, steps: int) -> Run:
     if distributed.is_main():
+        if not (run.folder / "plots" / "loss.png").exists():
+            _draw(run)  # stopped between its last checkpoint and its plot
         print(f"{run.folder} is complete at step {steps} of {steps}. What can be done with it:")
         print("\n".join(f"  {command}" for command in _next_commands(run)))
         print(f"To train it anew, delete {run.folder} or give --set name=NAME.")

@@ -137,6 +137,15 @@ def test_finished_run_is_not_trained_again(tiny, capsys):
     assert "python -m lm generate" in said and "delete" in said
 
 
+def test_plot_that_was_not_drawn_is_drawn_by_the_next_call(tiny, tmp_path):
+    """Killed, or out of disk, between the last checkpoint and the plot."""
+    runs = tiny.copy(tmp_path)
+    plot = runs / "tiny/plots/loss.png"
+    plot.unlink()
+    lm.train(tiny.declare(), workdir=runs)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_another_declaration_in_the_same_folder_is_refused(tiny):
     other = replace(tiny.declare(), seed=1)
     with pytest.raises(Refused, match=r"another declaration \(seed: 0 -> 1\)\. .*--set name=NAME"):
