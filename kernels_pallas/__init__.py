@@ -3,8 +3,8 @@
 This package never imports lm.
 """
 
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import flash_attention
 from kernels_pallas.cross_entropy import cross_entropy, token_losses
 from kernels_pallas.grouped_matmul import grouped_matmul
 
-__all__ = ["attention", "cross_entropy", "grouped_matmul", "token_losses"]
+__all__ = ["cross_entropy", "flash_attention", "grouped_matmul", "token_losses"]

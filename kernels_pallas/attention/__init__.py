@@ -1,5 +1,5 @@
 """Softmax attention."""
 
-from kernels_pallas.attention.op import attention
+from kernels_pallas.attention.op import flash_attention
 
-__all__ = ["attention"]
+__all__ = ["flash_attention"]

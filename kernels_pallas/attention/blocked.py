@@ -9,14 +9,15 @@ each of its five products reads its operands as they lie: XLA on CPU would copy 
 Shapes inside: q_bkgth with N = K * G, k_bksh, v_bksh; a block of queries is [B, K, G * block, H].
 """
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Finite, so that a row that sees nothing has differences of 0 and not of infinities.
-HIDDEN = -1e30
+from kernels_pallas.attention.reference import HIDDEN
+
 # Into how many sections a causal mask is cut at most: 4 leave 5/8 of the square, close to the half
 # that is needed. Each adds its code to the program, which pays where it has this many blocks.
 SECTIONS, BLOCKS_OF_A_SECTION = 4, 4
@@ -38,9 +39,15 @@ class Extras(NamedTuple):
 
     segments_bt: jax.Array | None
     kv_segments_bs: jax.Array | None
+    ranks_bs: jax.Array | None  # each key's place in its document; None: s
     positions_bt: jax.Array | None
+    prefix_b: jax.Array | None
     sinks_n: jax.Array | None
     alibi_n: jax.Array | None
+
+    def anywhere(self) -> bool:
+        """Whether a query may see keys far from its own place in the row."""
+        return self.positions_bt is not None or self.prefix_b is not None
 
 
 class Section(NamedTuple):
@@ -78,16 +85,14 @@ def forward(
     options: Options,
     block: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_btnh, lse_bkgt); a row that sees nothing gives 0 and an lse so large that its weights
-    are 0 in the backward pass."""
+    """(out_btnh, lse_bkgt); a row that sees nothing gives 0 and an lse of HIDDEN."""
     t, kv_heads = q_btnh.shape[1], k_bskh.shape[2]
     block = min(block, t)
     q = _by_group(q_btnh, kv_heads, block)
     k, v = jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2)
     extras = _padded(extras, block)
     outs, lses = [], []
-    indexed = extras.positions_bt is not None
-    for section in sections(t, k.shape[2], block, options, indexed):
+    for section in sections(t, k.shape[2], block, options, extras.anywhere()):
 
         def body(_, i, section=section):
             return None, _block_forward(options, section, i, q, k, v, extras)
@@ -106,6 +111,7 @@ def backward(
     out_btnh: jax.Array,
     lse_bkgt: jax.Array,
     dout_btnh: jax.Array,
+    dlse_bkgt: jax.Array,
     *,
     options: Options,
     block: int,
@@ -116,7 +122,8 @@ def backward(
     s, kv_heads = k_bskh.shape[1:3]
     groups = n // kv_heads
     delta_btn = jnp.sum(dout_btnh.astype(F32) * out_btnh.astype(F32), axis=-1)
-    delta = jnp.moveaxis(delta_btn.reshape(b, t, kv_heads, groups), 1, 3)
+    # d lse / d score is the weight p as well, so the gradient of lse joins that of the denominator.
+    delta = jnp.moveaxis(delta_btn.reshape(b, t, kv_heads, groups), 1, 3) - dlse_bkgt
     dsinks_n = None
     if extras.sinks_n is not None:
         weight = jnp.exp(extras.sinks_n.astype(F32).reshape(kv_heads, groups, 1) - lse_bkgt)
@@ -129,7 +136,7 @@ def backward(
     padded = _padded(extras, block)
     sums = jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32), jnp.zeros((kv_heads, groups), F32)
     dqs = []
-    for section in sections(t, s, block, options, extras.positions_bt is not None):
+    for section in sections(t, s, block, options, extras.anywhere()):
 
         def body(sums, i, section=section):
             return _block_backward(options, section, i, sums, rows, k, v, padded)
@@ -219,7 +226,7 @@ def _block_forward(options, section, i, q, k, v, extras):
     if extras.segments_bt is not None:
         # Only segments can hide all keys of a row: then the top is HIDDEN, each weight exp(0).
         seen = top > HIDDEN
-        out, lse = jnp.where(seen, out, 0), jnp.where(seen, lse, -HIDDEN)
+        out, lse = jnp.where(seen, out, 0), jnp.where(seen, lse, HIDDEN)
     return out.astype(q.dtype), lse[..., 0]
 
 
@@ -284,20 +291,28 @@ def _mask(options, section, q_start, k_start, extras):
     else:
         index = _rows(extras.positions_bt, q_start, section.size, 1)
     key = k_start + jnp.arange(section.span)
+    rank = (
+        key[None] if extras.ranks_bs is None else _rows(extras.ranks_bs, k_start, section.span, 1)
+    )
     distance = index[:, :, None] - key
     terms = []
     if options.causal:
         terms.append(distance >= 0)
     if options.window is not None:
-        terms.append((distance < options.window) | (key < options.sink_tokens))
+        near = distance < options.window
+        terms.append(near | (rank < options.sink_tokens)[:, None] if options.sink_tokens else near)
+    if extras.prefix_b is not None:
+        terms = [_all(terms) | (rank < extras.prefix_b[:, None])[:, None]]
     if extras.segments_bt is not None:
         q_segments = _rows(extras.segments_bt, q_start, section.size, 1)
         kv_segments = _rows(extras.kv_segments_bs, k_start, section.span, 1)
         terms.append(q_segments[:, :, None] == kv_segments[:, None])
-    visible = None
-    for term in terms:
-        visible = term if visible is None else visible & term
-    return distance, visible
+    return distance, _all(terms)
+
+
+def _all(terms):
+    """The conjunction; None of nothing."""
+    return functools.reduce(jnp.logical_and, terms) if terms else None
 
 
 def _rows(x, start, size, axis):

@@ -3,10 +3,12 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.attention import blocked
 from kernels_pallas.attention.blocked import Extras, Options
+from kernels_pallas.attention.reference import ranks_in_documents
 
 # The name, for policies of jax.checkpoint, of what the backward pass needs: with it saved,
 # attention is not computed twice.
@@ -16,7 +18,7 @@ SAVED = "attention"
 BLOCK = {"cpu": 64, "default": 256}
 
 
-def attention(
+def flash_attention(
     q_btnh: jax.Array,
     k_bskh: jax.Array,
     v_bskh: jax.Array,
@@ -24,52 +26,70 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     sink_tokens: int = 0,
-    segments_bt: jax.Array | None = None,
-    kv_segments_bs: jax.Array | None = None,
-    positions_bt: jax.Array | None = None,
+    prefix: int | jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
     softcap: float | None = None,
-    sinks_n: jax.Array | None = None,
-    alibi_n: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    alibi: jax.Array | None = None,
     scale: float | None = None,
-) -> jax.Array:
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Softmax attention with grouped key/value heads: query head n reads key/value head
     n // (N // K).
 
-    Keys lie at indices 0..S-1. The query's index is `positions_bt`, or its place 0..T-1 when that
-    is None (queries and keys are then the same sequence). A key at index s is visible to a query at
-    index t when all of these hold: `causal`: s <= t; `window`: t - s < window, or s < `sink_tokens`
-    (arXiv:2309.17453); segments: equal. A row that sees no key gives zeros.
+    Keys lie at indices 0..S-1. The query's index is `positions`, or its place 0..T-1 when that is
+    None. A key at index s is visible to a query at index t when `causal`: s <= t; `window`:
+    t - s < window, or the key is one of the first `sink_tokens` (arXiv:2309.17453); and segments:
+    equal. The first `prefix` keys are visible whatever `causal` and `window` say. With segments the
+    first keys are those of each run of equal ids, else those of the row. A row that sees no key
+    gives zeros.
 
     Args:
-      q_btnh, k_bskh, v_bskh: queries, keys, values.
+      q_btnh, k_bskh, v_bskh: queries, keys, values; the width of values may differ.
       causal: hides later keys.
       window: how many keys up to its own a query sees; needs `causal`.
       sink_tokens: the first keys, visible whatever the window.
-      segments_bt, kv_segments_bs: document of each query and key; the second is the first when it
-        is left out and T == S.
-      positions_bt: index of each query among the keys, for cached decoding.
+      prefix: how many first keys every query sees (prefix-LM, arXiv:1910.10683), one number or one
+        per row [B]; needs `causal`.
+      segment_ids, kv_segment_ids: document of each query [B, T] and key [B, S]; the second is the
+        first when it is left out and T == S.
+      positions: index of each query among the keys [B, T], for chunks and cached decoding.
       softcap: scores become softcap * tanh(scores / softcap), before the mask (Gemma 2,
         arXiv:2408.00118).
-      sinks_n: a learned logit per query head that takes part in the softmax and carries no value.
-      alibi_n: slope per query head; adds -slope * (t - s) to the scores (arXiv:2108.12409).
+      sinks: a learned logit per query head [N] that takes part in the softmax and carries no value
+        (arXiv:2508.10925).
+      alibi: slope per query head [N]; adds -slope * (t - s) to the scores (arXiv:2108.12409).
       scale: factor on the scores; H ** -0.5 when None.
+      return_lse: also return the natural log of each softmax's denominator.
 
     Returns:
-      out_btnh in the dtype of q; the softmax is in float32.
+      out_btnh in the dtype of q; the softmax is in float32. With `return_lse`, (out_btnh, lse_btn),
+      the second in float32 and -1e30 where a row sees nothing. Both are differentiable.
 
     Raises:
       ValueError: naming the argument that does not fit and what would.
     """
+    if prefix is not None:
+        prefix = jnp.asarray(prefix)
+        prefix = jnp.broadcast_to(prefix, q_btnh.shape[:1]) if prefix.ndim == 0 else prefix
     check(
-        q_btnh, k_bskh, v_bskh, causal, window, sink_tokens, segments_bt, kv_segments_bs,
-        positions_bt, softcap, sinks_n, alibi_n,
+        q_btnh, k_bskh, v_bskh, causal, window, sink_tokens, prefix, segment_ids, kv_segment_ids,
+        positions, softcap, sinks, alibi,
     )  # fmt: skip
-    if kv_segments_bs is None:
-        kv_segments_bs = segments_bt
-    extras = Extras(segments_bt, kv_segments_bs, positions_bt, sinks_n, alibi_n)
+    if kv_segment_ids is None:
+        kv_segment_ids = segment_ids
+    ranks_bs = None
+    if segment_ids is not None and (sink_tokens or prefix is not None):
+        ranks_bs = ranks_in_documents(kv_segment_ids)
+    extras = Extras(segment_ids, kv_segment_ids, ranks_bs, positions, prefix, sinks, alibi)
     scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
     options = Options(causal, window, sink_tokens, softcap, scale)
-    return _attention(options, q_btnh, k_bskh, v_bskh, extras)
+    out_btnh, lse_bkgt = _attention(options, q_btnh, k_bskh, v_bskh, extras)
+    if not return_lse:
+        return out_btnh
+    return out_btnh, jnp.moveaxis(lse_bkgt, 3, 1).reshape(q_btnh.shape[:3])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,12 +102,13 @@ def _forward(options, q_btnh, k_bskh, v_bskh, extras):
     out_btnh, lse_bkgt = checkpoint_name(
         _on_platform(blocked.forward, options, *arrays, extras), SAVED
     )
-    return out_btnh, (*arrays, extras, out_btnh, lse_bkgt)
+    return (out_btnh, lse_bkgt), (*arrays, extras, out_btnh, lse_bkgt)
 
 
-def _backward(options, kept, dout_btnh):
-    *gradients, dsinks_n, dalibi_n = _on_platform(blocked.backward, options, *kept, dout_btnh)
-    return *gradients, Extras(None, None, None, dsinks_n, dalibi_n)
+def _backward(options, kept, cotangents):
+    *gradients, dsinks_n, dalibi_n = _on_platform(blocked.backward, options, *kept, *cotangents)
+    none = Extras(*[None] * len(Extras._fields))
+    return *gradients, none._replace(sinks_n=dsinks_n, alibi_n=dalibi_n)
 
 
 _attention.defvjp(_forward, _backward)
@@ -103,8 +124,9 @@ def _on_platform(function, options, *arrays):
 
 
 def check(
-    q, k, v, causal, window, sink_tokens, segments, kv_segments, positions, softcap, sinks, alibi
-) -> None:
+    q, k, v, causal, window, sink_tokens, prefix, segments, kv_segments, positions, softcap, sinks,
+    alibi,
+) -> None:  # fmt: skip
     """Raises ValueError naming the first argument that does not fit the others."""
     for name, array in (("q_btnh", q), ("k_bskh", k), ("v_bskh", v)):
         if array.ndim != 4:
@@ -128,20 +150,23 @@ def check(
         raise ValueError(f"window={window} must be at least 1, the query's own key.")
     if sink_tokens and window is None:
         raise ValueError(f"sink_tokens={sink_tokens} does nothing without a window.")
+    if prefix is not None and not causal:
+        raise ValueError("prefix does nothing without causal=True, where all keys are visible.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap} must be above zero; None turns it off.")
     if segments is None and kv_segments is not None:
-        raise ValueError("kv_segments_bs needs segments_bt.")
+        raise ValueError("kv_segment_ids needs segment_ids.")
     if segments is not None and kv_segments is None and s != t:
-        raise ValueError(f"{s} keys for {t} queries: segments_bt needs kv_segments_bs beside it.")
-    if positions is None and s != t:
-        raise ValueError(f"{s} keys for {t} queries: give positions_bt, the queries' indices.")
+        raise ValueError(f"{s} keys for {t} queries: segment_ids needs kv_segment_ids beside it.")
+    if positions is None and s != t and (causal or alibi is not None):
+        raise ValueError(f"{s} keys for {t} queries: give positions, the queries' indices.")
     for name, array, shape in (
-        ("segments_bt", segments, (b, t)),
-        ("kv_segments_bs", kv_segments, (b, s)),
-        ("positions_bt", positions, (b, t)),
-        ("sinks_n", sinks, (n,)),
-        ("alibi_n", alibi, (n,)),
+        ("segment_ids", segments, (b, t)),
+        ("kv_segment_ids", kv_segments, (b, s)),
+        ("positions", positions, (b, t)),
+        ("prefix", prefix, (b,)),
+        ("sinks", sinks, (n,)),
+        ("alibi", alibi, (n,)),
     ):
         if array is not None and array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}; it needs {shape}.")

@@ -1,5 +1,5 @@
 """Grouped-query attention: projections, positions and the key/value cache around
-`kernels_pallas.attention`."""
+`kernels_pallas.flash_attention`."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -41,9 +41,8 @@ class LearnedSinks:
 
 @dataclass(frozen=True, kw_only=True)
 class FirstTokens:
-    """The first `count` tokens of the sequence stay visible beyond the window (Xiao et al.,
-    arXiv:2309.17453). They are the first of the row: with several documents packed into one, only
-    the first document has them."""
+    """The first `count` tokens of each document stay visible beyond the window (Xiao et al.,
+    arXiv:2309.17453)."""
 
     count: int
 
@@ -199,18 +198,18 @@ class Attention(nnx.Module):
             k_bskh, v_bskh = cache.read(q_btnh.dtype)
         k_bskh = shard(k_bskh, "batch", "seq", "kv_heads", "head")
         v_bskh = shard(v_bskh, "batch", "seq", "kv_heads", "head")
-        out_btnh = kernels_pallas.attention(
+        out_btnh = kernels_pallas.flash_attention(
             q_btnh,
             k_bskh,
             v_bskh,
             causal=c.causal,
             window=c.window,
             sink_tokens=c.sinks.count if isinstance(c.sinks, FirstTokens) else 0,
-            segments_bt=positions.segments_bt,
-            positions_bt=positions.slots_bt,
+            segment_ids=positions.segments_bt,
+            positions=positions.slots_bt,
             softcap=c.softcap,
-            sinks_n=None if self.sinks is None else self.sinks[...],
-            alibi_n=jnp.asarray(c.position.slopes(c.heads))
+            sinks=None if self.sinks is None else self.sinks[...],
+            alibi=jnp.asarray(c.position.slopes(c.heads))
             if isinstance(c.position, ALiBi)
             else None,
             scale=c.scale,

@@ -1,12 +1,14 @@
 """Attention equals its specification, values and gradients, for every option, and refuses in
 words."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import attention
+from kernels_pallas import flash_attention
 from kernels_pallas.attention import blocked, op, reference
 
 B, H = 2, 8
@@ -34,28 +36,32 @@ CASES = {
     "window": (17, 17, 4, 2, {"window": 4}),
     "window_of_one": (17, 17, 4, 2, {"window": 1}),
     "window_and_sink_tokens": (17, 17, 4, 2, {"window": 4, "sink_tokens": 2}),
-    "segments": (17, 17, 4, 2, {"segments_bt": SEGMENTS}),
-    "segments_full": (17, 17, 4, 2, {"segments_bt": SEGMENTS, "causal": False}),
-    "segments_window": (17, 17, 4, 2, {"segments_bt": SEGMENTS, "window": 3, "sink_tokens": 1}),
-    "positions": (5, 16, 4, 2, {"positions_bt": POSITIONS}),
-    "positions_window": (5, 16, 4, 2, {"positions_bt": POSITIONS, "window": 3}),
-    "decode": (1, 16, 6, 2, {"positions_bt": np.array([[0], [15]])}),
+    "segments": (17, 17, 4, 2, {"segment_ids": SEGMENTS}),
+    "segments_full": (17, 17, 4, 2, {"segment_ids": SEGMENTS, "causal": False}),
+    "segments_window": (17, 17, 4, 2, {"segment_ids": SEGMENTS, "window": 3, "sink_tokens": 1}),
+    "positions": (5, 16, 4, 2, {"positions": POSITIONS}),
+    "positions_window": (5, 16, 4, 2, {"positions": POSITIONS, "window": 3}),
+    "decode": (1, 16, 6, 2, {"positions": np.array([[0], [15]])}),
     "positions_segments": (
         5, 17, 4, 2,
-        {"positions_bt": POSITIONS, "segments_bt": SEGMENTS[:, 3:8], "kv_segments_bs": SEGMENTS},
+        {"positions": POSITIONS, "segment_ids": SEGMENTS[:, 3:8], "kv_segment_ids": SEGMENTS},
     ),
     "nothing_visible": (
         5, 17, 4, 2,
-        {"positions_bt": POSITIONS, "segments_bt": np.full((B, 5), 7), "kv_segments_bs": SEGMENTS},
+        {"positions": POSITIONS, "segment_ids": np.full((B, 5), 7), "kv_segment_ids": SEGMENTS},
     ),
     "softcap": (17, 17, 4, 2, {"softcap": 1.5}),
     "sinks": (17, 17, 6, 2, {"sinks": True}),
     "alibi": (17, 17, 6, 2, {"alibi": True}),
     "alibi_full": (17, 17, 6, 2, {"alibi": True, "causal": False}),
+    "prefix": (17, 17, 4, 2, {"prefix": 7}),
+    "prefix_by_row": (17, 17, 4, 2, {"prefix": np.array([3, 12]), "window": 4}),
+    "prefix_segments": (17, 17, 4, 2, {"prefix": 4, "segment_ids": SEGMENTS}),
+    "cross": (5, 17, 4, 2, {"causal": False}),
     "everything": (
         17, 17, 6, 2,
         {
-            "window": 5, "sink_tokens": 2, "segments_bt": SEGMENTS, "softcap": 2.0,
+            "window": 5, "sink_tokens": 2, "prefix": 3, "segment_ids": SEGMENTS, "softcap": 2.0,
             "sinks": True, "alibi": True,
         },
     ),
@@ -63,10 +69,10 @@ CASES = {
 
 
 def call(function, arrays, options):
-    """The op or the reference with the arrays it can be differentiated by, as {name: array}."""
+    """(out, lse) of the op or the reference for the arrays that it can be differentiated by."""
     options = {name: value for name, value in options.items() if name not in ("sinks", "alibi")}
-    q, k, v = arrays["q"], arrays["k"], arrays["v"]
-    return function(q, k, v, sinks_n=arrays.get("sinks"), alibi_n=arrays.get("alibi"), **options)
+    options |= {name: arrays.get(name) for name in ("sinks", "alibi")}
+    return function(arrays["q"], arrays["k"], arrays["v"], **options)
 
 
 def arrays_of(t, s, n, k, options):
@@ -80,15 +86,23 @@ def arrays_of(t, s, n, k, options):
 
 
 def value_and_gradients(function, arrays, options):
-    """Output, and the gradients of a fixed random projection of it."""
+    """Output, log-sum-exp, and the gradients of a fixed random projection of both."""
 
     def projected(arrays):
-        out = call(function, arrays, options)
+        out, lse = call(function, arrays, options)
         toward = jax.random.normal(jax.random.key(9), out.shape)
-        return jnp.sum(out.astype(jnp.float32) * toward), out
+        # A row that sees nothing has an lse of -1e30, beside which the rest would be lost.
+        seen = jnp.where(lse > -1e29, lse, 0)
+        return jnp.sum(out.astype(jnp.float32) * toward) + jnp.sum(seen * toward[..., 0]), (
+            out,
+            lse,
+        )
 
-    (_, out), gradients = jax.value_and_grad(projected, has_aux=True)(arrays)
-    return {"out": out} | gradients
+    (_, (out, lse)), gradients = jax.value_and_grad(projected, has_aux=True)(arrays)
+    return {"out": out, "lse": lse} | gradients
+
+
+with_lse = partial(flash_attention, return_lse=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -102,7 +116,7 @@ def test_equals_the_specification(name, monkeypatch):
     def both(arrays):
         return [
             value_and_gradients(function, arrays, options)
-            for function in (attention, reference.attention)
+            for function in (with_lse, reference.flash_attention)
         ]
 
     got, want = both(arrays_of(*shape, options))
@@ -113,9 +127,32 @@ def test_equals_the_specification(name, monkeypatch):
 
 def test_rows_that_see_nothing_are_zero_and_have_no_gradient():
     t, s, n, k, options = CASES["nothing_visible"]
-    results = value_and_gradients(attention, arrays_of(t, s, n, k, options), options)
-    for leaf in results.values():
-        np.testing.assert_array_equal(leaf, 0)
+    results = value_and_gradients(with_lse, arrays_of(t, s, n, k, options), options)
+    for name, leaf in results.items():
+        np.testing.assert_array_equal(leaf, np.float32(-1e30 if name == "lse" else 0))
+
+
+def test_first_tokens_are_those_of_each_document():
+    """Packed documents give what each gives alone, first tokens and prefix included."""
+    q, k, v, *_ = inputs(17, 17, 4, 2)
+    options = {"window": 3, "sink_tokens": 2, "prefix": 2}
+    packed = flash_attention(q, k, v, segment_ids=SEGMENTS, **options)
+    for low, high in ((0, 5), (5, 14), (14, 17)):
+        alone = flash_attention(*(x[:1, low:high] for x in (q, k, v)), **options)
+        np.testing.assert_allclose(packed[:1, low:high], alone, atol=1e-5)
+
+
+def test_the_log_sum_exp_merges_parts():
+    """Softmax over two halves of the keys, weighted by their log-sum-exp, is softmax over all."""
+    q, k, v, *_ = inputs(17, 34, 4, 2)
+    halves = [
+        flash_attention(q, k[:, part], v[:, part], causal=False, return_lse=True)
+        for part in (slice(0, 17), slice(17, 34))
+    ]
+    whole, lse = flash_attention(q, k, v, causal=False, return_lse=True)
+    np.testing.assert_allclose(jnp.logaddexp(halves[0][1], halves[1][1]), lse, atol=1e-5)
+    merged = sum(out * jnp.exp(part - lse)[..., None] for out, part in halves)
+    np.testing.assert_allclose(merged, whole, atol=1e-5)
 
 
 def test_no_later_key_and_no_other_document_is_read():
@@ -123,7 +160,7 @@ def test_no_later_key_and_no_other_document_is_read():
     row = 8  # of document 2, which starts at 5
 
     def out_row(k, v):
-        return attention(q, k, v, segments_bt=SEGMENTS)[0, row].sum()
+        return flash_attention(q, k, v, segment_ids=SEGMENTS)[0, row].sum()
 
     for gradient in jax.grad(out_row, (0, 1))(k, v):
         read = np.flatnonzero(np.abs(gradient[0]).sum((1, 2)))
@@ -133,10 +170,10 @@ def test_no_later_key_and_no_other_document_is_read():
 def test_bfloat16_stays_bfloat16_and_near():
     q, k, v, *_ = inputs(17, 17, 4, 2)
     low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    out = attention(*low)
+    out = flash_attention(*low)
     assert out.dtype == jnp.bfloat16
     # Weights and output are rounded to 8 bits: 2**-8 relative each, on averages of values below 4.
-    want = reference.attention(*(x.astype(jnp.float32) for x in low))
+    want, _ = reference.flash_attention(*(x.astype(jnp.float32) for x in low))
     np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.03)
 
 
@@ -145,10 +182,10 @@ def test_under_vmap_and_checkpoint():
     stacked = [jnp.stack([x, x + 0.1]) for x in (q, k, v)]
 
     def loss(q, k, v):
-        return jnp.sum(jax.checkpoint(attention)(q, k, v) ** 2)
+        return jnp.sum(jax.checkpoint(flash_attention)(q, k, v) ** 2)
 
     got = jax.vmap(jax.grad(loss, (0, 1, 2)))(*stacked)
-    want = jax.grad(lambda q, k, v: jnp.sum(reference.attention(q, k, v) ** 2), (0, 1, 2))
+    want = jax.grad(lambda q, k, v: jnp.sum(reference.flash_attention(q, k, v)[0] ** 2), (0, 1, 2))
     for i in range(2):
         for a, b in zip(got, want(*(x[i] for x in stacked)), strict=True):
             np.testing.assert_allclose(a[i], b, atol=2e-5, rtol=1e-5)
@@ -160,18 +197,20 @@ def test_under_vmap_and_checkpoint():
         ({"causal": False, "window": 3}, "window=3 needs causal=True"),
         ({"window": 0}, "window=0 must be at least 1"),
         ({"sink_tokens": 2}, "sink_tokens=2 does nothing without a window"),
+        ({"causal": False, "prefix": 3}, "prefix does nothing without causal=True"),
+        ({"prefix": np.zeros(5, int)}, r"prefix has shape \(5,\)"),
         ({"softcap": 0.0}, "softcap=0.0 must be above zero"),
-        ({"sinks_n": np.zeros(3)}, r"sinks_n has shape \(3,\)"),
-        ({"kv_segments_bs": SEGMENTS}, "kv_segments_bs needs segments_bt"),
+        ({"sinks": np.zeros(3)}, r"sinks has shape \(3,\)"),
+        ({"kv_segment_ids": SEGMENTS}, "kv_segment_ids needs segment_ids"),
         ({"q_btnh": np.zeros((B, 17, 3, H))}, "3 query heads do not divide into 2"),
-        ({"q_btnh": np.zeros((B, 5, 4, H))}, "give positions_bt"),
+        ({"q_btnh": np.zeros((B, 5, 4, H))}, "give positions"),
         ({"q_btnh": np.zeros((B, 17, 4, 4))}, "head width"),
     ],
 )  # fmt: skip
 def test_refuses_in_words(change, words):
     q, k, v, *_ = inputs(17, 17, 4, 2)
     with pytest.raises(ValueError, match=words):
-        attention(**({"q_btnh": q, "k_bskh": k, "v_bskh": v} | change))
+        flash_attention(**({"q_btnh": q, "k_bskh": k, "v_bskh": v} | change))
 
 
 def test_memory_grows_with_the_length_and_not_its_square():
@@ -179,7 +218,7 @@ def test_memory_grows_with_the_length_and_not_its_square():
         q, k, v, *_ = inputs(length, length, 2, 1)
 
         def loss(q, k, v):
-            return jnp.sum(attention(q, k, v) ** 2)
+            return jnp.sum(flash_attention(q, k, v) ** 2)
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -194,7 +233,7 @@ def test_a_window_reads_only_the_keys_in_reach():
 
     def flops_of_a_block(length):
         q, k, v, *_ = inputs(length, length, 2, 1)
-        compiled = jax.jit(lambda *a: attention(*a, window=16)).lower(q, k, v).compile()
+        compiled = jax.jit(lambda *a: flash_attention(*a, window=16)).lower(q, k, v).compile()
         # XLA counts the body of a loop once, and here the body is one block.
         return compiled.cost_analysis()["flops"]
 

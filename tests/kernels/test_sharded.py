@@ -37,7 +37,7 @@ segments = jnp.ones((4, 128), jnp.int32)
 
 
 def attend(q, k, v, segments):
-    return jnp.sum(kernels_pallas.attention(q, k, v, segments_bt=segments) ** 2)
+    return jnp.sum(kernels_pallas.flash_attention(q, k, v, segment_ids=segments) ** 2)
 
 
 heads = P("data", None, "tensor", None)
