@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention.reference import HIDDEN
+from kernels_pallas.varying import varying_alike
 
 # Into how many sections a causal mask is cut at most: 4 leave 5/8 of the square, close to the half
 # that is needed. Each adds its code to the program, which pays where it has this many blocks.
@@ -134,7 +135,8 @@ def backward(
     k, v = jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2)
     rows = q, dout, _pad(delta, 3, block), _pad(lse_bkgt, 3, block)
     padded = _padded(extras, block)
-    sums = jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32), jnp.zeros((kv_heads, groups), F32)
+    zeros = [jnp.zeros(shape, F32) for shape in (k.shape, v.shape, (kv_heads, groups))]
+    sums = tuple(varying_alike(*zeros, q)[:3])
     dqs = []
     for section in sections(t, s, block, options, extras.anywhere()):
 

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas.attention import blocked
 from kernels_pallas.attention.blocked import Extras, Options
 from kernels_pallas.attention.reference import ranks_in_documents
+from kernels_pallas.varying import varying_alike
 
 # The name, for policies of jax.checkpoint, of what the backward pass needs: with it saved,
 # attention is not computed twice.
@@ -86,7 +87,8 @@ def flash_attention(
     extras = Extras(segment_ids, kv_segment_ids, ranks_bs, positions, prefix, sinks, alibi)
     scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
     options = Options(causal, window, sink_tokens, softcap, scale)
-    out_btnh, lse_bkgt = _attention(options, q_btnh, k_bskh, v_bskh, extras)
+    arrays, tree = jax.tree.flatten((q_btnh, k_bskh, v_bskh, extras))
+    out_btnh, lse_bkgt = _attention(options, *jax.tree.unflatten(tree, varying_alike(*arrays)))
     if not return_lse:
         return out_btnh
     return out_btnh, jnp.moveaxis(lse_bkgt, 3, 1).reshape(q_btnh.shape[:3])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.grouped_matmul import reference, tiles
-from kernels_pallas.grouped_matmul.varying import varying_alike
+from kernels_pallas.varying import varying_alike
 
 
 def grouped_matmul(x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array) -> jax.Array:

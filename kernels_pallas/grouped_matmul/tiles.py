@@ -6,7 +6,7 @@ XLA's own form on CPU widens x to [E, M, D] and multiplies every row with every 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.grouped_matmul.varying import varying_alike
+from kernels_pallas.varying import varying_alike
 
 ROWS = (
     512  # per tile: enough to hide the copy of a matrix, few enough to waste little on small groups

@@ -43,6 +43,29 @@ def attend(q, k, v, segments):
 heads = P("data", None, "tensor", None)
 assert compare(attend, (q, k, v, segments), (heads, heads, heads, P("data"))) == []
 
+
+
+@jax.shard_map(mesh=mesh, in_specs=(heads, heads, heads, P("data"), P("tensor")), out_specs=heads)
+def local(q, k, v, segments, sinks):
+    options = {"segment_ids": segments, "sinks": sinks, "return_lse": True}
+    out, lse = kernels_pallas.flash_attention(q, k, v, **options)
+    return out * lse[..., None]
+
+
+def whole(q, k, v, segments, sinks):
+    options = {"segment_ids": segments, "sinks": sinks, "return_lse": True}
+    out, lse = kernels_pallas.flash_attention(q, k, v, **options)
+    return out * lse[..., None]
+
+
+arrays = q, k, v, segments, jnp.ones(4)
+for function in (local, whole):
+    gradients = jax.jit(jax.grad(lambda *a: jnp.sum(function(*a)), (0, 1, 2, 4)))(*arrays)
+    if function is local:
+        expected = gradients
+for a, b in zip(gradients, expected):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
 x, w = jax.random.normal(keys[3], (4, 128, 16)), jax.random.normal(keys[4], (16, 64))
 
 
