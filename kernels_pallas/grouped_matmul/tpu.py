@@ -21,9 +21,9 @@ F32 = jnp.float32
 # What a kernel may take of the chip's vector memory (v5p and tpu7x have 64 MiB a core).
 VMEM = 48 * 2**20
 # For numbers of 2 bytes; half as many for 4. Rows of a tile. The longest side over which a product
-# is summed at once and the most weights in a block: together they keep a group's block in place for
-# all of its rows, if it is no deeper than that. The widest block of outputs. The sides of a block of
-# the gradient of weights.
+# is summed at once and the most weights in a block: together they keep a group's block in place
+# for all of its rows, if it is no deeper than that. The widest block of outputs. The sides of a
+# block of the gradient of weights.
 ROWS, DEEP, WEIGHTS, WIDE, BLOCK_D, BLOCK_F = 1024, 4096, 3 * 2**20, 2048, 2048, 1408
 # Rows that are multiplied at once, and in the gradient of weights summed over: those of a tile that
 # belong to other groups are left out by so many.
