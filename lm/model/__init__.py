@@ -4,6 +4,9 @@ arrays.
 params = model.init(config, key)
 out = model.forward(config, params, tokens_bt)
 logits_btv = model.logits(config, params, out.hidden_btd)
+
+The open families, as Hugging Face writes them, are tables in families.py, and fields.py is their
+config.json.
 """
 
 from lm.model.attention import GQA, MHA, MQA, FirstTokens, LearnedSinks, QKNorm
@@ -22,7 +25,16 @@ from lm.model.moe import (
 )
 from lm.model.norm import LayerNorm, RMSNorm
 from lm.model.param import He, Normal, ScaledNormal, TruncatedNormal, Xavier
-from lm.model.rope import NTK, ALiBi, LinearScaling, Llama3Scaling, NoPosition, RoPE, YaRN
+from lm.model.rope import (
+    NTK,
+    ALiBi,
+    DynamicNTK,
+    LinearScaling,
+    Llama3Scaling,
+    NoPosition,
+    RoPE,
+    YaRN,
+)
 from lm.model.transformer import (
     Output,
     axes,
@@ -48,6 +60,7 @@ __all__ = [
     "Config",
     "Counts",
     "Dropless",
+    "DynamicNTK",
     "FirstTokens",
     "GeGLU",
     "He",

@@ -43,8 +43,37 @@ class NTK:
     def __post_init__(self) -> None:
         _check_factor(self.factor)
 
+    def base(self, theta: float, width: int) -> float:
+        """The larger base."""
+        return theta * self.factor ** (width / (width - 2))
+
     def frequencies(self, theta: float, width: int) -> np.ndarray:
-        return _frequencies(theta * self.factor ** (width / (width - 2)), width)
+        return _frequencies(self.base(theta, width), width)
+
+    amplitude = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicNTK:
+    """No change within the `original` length; beyond it a base that grows with the length (emozilla
+    2023; `rope_type: dynamic` in Hugging Face's terms). A token is rotated by the base that belongs
+    to its own position, in one pass as in decoding with cached keys."""
+
+    factor: float
+    original: int
+
+    def __post_init__(self) -> None:
+        _check_factor(self.factor)
+        check_positive(**{f"{_FIELD}.scaling.original": self.original})
+
+    def frequencies(self, theta: float, width: int) -> np.ndarray:
+        return _frequencies(theta, width)
+
+    def slowed(self, positions_bt11: jax.Array, width: int) -> jax.Array:
+        """What the frequencies are multiplied by at these positions, [B, T, 1, width/2]."""
+        length = jnp.maximum(positions_bt11 + 1, self.original) / self.original
+        growth = self.factor * length - (self.factor - 1)
+        return growth ** (-jnp.arange(0, width, 2) / (width - 2))
 
     amplitude = 1.0
 
@@ -153,7 +182,7 @@ class RoPE:
     """
 
     theta: float = 10_000.0
-    scaling: LinearScaling | NTK | YaRN | Llama3Scaling | None = None
+    scaling: LinearScaling | NTK | DynamicNTK | YaRN | Llama3Scaling | None = None
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
@@ -182,6 +211,9 @@ class RoPE:
         """Cosines and sines [B, T, 1, R/2] in float32, where R is the number of rotated entries."""
         source = self.scaling.frequencies if self.scaling else _frequencies
         frequencies = jnp.asarray(source(self.theta, self.rotated(head_dim)), jnp.float32)
+        if isinstance(self.scaling, DynamicNTK):
+            positions_bt11 = positions_bt[:, :, None, None]
+            frequencies *= self.scaling.slowed(positions_bt11, self.rotated(head_dim))
         angles = positions_bt[:, :, None, None].astype(jnp.float32) * frequencies
         amplitude = self.scaling.amplitude if self.scaling else 1.0
         return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude

@@ -1,0 +1,228 @@
+"""Weights of a Hugging Face folder, born where they will lie: each process reads the parts of its
+own devices and nothing else.
+
+An array is put together from the tensors of its layers and experts in memory that the device takes
+over or copies, one array after another; so beside the weights themselves no more than one array is
+ever held by a host.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from lm import trees
+from lm.checkpoint import safetensors
+from lm.errors import Refused
+from lm.model import families
+from lm.model.families import Family, Place
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+_PIECE = 1 << 22  # bytes read at a time: they are transposed while they are in the cache
+_THREADS = min(16, os.cpu_count() or 1)
+# Tables that old files hold and every reader computes anew, and the parts that see.
+_LEFT_OUT = ("rotary_emb.inv_freq", "vision_tower.", "vision_model.", "multi_modal_projector.")
+# How the text model of a larger one, and a model without its head, name their weights.
+_SPELLINGS: tuple[Callable[[str], str], ...] = (
+    lambda name: name,
+    lambda name: f"language_model.{name}",
+    lambda name: name.replace("model.", "model.language_model.", 1),
+    lambda name: name.removeprefix("model."),
+)
+
+
+class Pretrained:
+    """A Hugging Face folder. Opening it reads its config.json and checks that it is understood.
+
+    given       config.json
+    generation  generation_config.json, {} where there is none
+    family, config  what the model is
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = epath.Path(folder)
+        if not is_pretrained(folder):
+            raise Refused(f"{folder} is no Hugging Face folder: it has no {CONFIG}.")
+        self.given = _json(self.folder / CONFIG)
+        generation = self.folder / GENERATION
+        self.generation = _json(generation) if generation.exists() else {}
+        self.family, self.config = families.read(self.given, str(self.folder / CONFIG))
+
+    @property
+    def length(self) -> int:
+        """The longest sequence that the model was made for."""
+        given = self.given.get("text_config") or self.given
+        return given.get("max_position_embeddings") or 2048
+
+    def params(
+        self, shardings: Sharding | trees.Tree | None = None, dtype: str | None = None
+    ) -> dict[str, Any]:
+        """The weights as a nested dict of arrays.
+
+        Args:
+            shardings: one for all, a nested dict of them, or None for the first device.
+            dtype: None keeps each array in the format in which it is stored.
+
+        Raises Refused for a missing or damaged file, and for tensors that are not those of the
+        model.
+        """
+        files = safetensors.Files(self.folder)
+        groups = self._groups(files)
+        first = shardings or SingleDeviceSharding(jax.local_devices()[0])
+        flat = trees.flatten(first) if isinstance(first, Mapping) else dict.fromkeys(groups, first)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            loaded = {
+                path: _array(files, group, flat[path], dtype, threads)
+                for path, group in groups.items()
+            }
+        return trees.unflatten(loaded)
+
+    def stored(self) -> set[str]:
+        """The formats in which the weights are stored."""
+        groups = self._groups(safetensors.Files(self.folder))
+        return {tensor.dtype.name for group in groups.values() for _, tensor in group}
+
+    def _groups(
+        self, files: safetensors.Files
+    ) -> dict[str, list[tuple[Place, safetensors.Tensor]]]:
+        """Each of our paths with the tensors that it is made of; all are there and fit."""
+        places = list(families.places(self.family, self.config))
+        spelt = next((s for s in _SPELLINGS if s(places[0].name) in files.tensors), _SPELLINGS[0])
+        groups: dict[str, list[tuple[Place, safetensors.Tensor]]] = {}
+        known = set()
+        for place in places:
+            name = spelt(place.name)
+            name = place.name if name not in files.tensors else name
+            tensor = files.tensors.get(name)
+            if tensor is None:
+                raise Refused(
+                    f"{self.folder} has no tensor {name}, which {self.family.architecture} needs."
+                )
+            if tensor.shape != place.shape:
+                raise Refused(
+                    f"{self.folder}: {name} has shape {list(tensor.shape)}, and by {CONFIG} it is "
+                    f"{list(place.shape)}; the two are of different models."
+                )
+            known.add(name)
+            groups.setdefault(place.path, []).append((place, tensor))
+        for name in files.tensors.keys() - known:
+            tied = self.config.tied and name.endswith("lm_head.weight")
+            if not tied and not any(part in name for part in _LEFT_OUT):
+                raise Refused(
+                    f"{self.folder} holds {name}, which {self.family.architecture} with this "
+                    f"{CONFIG} has not; it would be lost."
+                )
+        return groups
+
+
+def is_pretrained(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is in the format of Hugging Face."""
+    return (epath.Path(folder) / CONFIG).exists()
+
+
+def _json(path: epath.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise Refused(f"{path} is damaged: it is not JSON with fields; fetch it again.")
+    return found
+
+
+def _array(
+    files: safetensors.Files,
+    group: list[tuple[Place, safetensors.Tensor]],
+    sharding: Sharding,
+    dtype: str | None,
+    threads: ThreadPoolExecutor,
+) -> jax.Array:
+    """One array of ours; only what this process's devices hold is read."""
+    stored = np.result_type(*{tensor.dtype for _, tensor in group})
+    shape = _shape(group)
+    spans = {
+        _spans(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()
+    }
+    parts = {span: _empty([stop - start for start, stop in span], stored) for span in spans}
+    pieces = [piece for span, out in parts.items() for piece in _pieces(group, span, out)]
+    for _ in threads.map(lambda piece: _fill(files, *piece), pieces):
+        pass
+    array = jax.make_array_from_callback(
+        shape, sharding, lambda index: parts[_spans(index, shape)]
+    )
+    if dtype is None or array.dtype == dtype:
+        return array
+    return jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(array)
+
+
+def _shape(group: list[tuple[Place, safetensors.Tensor]]) -> tuple[int, ...]:
+    place = group[0][0]
+    stack = tuple(1 + max(at) for at in zip(*(other.before for other, _ in group)))
+    return stack + tuple(place.split[axis] for axis in place.order)
+
+
+Spans = tuple[tuple[int, int], ...]
+
+
+def _spans(index: tuple[slice, ...], shape: tuple[int, ...]) -> Spans:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that begins where a CPU device can take it over without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+Piece = tuple[np.ndarray, Place, safetensors.Tensor, tuple[slice, ...]]
+
+
+def _pieces(
+    group: list[tuple[Place, safetensors.Tensor]], span: Spans, out: np.ndarray
+) -> Iterator[Piece]:
+    """What is to be read of each tensor, and where it goes. The target has the axes of theirs, with
+    bracketed dimensions apart."""
+    for place, tensor in group:
+        stack, rest = span[: len(place.before)], span[len(place.before) :]
+        if any(not start <= at < stop for at, (start, stop) in zip(place.before, stack)):
+            continue
+        inside = out[tuple(at - start for at, (start, _) in zip(place.before, stack))]
+        target = inside.transpose([place.order.index(axis) for axis in range(len(place.order))])
+        wanted = [rest[place.order.index(axis)] for axis in range(len(place.order))]
+        (first, last), *others = wanted
+        row = math.prod(place.split[1:]) * tensor.dtype.itemsize
+        step = max(1, _PIECE // row)
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            index = (slice(start, stop), *(slice(*other) for other in others))
+            yield target[start - first : stop - first], place, tensor, index
+
+
+def _fill(
+    files: safetensors.Files,
+    target: np.ndarray,
+    place: Place,
+    tensor: safetensors.Tensor,
+    index: tuple[slice, ...],
+) -> None:
+    rows, others = index[0], index[1:]
+    row = math.prod(place.split[1:]) * tensor.dtype.itemsize
+    data = np.empty((rows.stop - rows.start) * row, np.uint8)
+    files.read_into(tensor, rows.start * row, data)
+    if target.dtype == tensor.dtype:  # whole numbers are copied faster than bfloat16
+        bits = np.dtype(f"uint{8 * tensor.dtype.itemsize}")
+        target, values = target.view(bits), data.view(bits)
+    else:
+        values = data.view(tensor.dtype)
+    target[...] = values.reshape(-1, *place.split[1:])[(slice(None), *others)]
