@@ -9,10 +9,11 @@ The rooms, in the order in which data passes through them (imports run left to r
     model               Batch in, logits out
     optim               optimizers and schedules
     train               objective, step, loop, metrics
-    checkpoint          orbax: saves and restores on any mesh
+    checkpoint          orbax: saves and restores on any mesh; the weights of Hugging Face
     generate, evals     a trained model speaks and is measured
     experiment          what is declared, as one object; its name follows its changes
     run, show, bench    the conductor (read lm/run.py first)
+    exchange            Hugging Face folders in and out
     main                the two doors
 """
 

@@ -37,6 +37,7 @@ class Experiment:
     Args:
       name: of the run's folder.
       seed: of the initial weights, the order of the data and dropout.
+      start: a run folder or a Hugging Face folder with whose weights training begins.
       data, tokenizer: what is read, and how text becomes tokens.
       batch: sequences per step and their length.
       objective, optimizer, schedule, precision: what is minimised, and how.
@@ -47,6 +48,7 @@ class Experiment:
 
     name: str
     seed: int = 0
+    start: str | None = None
     model: model.Config
     data: AnySource | Mixture | Shards
     tokenizer: SentencePiece | TokenizerFile

@@ -110,11 +110,13 @@ def _module_name(declare: Callable[[], Experiment]) -> str:
 
 
 def lm_main(arguments: Sequence[str] | None = None) -> None:
-    """The door of a result: `python -m lm generate|eval|bench ...`."""
+    """The door of a result: `python -m lm generate|eval|import|export|bench ...`."""
     parser = Parser(prog="python -m lm", description="What can be done with a run.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     _add_generate(verbs.add_parser("generate", help="continue a prompt", allow_abbrev=False))
     _add_eval(verbs.add_parser("eval", help="perplexity, bits per byte", allow_abbrev=False))
+    _add_import(verbs.add_parser("import", help="a Hugging Face folder in", allow_abbrev=False))
+    _add_export(verbs.add_parser("export", help="a Hugging Face folder out", allow_abbrev=False))
     _add_bench(verbs.add_parser("bench", help="measure a training step", allow_abbrev=False))
     options = parser.parse_args(arguments)
     with _sentences(f"python -m lm {options.verb}"):
@@ -122,7 +124,7 @@ def lm_main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _add_generate(parser: Parser) -> None:
-    parser.add_argument("run", help="a run folder, as in runs/stdlib")
+    parser.add_argument("run", help="a run or Hugging Face folder")
     parser.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
@@ -133,13 +135,27 @@ def _add_generate(parser: Parser) -> None:
     parser.add_argument("--stop", action="append", default=[], help="text to stop at; repeatable")
     parser.add_argument("--context", type=int, help="tokens of prompt and text (default: trained)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the last)")
+    _add_opening(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(do=_generate)
 
 
+def _add_opening(parser: Parser) -> None:
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the last)")
+    parser.add_argument("--mesh", help="devices to spread the model over, as in fsdp=2,tensor=4")
+    parser.add_argument("--compute", help="float32 or bfloat16 (default: as declared)")
+
+
+def _open(options: argparse.Namespace) -> Any:
+    from lm import run
+
+    distributed.initialize()
+    mesh = Mesh.parse(options.mesh) if options.mesh else None
+    return run.load(options.run, step=options.step, mesh=mesh, compute=options.compute)
+
+
 def _generate(options: argparse.Namespace) -> None:
-    from lm import generate, run
+    from lm import generate
 
     sampling = generate.Sampling(
         temperature=options.temperature,
@@ -149,7 +165,7 @@ def _generate(options: argparse.Namespace) -> None:
         repetition_penalty=options.repetition_penalty,
     )
     prompts = options.prompt or [""]
-    loaded = run.load(options.run, step=options.step)
+    loaded = _open(options)
     stream = None if options.json or len(prompts) > 1 else _Typed(prompts[0])
     texts = loaded.generate(
         prompts,
@@ -185,18 +201,19 @@ class _Typed:
 
 
 def _add_eval(parser: Parser) -> None:
-    parser.add_argument("run", help="a run folder, as in runs/stdlib")
+    parser.add_argument("run", help="a run or Hugging Face folder")
     parser.add_argument("--data", help="a text file or glob (default: the run's held-out text)")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the last)")
+    parser.add_argument("--context", type=int, help="tokens of a sequence (default: trained)")
+    _add_opening(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(do=_eval)
 
 
 def _eval(options: argparse.Namespace) -> None:
-    from lm import run, terminal
+    from lm import terminal
 
-    loaded = run.load(options.run, step=options.step)
-    results = loaded.evaluate(options.data)
+    loaded = _open(options)
+    results = loaded.evaluate(options.data, context=options.context)
     if options.json:
         records = [dataclasses.asdict(result) for result in results]
         print(json.dumps({"run": str(options.run), "step": loaded.step, "results": records}))
@@ -206,6 +223,51 @@ def _eval(options: argparse.Namespace) -> None:
         for r in results
     ]
     print(terminal.table(("measure", "value", "standard error", "tokens"), rows))
+
+
+def _add_import(parser: Parser) -> None:
+    parser.add_argument("source", help="a folder with config.json and safetensors")
+    parser.add_argument("run", help="the run folder to write, as in runs/llama")
+    parser.add_argument("--mesh", help="devices to spread the model over, as in fsdp=2,tensor=4")
+    parser.set_defaults(do=_import)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from lm import exchange
+
+    distributed.initialize()
+    mesh = Mesh.parse(options.mesh) if options.mesh else None
+    made = exchange.import_run(options.source, options.run, mesh=mesh)
+    if distributed.is_main():
+        print(f"Imported {options.source} as {made.folder}. What can be done with it:")
+        print(f'  python -m lm generate {made.folder} --prompt "The"')
+        print(f"  python -m lm eval {made.folder} --data FILE")
+
+
+def _add_export(parser: Parser) -> None:
+    parser.add_argument("run", help="a run folder, as in runs/stdlib")
+    parser.add_argument("target", help="the folder to write")
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the last)")
+    parser.add_argument("--dtype", help="float32 or bfloat16 (default: as the run stores it)")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="of a file, at most")
+    parser.add_argument("--mesh", help="devices to spread the model over, as in fsdp=2,tensor=4")
+    parser.set_defaults(do=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from lm import exchange
+
+    distributed.initialize()
+    made = exchange.export_run(
+        options.run,
+        options.target,
+        step=options.step,
+        dtype=options.dtype,
+        shard_bytes=round(options.shard_gb * 1e9),
+        mesh=Mesh.parse(options.mesh) if options.mesh else None,
+    )
+    if distributed.is_main():
+        print(f"Exported {options.run} to {made}, and read it back: same weights, same logits.")
 
 
 def _add_bench(parser: Parser) -> None:

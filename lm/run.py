@@ -6,11 +6,13 @@ shared by all runs that read the same text with the same tokenizer.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,14 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
-from lm import checkpoint, data, distributed, evals, generate, hardware, model, sharding, terminal
+from lm import (
+    checkpoint,
+    data,
+    distributed,
+    evals,
+    generate,
+    hardware,
+    model,
+    optim,
+    sharding,
+    terminal,
+    trees,
+)
 from lm import train as training
 from lm.data.batch import Batch
 from lm.errors import Refused
 from lm.experiment import MAY_CHANGE, Experiment, differences, from_json, identity, to_json
 from lm.mesh import Mesh, Place, choose
+from lm.precision import Precision
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
 
@@ -51,13 +67,15 @@ def train(
     folder = epath.Path(workdir) / experiment.name
     written = _read_declaration(folder)
     _check_same(folder, written, experiment)
+    begin = None if written or experiment.start is None else Start(experiment)
     steps = program.schedule.steps
     with checkpoint.Store(folder / "checkpoints", experiment.save) as store:
         if (store.latest() or 0) >= steps:
             return _say_complete(load(folder), steps)
         prepared = prepare(experiment, workdir)
         _check_same_text(folder, written, prepared)
-        _write_declaration(folder, program, prepared)
+        origin = begin.origin if begin else (written or {}).get("origin")
+        _write_declaration(folder, program, prepared, origin)
         outcome, stopped = _play(program, prepared, store, folder)
     run = Run(
         folder=folder,
@@ -80,7 +98,7 @@ def _play(
     start = store.latest() or 0
     if start and distributed.is_main():
         terminal.note(f"Resuming {folder} from step {start} of {steps}.")
-    state = store.restore(program.abstract) if start else program.init()
+    state = store.restore(program.abstract) if start else _first_state(program)
     loader = prepared.loader(experiment.batch, experiment.seed)
 
     def batch(step: int) -> Batch:
@@ -117,6 +135,65 @@ def _play(
     for writer in writers:
         writer.close()
     return outcome, stopper.cause if outcome.stopped else None
+
+
+def _first_state(program: "Program") -> training.State:
+    """Before the first step: fresh weights, or those of `experiment.start`; born sharded."""
+    e = program.experiment
+    if e.start is None:
+        return program.init()
+    params = Start(e).params(program.shardings.params)
+    return training.init_state_from(params, program.transformation, e.precision, program.shardings)
+
+
+class Start:
+    """What `experiment.start` names: a run folder or a Hugging Face folder. Opening it checks that
+    its weights are those of `experiment.model`.
+
+    origin  the config.json and generation_config.json that the weights came with, if they did
+    """
+
+    def __init__(self, experiment: Experiment):
+        self._experiment, folder = experiment, epath.Path(str(experiment.start))
+        written = _read_declaration(folder)
+        self._pretrained = None if written else _pretrained(folder)
+        self.origin = written.get("origin") if written else _origin(self._pretrained)
+        there = _declared(folder, written).model if written else self._pretrained.config
+        self._folder = folder
+        self._check_fits(there)
+
+    def params(self, shardings: Any) -> Any:
+        """The weights, in the run's storage format."""
+        stored = self._experiment.precision.params
+        if self._pretrained:
+            return self._pretrained.params(shardings, stored)
+        params = checkpoint.Store(self._folder / "checkpoints").restore_params(None, shardings)
+        return self._experiment.precision.to_params(params)
+
+    def _check_fits(self, there: model.Config) -> None:
+        sizes = [trees.flatten(model.shapes(c)) for c in (self._experiment.model, there)]
+        for path in dict.fromkeys([*sizes[0], *sizes[1]]):
+            here, found = (
+                "absent" if path not in flat else str(list(flat[path].shape)) for flat in sizes
+            )
+            if here != found:
+                raise Refused(
+                    f"start={str(self._folder)!r} holds another model: {path} is {found} there "
+                    f"and {here} here; declare model=run.load_declaration(start).model."
+                )
+
+
+def _pretrained(folder: epath.Path) -> checkpoint.Pretrained:
+    if not checkpoint.is_pretrained(folder):
+        raise Refused(
+            f"{folder} is neither a run folder (it has no experiment.json) nor a Hugging Face "
+            "folder (it has no config.json)."
+        )
+    return checkpoint.Pretrained(folder)
+
+
+def _origin(pretrained: checkpoint.Pretrained) -> dict[str, Any]:
+    return {"config": pretrained.given, "generation_config": pretrained.generation}
 
 
 def _evaluators(program: "Program", prepared: data.Prepared) -> list[training.Evaluator]:
@@ -257,7 +334,7 @@ class Run:
 
     folder      where it lies
     experiment  what was declared
-    tokenizer   text to ids and back
+    tokenizer   text to ids and back; None for a Hugging Face folder without one
     params      nested dict of arrays
     step        updates that `params` have seen
     stopped     the signal that ended training early, if one did
@@ -266,7 +343,7 @@ class Run:
 
     folder: epath.Path
     experiment: Experiment
-    tokenizer: data.Tokenizer
+    tokenizer: data.Tokenizer | None
     params: dict[str, Any]
     step: int
     stopped: str | None = None
@@ -274,8 +351,16 @@ class Run:
 
     def logits(self, tokens_bt: Any) -> jax.Array:
         """[B, T] token ids -> [B, T, V] float32 logits of what follows each."""
-        config = self.experiment.model
-        return _logits(config, self._compute_params(), jax.numpy.asarray(tokens_bt, "int32"))
+        tokens_bt = np.asarray(tokens_bt, np.int32)
+        ways = 1 if self.mesh is None else sharding.batch_ways(self.mesh)
+        padding = ((0, -len(tokens_bt) % ways), (0, 0))
+        logits_btv = _logits(
+            self._compute_params(),
+            np.pad(tokens_bt, padding),
+            config=self.experiment.model,
+            mesh=self.mesh,
+        )
+        return logits_btv[: len(tokens_bt)]
 
     def generate(
         self,
@@ -302,7 +387,7 @@ class Run:
         texts = generate.generate_text(
             self.experiment.model,
             self._compute_params(),
-            self.tokenizer,
+            self._speaking(),
             [prompts] if isinstance(prompts, str) else list(prompts),
             context=context or self.experiment.batch.length,
             max_tokens=max_tokens,
@@ -314,22 +399,25 @@ class Run:
         )
         return texts[0].text if isinstance(prompts, str) else [text.text for text in texts]
 
-    def evaluate(self, source: Any = None) -> list[evals.Result]:
+    def evaluate(self, source: Any = None, *, context: int | None = None) -> list[evals.Result]:
         """Loss, perplexity and bits per byte with their standard errors.
 
         Args:
             source: a path or glob of text files, or one of lm.data's sources; None takes the
                 held-out text of the run's own data.
+            context: tokens of a sequence; default: the length trained at, at most 4,096.
         """
         e = self.experiment
-        length, sequences = e.batch.length, e.batch.sequences_at(0)
+        length, sequences = context or min(e.batch.length, 4096), e.batch.sequences_at(0)
+        if source is None and e.data == NO_TEXT:
+            raise Refused(f"{self.folder} came without text; name some, as in --data FILE.")
         if source is None:
             prepared = prepare(e, self.folder.parent)
             _check_same_text(self.folder, _read_declaration(self.folder), prepared)
             found = [prepared.evaluation(name, length, sequences) for name in prepared.held_out]
         else:
             source = data.Text(path=str(source)) if isinstance(source, str | Path) else source
-            found = [data.evaluation(source, self.tokenizer, length, sequences)]
+            found = [data.evaluation(source, self._speaking(), length, sequences)]
         return [
             result
             for evaluation in found
@@ -343,50 +431,92 @@ class Run:
             )
         ]
 
+    def _speaking(self) -> data.Tokenizer:
+        if self.tokenizer is None:
+            raise Refused(f"{self.folder} has neither tokenizer.json nor tokenizer.model.")
+        return self.tokenizer
+
     def _compute_params(self) -> Any:
         return self.experiment.precision.to_compute(self.params)
 
 
-def _forward_logits(config: model.Config, params: Any, tokens_bt: jax.Array) -> jax.Array:
-    hidden_btd = model.forward(config, params, tokens_bt).hidden_btd
-    return model.logits(config, params, hidden_btd)
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _logits(
+    params: Any, tokens_bt: jax.Array, *, config: model.Config, mesh: jax.sharding.Mesh | None
+) -> jax.Array:
+    # A static mesh, for jit would not notice a change of the surrounding `use`.
+    with contextlib.nullcontext() if mesh is None else sharding.use(mesh):
+        hidden_btd = model.forward(config, params, tokens_bt).hidden_btd
+        return model.logits(config, params, hidden_btd)
 
 
-_logits = jax.jit(_forward_logits, static_argnums=0)
+def load(
+    folder: str | os.PathLike,
+    *,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    compute: str | None = None,
+) -> Run:
+    """Opens a run folder or a Hugging Face folder, on one device or a mesh.
 
+    Args:
+        step: of the checkpoint; default: the newest. A Hugging Face folder has only step 0.
+        compute: "float32" or "bfloat16", the arithmetic; default: that of the declaration, which
+            for a Hugging Face folder is float32. The weights stay in the format they are stored in.
 
-def load(folder: str | os.PathLike, *, step: int | None = None, mesh: Mesh | None = None) -> Run:
-    """Opens a run folder: the parameters of `step` (default: the newest), on one device or a mesh.
-
-    Raises Refused where there is no run, no such checkpoint, or a damaged one.
+    Raises Refused where there is neither, no such checkpoint, or a damaged one.
     """
     folder = epath.Path(folder)
     experiment = load_declaration(folder)
+    if compute is not None:
+        precision = dataclasses.replace(experiment.precision, compute=compute, loss_scale=None)
+        experiment = dataclasses.replace(experiment, precision=precision)
     use_compilation_cache()
     built = mesh.build() if mesh else None
     axes, shapes = model.axes(experiment.model), model.shapes(experiment.model)
     where = sharding.weight_shardings(axes, shapes, built) if built else None
-    store = checkpoint.Store(folder / "checkpoints")
-    step = store.latest() if step is None else step
-    if step is None:
-        raise Refused(f"{folder} has no checkpoint yet; it was stopped before its first save.")
+    if _read_declaration(folder) is None:
+        step, params = 0, checkpoint.Pretrained(folder).params(where)
+    else:
+        store = checkpoint.Store(folder / "checkpoints")
+        step = store.latest() if step is None else step
+        if step is None:
+            raise Refused(f"{folder} has no checkpoint yet; it was stopped before its first save.")
+        params = store.restore_params(step, where)
     return Run(
         folder=folder,
         experiment=experiment,
-        tokenizer=data.Tokenizer.load(folder / "tokenizer.model"),
-        params=store.restore_params(step, where),
+        tokenizer=data.load_tokenizer(folder) if data.has_tokenizer(folder) else None,
+        params=params,
         step=step,
         mesh=built,
     )
 
 
+# The text of a model that was not trained here.
+NO_TEXT = data.Documents(texts=(), held_out=0.0)
+
+
 def load_declaration(folder: str | os.PathLike) -> Experiment:
-    """The experiment that a run folder was made by."""
+    """The experiment that a run folder was made by; of a Hugging Face folder one that starts from
+    it, to be given data and a schedule with dataclasses.replace."""
     folder = epath.Path(folder)
     written = _read_declaration(folder)
-    if written is None:
-        raise Refused(f"{folder} is not a run folder: it has no experiment.json.")
-    return _declared(folder, written)
+    if written is not None:
+        return _declared(folder, written)
+    found = _pretrained(folder)
+    stored = found.stored()
+    return Experiment(
+        name=re.sub(r"[^A-Za-z0-9._+=,-]", "-", folder.name).lstrip("._+=,-") or "pretrained",
+        start=str(folder),
+        model=found.config,
+        data=NO_TEXT,
+        tokenizer=data.TokenizerFile(path=str(folder)),
+        batch=data.BatchShape(sequences=1, length=found.length),
+        optimizer=optim.AdamW(clip_norm=1.0),
+        schedule=optim.Constant(peak=1e-5, steps=1),
+        precision=Precision(params="bfloat16" if stored == {"bfloat16"} else "float32"),
+    )
 
 
 def _declared(folder: epath.Path, written: dict[str, Any]) -> Experiment:
@@ -434,28 +564,43 @@ def _check_same_text(
         )
 
 
-def _write_declaration(folder: epath.Path, program: Program, prepared: data.Prepared) -> None:
-    """experiment.json and tokenizer.model: with the checkpoints, all that a run needs later."""
+def _write_declaration(
+    folder: epath.Path, program: Program, prepared: data.Prepared, origin: dict[str, Any] | None
+) -> None:
+    """experiment.json and the tokenizer: with the checkpoints, all that a run needs later."""
     if not distributed.is_main():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     counts = {
         f"{name}:{split}": dataclasses.asdict(count)
         for (name, split), count in prepared.counts.items()
     }
     facts = {
-        "experiment": to_json(program.experiment),
         "data": {"fingerprint": prepared.fingerprint, "counts": counts},
         "place": {"name": program.place_name, "mesh": str(program.place.mesh)},
         "devices": [device.device_kind for device in program.mesh.devices.flat],
+    }
+    write_facts(folder, program.experiment, facts | ({"origin": origin} if origin else {}))
+    prepared.tokenizer.save(folder)
+
+
+def write_facts(folder: epath.Path, experiment: Experiment, facts: dict[str, Any]) -> None:
+    """experiment.json: the declaration, these facts, and by what it was made."""
+    made_by = {
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git": _git_revision(),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     aside = folder / "experiment.json.new"
-    aside.write_text(json.dumps(facts, indent=1) + "\n")
+    written = {"experiment": to_json(experiment), **facts, **made_by}
+    aside.write_text(json.dumps(written, indent=1) + "\n")
     aside.replace(folder / "experiment.json")
-    prepared.tokenizer.save(folder / "tokenizer.model")
+
+
+def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
+    """What experiment.json holds beside the declaration; of a Hugging Face folder, its origin."""
+    folder = epath.Path(folder)
+    return _read_declaration(folder) or {"origin": _origin(_pretrained(folder))}
 
 
 def _git_revision() -> str | None:

@@ -148,6 +148,11 @@ def batch_sharding(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Named
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
+def batch_ways(mesh: jax.sharding.Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"])
+
+
 _active: contextvars.ContextVar[tuple[jax.sharding.Mesh, Rules] | None] = contextvars.ContextVar(
     "mesh_and_rules", default=None
 )

@@ -35,6 +35,7 @@ ORDER = (
     "experiment",
     "show",
     "run",
+    "exchange",
     "bench",
     "main",
     "experiments",

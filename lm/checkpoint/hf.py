@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from lm import trees
+from lm import distributed, trees
 from lm.checkpoint import safetensors
 from lm.errors import Refused
-from lm.model import families
+from lm.model import Config, families
 from lm.model.families import Family, Place
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -64,19 +64,23 @@ class Pretrained:
         return given.get("max_position_embeddings") or 2048
 
     def params(
-        self, shardings: Sharding | trees.Tree | None = None, dtype: str | None = None
+        self,
+        shardings: Sharding | trees.Tree | None = None,
+        dtype: str | None = None,
+        config: Config | None = None,
     ) -> dict[str, Any]:
         """The weights as a nested dict of arrays.
 
         Args:
             shardings: one for all, a nested dict of them, or None for the first device.
             dtype: None keeps each array in the format in which it is stored.
+            config: the same model, with its layers stacked in another way.
 
         Raises Refused for a missing or damaged file, and for tensors that are not those of the
         model.
         """
         files = safetensors.Files(self.folder)
-        groups = self._groups(files)
+        groups = self._groups(files, config or self.config)
         first = shardings or SingleDeviceSharding(jax.local_devices()[0])
         flat = trees.flatten(first) if isinstance(first, Mapping) else dict.fromkeys(groups, first)
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -88,14 +92,14 @@ class Pretrained:
 
     def stored(self) -> set[str]:
         """The formats in which the weights are stored."""
-        groups = self._groups(safetensors.Files(self.folder))
+        groups = self._groups(safetensors.Files(self.folder), self.config)
         return {tensor.dtype.name for group in groups.values() for _, tensor in group}
 
     def _groups(
-        self, files: safetensors.Files
+        self, files: safetensors.Files, config: Config
     ) -> dict[str, list[tuple[Place, safetensors.Tensor]]]:
         """Each of our paths with the tensors that it is made of; all are there and fit."""
-        places = list(families.places(self.family, self.config))
+        places = list(families.places(self.family, config))
         spelt = next((s for s in _SPELLINGS if s(places[0].name) in files.tensors), _SPELLINGS[0])
         groups: dict[str, list[tuple[Place, safetensors.Tensor]]] = {}
         known = set()
@@ -129,6 +133,55 @@ def is_pretrained(folder: str | os.PathLike[str]) -> bool:
     return (epath.Path(folder) / CONFIG).exists()
 
 
+def write_pretrained(
+    folder: Path,
+    family: Family,
+    config: Config,
+    params: trees.Tree,
+    shard_bytes: int,
+    dtype: str | None = None,
+) -> None:
+    """Writes the weights into a local folder, tensor by tensor, in files of at most `shard_bytes`.
+
+    `dtype` None keeps the format of each array. All processes call this; the first one writes.
+    """
+    flat = trees.flatten(params)
+    places = list(families.places(family, config))
+    tensors = {p.name: (p.shape, np.dtype(dtype or flat[p.path].dtype)) for p in places}
+    arrays = (_theirs(place, flat[place.path], tensors[place.name][1]) for place in places)
+    if distributed.is_main():
+        safetensors.write(folder, tensors, arrays, shard_bytes)
+    else:
+        for _ in arrays:  # takes part in gathering them
+            pass
+
+
+def _theirs(place: Place, ours: jax.Array, dtype: np.dtype) -> np.ndarray:
+    """One tensor as they write it, on the host."""
+    part = _part(ours, place.before)
+    if isinstance(part, jax.Array) and not part.is_fully_addressable:
+        part = multihost_utils.process_allgather(part, tiled=True)
+    values = np.asarray(part)
+    values = values if values.dtype == dtype else values.astype(dtype)
+    bits = values.view(f"uint{8 * dtype.itemsize}")  # copied faster than bfloat16
+    split = bits.transpose([place.order.index(axis) for axis in range(len(place.order))])
+    return split.reshape(place.shape).view(dtype)
+
+
+def _part(ours: jax.Array, before: tuple[int, ...]) -> jax.Array | np.ndarray:
+    if not before:
+        return ours
+    if len(ours.sharding.device_set) == 1 and ours.devices().pop().platform == "cpu":
+        return np.asarray(ours)[before]  # the same memory
+    return _take(ours, before)
+
+
+@jax.jit
+def _take(x: jax.Array, before: tuple[jax.Array, ...]) -> jax.Array:
+    # Indices are arguments, so that one program serves all layers and experts.
+    return x[before]
+
+
 def _json(path: epath.Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
@@ -156,9 +209,7 @@ def _array(
     pieces = [piece for span, out in parts.items() for piece in _pieces(group, span, out)]
     for _ in threads.map(lambda piece: _fill(files, *piece), pieces):
         pass
-    array = jax.make_array_from_callback(
-        shape, sharding, lambda index: parts[_spans(index, shape)]
-    )
+    array = jax.make_array_from_callback(shape, sharding, lambda index: parts[_spans(index, shape)])
     if dtype is None or array.dtype == dtype:
         return array
     return jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(array)

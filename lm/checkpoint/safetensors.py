@@ -140,9 +140,11 @@ def write(
     most `shard_bytes`, with an index where there are several."""
     shards = list(_shards(tensors, shard_bytes))
     coming = iter(arrays)
-    names = [SINGLE] if len(shards) == 1 else [
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
-    ]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
     for name, shard in zip(names, shards, strict=True):
         header, at = {"__metadata__": {"format": "pt"}}, 0
         for tensor in shard:

@@ -23,7 +23,8 @@ from lm.data.mixture import Mixture
 from lm.data.progress import Progress, silent
 from lm.data.sources import AnySource, Shards
 from lm.data.stream import Stream
-from lm.data.tokenizer import Sample, SentencePiece, Tokenizer, TokenizerFile
+from lm.data.tokenizer import Sample, SentencePiece, Tokenizer
+from lm.data.tokenizer_files import TokenizerFile, has_tokenizer, load_tokenizer
 from lm.errors import Refused, check_name
 
 FORMAT = 1  # of the shards: raised when older ones can no longer be read
@@ -152,7 +153,7 @@ def _write(
     tokenizer: SentencePiece | TokenizerFile,
     progress: Progress,
 ) -> None:
-    if "sources" not in manifest or folder.size("tokenizer.model") is None:
+    if "sources" not in manifest or not has_tokenizer(folder.path):
         if folder.size("manifest.json") is None:
             _write_manifest(folder, manifest)  # from here on another recipe is refused
         _survey(folder, manifest, declared.sources, tokenizer, progress)
@@ -191,9 +192,9 @@ def _survey(
         with progress("training the tokenizer", len(texts)) as bar:
             trained = tokenizer.train_on(texts)
             bar.advance(len(texts))
-    folder.write("tokenizer.model", trained.model)
+    trained.save(folder.path)
     manifest["sources"] = {name: dataclasses.asdict(d) for name, d in divisions.items()}
-    manifest["tokenizer"] = {"vocab": trained.vocab, "sha256": digest(trained.model)}
+    manifest["tokenizer"] = {"vocab": trained.vocab, "sha256": trained.checksum}
 
 
 def _open(declared: Shards, tokenizer: SentencePiece | TokenizerFile | None) -> Prepared:
@@ -228,7 +229,7 @@ def _check_recipe(folder: Folder, made: dict[str, Any], wanted: dict[str, Any]) 
 
 
 def _is_complete(folder: Folder, manifest: Mapping[str, Any]) -> bool:
-    if "shards" not in manifest or folder.size("tokenizer.model") is None:
+    if "shards" not in manifest or not has_tokenizer(folder.path):
         return False
     return not any(shards.missing(folder, entries) for entries in manifest["shards"].values())
 
@@ -244,13 +245,16 @@ def _check_both_sides(name: str, source: AnySource, entries: list[shards.Entry])
 
 
 def _load_tokenizer(folder: Folder, manifest: Mapping[str, Any]) -> Tokenizer:
-    model = folder.read("tokenizer.model")
-    if model is None or digest(model) != manifest["tokenizer"]["sha256"]:
+    try:
+        tokenizer = load_tokenizer(folder.path)
+    except Refused:
+        tokenizer = None
+    if tokenizer is None or tokenizer.checksum != manifest["tokenizer"]["sha256"]:
         raise Refused(
-            f"{folder.where('tokenizer.model')} is damaged; "
-            "delete it and run the same command again."
+            f"The tokenizer in {folder} is damaged; delete its files there (tokenizer.*) and run "
+            "the same command again."
         )
-    return Tokenizer(model)
+    return tokenizer
 
 
 def _manifest(folder: Folder) -> dict[str, Any] | None:

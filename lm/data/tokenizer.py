@@ -8,18 +8,18 @@ begin, 2 end, 3 unknown.
 
 import codecs
 import io
+import json
 import logging
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
-from lm.data import files
 from lm.data.folder import Folder, digest
 from lm.errors import Refused, check_name, check_positive
 
@@ -113,7 +113,8 @@ class SentencePiece:
             )
         except RuntimeError as error:
             raise Refused(_training_refusal(self, str(error))) from None
-        tokenizer = Tokenizer(model.getvalue())
+        trained = model.getvalue()
+        tokenizer = Tokenizer(_exact(trained) if self.kind == "unigram" else trained)
         if tokenizer.vocab < self.vocab and self.kind != "char":
             log.warning(
                 "The text yields only %d of the %d pieces of tokenizer.vocab.",
@@ -123,31 +124,23 @@ class SentencePiece:
         return tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerFile:
-    """A SentencePiece model that exists: a path or an fsspec URL."""
-
-    path: str
-
-    def recipe(self) -> dict[str, Any]:
-        """Which model it is: a checksum of the file."""
-        return {"tokenizer": "TokenizerFile", "checksum": digest(self.load().model)}
-
-    def load(self) -> "Tokenizer":
-        """The tokenizer in the file."""
-        return Tokenizer.load(self.path)
-
-
 class Tokenizer:
     """A loaded SentencePiece model.
 
     vocab  number of ids
     pad, bos, eos, unk  ids; for a foreign model without padding or begin these are its end
-    model  the bytes of the model file
+    prefix  the ids that stand before a prompt; stops: those that end a text
+    name, model  of the model file, and its bytes
+    beside  further files of a foreign model, by name: its special tokens, its chat template
     """
 
-    def __init__(self, model: bytes, path: str = "tokenizer.model"):
+    name = "tokenizer.model"
+
+    def __init__(
+        self, model: bytes, path: str = "tokenizer.model", beside: Mapping[str, bytes] | None = None
+    ):
         self.model = model
+        self.beside = dict(beside or {})
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
@@ -159,6 +152,7 @@ class Tokenizer:
         self.unk = self._sp.unk_id()
         if self.eos < 0:
             raise Refused(f"{path} has neither a begin nor an end piece to part documents with.")
+        self.prefix, self.stops = (self.bos,), (self.eos,)
         self._bytes = [self._bytes_of(piece) for piece in range(self.vocab)]
         # A foreign model may set a space before every text: then texts must stay whole, and the
         # space is taken away again.
@@ -169,17 +163,30 @@ class Tokenizer:
         self._marks = all(self._sp.is_byte(piece) for piece in spelt)
         self._mark_ids = np.array(spelt, np.int32)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """From a model file, local or at an fsspec URL. Raises Refused where there is none."""
-        with files.reading(str(path)) as file:
-            model = file.read()
-        return cls(model, str(path))
+    @property
+    def files(self) -> dict[str, bytes]:
+        """All that `lm.data.load_tokenizer` needs, by name."""
+        return {self.name: self.model, **self.beside}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the model file, locally or to an fsspec URL; it is whole or absent."""
-        folder, name = os.path.split(str(path))
-        Folder(folder or ".").write(name, self.model)
+    @property
+    def checksum(self) -> str:
+        """Changes with any of the files."""
+        if not self.beside:
+            return digest(self.model)
+        return digest("".join(n + digest(d) for n, d in sorted(self.files.items())).encode())
+
+    @property
+    def chat_template(self) -> str | None:
+        """How a conversation is written down, in Jinja; None where the files say nothing of it."""
+        if "chat_template.jinja" in self.beside:
+            return self.beside["chat_template.jinja"].decode()
+        return json.loads(self.beside.get("tokenizer_config.json", b"{}")).get("chat_template")
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes its files into a folder, local or at an fsspec URL; each is whole or absent."""
+        place = Folder(folder)
+        for name, data in self.files.items():
+            place.write(name, data)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without begin and end."""
@@ -297,6 +304,18 @@ def cut(text: str, size: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def _exact(model: bytes) -> bytes:
+    """The same unigram model with scores in 64ths of a nat, whose sums float32 holds exactly. So a
+    text has one likeliest cutting, whatever it is searched in: float32 here, float64 by readers of
+    tokenizer.json."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for piece in proto.pieces:
+        piece.score = round(64 * piece.score) / 64
+    return proto.SerializeToString()
 
 
 def _training_refusal(config: SentencePiece, message: str) -> str:

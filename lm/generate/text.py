@@ -63,12 +63,12 @@ def generate_text(
     for results in decode.stream(
         config,
         params,
-        [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts],
+        [_begin(tokenizer, prompt) for prompt in prompts],
         context=context,
         max_tokens=max_tokens,
         sampling=sampling,
         key=key,
-        stop_tokens=(tokenizer.eos,),
+        stop_tokens=tokenizer.stops,
         cache_dtype=cache_dtype,
         mesh=mesh,
         chunk=CHUNK if stop or stream else max_tokens,
@@ -81,6 +81,12 @@ def generate_text(
             if reader.stopped:
                 ended.add(row)
     return [reader.result() for reader in readers]
+
+
+def _begin(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    ids = tokenizer.encode(prompt)
+    begun = ids[: len(tokenizer.prefix)] == list(tokenizer.prefix)  # by a chat template
+    return (ids if begun else [*tokenizer.prefix, *ids]) or [tokenizer.bos]
 
 
 class _Reader:

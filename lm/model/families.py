@@ -19,7 +19,6 @@ from lm.model.attention import QKNorm
 from lm.model.config import Config
 from lm.model.fields import Fields
 from lm.model.moe import Shared, SoftmaxRouter
-from lm.model.norm import RMSNorm
 from lm.model.transformer import shapes
 
 
@@ -147,9 +146,7 @@ def _qwen_attention(fields: Fields, **special: Any) -> list[Any]:
     return [hf.attention(fields, window=window if local else None, **special) for local in windows]
 
 
-QWEN2 = Family(
-    architecture="Qwen2ForCausalLM", model_type="qwen2", rows=LLAMA.rows, config=_qwen2
-)
+QWEN2 = Family(architecture="Qwen2ForCausalLM", model_type="qwen2", rows=LLAMA.rows, config=_qwen2)
 
 
 # Qwen 3 (arXiv:2505.09388)
@@ -162,9 +159,7 @@ def _qwen3(fields: Fields) -> Config:
     return hf.model(fields, attention, hf.gated(fields))
 
 
-QWEN3 = Family(
-    architecture="Qwen3ForCausalLM", model_type="qwen3", rows=LLAMA.rows, config=_qwen3
-)
+QWEN3 = Family(architecture="Qwen3ForCausalLM", model_type="qwen3", rows=LLAMA.rows, config=_qwen3)
 
 
 # Gemma 2 (arXiv:2408.00118)
@@ -189,9 +184,7 @@ def _gemma_attention(fields: Fields, **special: Any) -> Any:
     bias = fields("attention_bias", False)
     head_dim, scalar = fields("head_dim", 256), fields("query_pre_attn_scalar", 256)
     scale = None if scalar == head_dim else scalar**-0.5
-    return hf.attention(
-        fields, head_dim=head_dim, scale=scale, bias=bias, out_bias=bias, **special
-    )
+    return hf.attention(fields, head_dim=head_dim, scale=scale, bias=bias, out_bias=bias, **special)
 
 
 def _gemma(fields: Fields, attention: Any, **special: Any) -> Config:
@@ -465,41 +458,51 @@ def _named(given: Mapping[str, Any], where: str) -> Family:
     raise Refused(f"{where}: {what}={name!r} is not a family that is known here.{hint}{listed}")
 
 
-def write(config: Config, length: int, like: str | None = None) -> tuple[Family, dict[str, Any]]:
+def write(
+    config: Config, length: int, origin: Mapping[str, Any] | None = None
+) -> tuple[Family, dict[str, Any]]:
     """The family that can be this model, and the fields of its config.json; `read` gives the same
     model back.
 
     Args:
         length: max_position_embeddings.
-        like: the architecture to try first, as the one that the model came from.
+        origin: the config.json that the model came with: its family is tried first, and where its
+            fields still say the same, they stay as they are.
 
     Raises Refused, naming the field, for a model that no family can be.
     """
-    wanted = hf.meaning(config)
+    wanted, origin = hf.meaning(config), origin or {}
+    fields = hf.written(wanted, length)
     tried = []
-    for family in sorted(FAMILIES, key=lambda family: family.architecture != like):
-        fields = Fields(hf.written(wanted, length))
-        try:
-            found = hf.meaning(family.config(fields))
-        except (Refused, TypeError, KeyError):
-            continue
-        different = declaration.differences(wanted, found, "model")
+    for family in FAMILIES:
+        different, kept = _differences(family, wanted, fields)
+        if family.architecture in (origin.get("architectures") or ()) and not different:
+            left = ("rope_theta", "rope_scaling", "rope_local_base_freq", "max_position_embeddings")
+            same = {k: v for k, v in origin.items() if k in fields and k not in left}
+            different, own = _differences(family, wanted, fields | same)
+            return family, kept if different else own
+        tried.append((len(different), family, different, kept))
+    for _, family, different, kept in tried:
         if not different:
-            asked = {name: fields.given[name] for name in fields.given if name in fields.asked}
-            names = {"architectures": [family.architecture], "model_type": family.model_type}
-            return family, names | asked
-        tried.append((len(different), family, different))
-    raise Refused(_unknown_model(tried))
-
-
-def _unknown_model(tried: list[tuple[int, Family, list[str]]]) -> str:
-    if not tried:
-        return "No family of Hugging Face is like this model; its norm or positions are unknown."
-    _, family, different = min(tried, key=lambda each: each[0])
-    return (
+            return family, kept
+    _, family, different, _ = min(tried, key=lambda each: each[0])
+    raise Refused(
         f"No family of Hugging Face computes this model; the nearest is {family.architecture}, "
         f"which differs in {'; '.join(different)}."
     )
+
+
+def _differences(
+    family: Family, wanted: Config, given: Mapping[str, Any]
+) -> tuple[list[str], dict[str, Any]]:
+    """What a family makes otherwise of these fields, and those of them that it asks for."""
+    fields = Fields(given)
+    try:
+        different = declaration.differences(wanted, hf.meaning(family.config(fields)), "model")
+    except (Refused, TypeError, KeyError) as error:
+        return [f"what it has no field for ({error})"] * 99, {}
+    names = {"architectures": [family.architecture], "model_type": family.model_type}
+    return different, names | {name: given[name] for name in given if name in fields.asked}
 
 
 class Place(NamedTuple):

@@ -19,8 +19,7 @@ from lm.model.norm import RMSNorm
 from lm.model.rope import NTK, DynamicNTK, LinearScaling, Llama3Scaling, RoPE, YaRN
 
 # What describes the file, its training or its use, and not what the model computes.
-NEUTRAL = frozenset(
-    """
+_NEUTRAL = """
     architectures model_type torch_dtype dtype transformers_version _name_or_path auto_map
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
     initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop router_jitter_noise
@@ -36,8 +35,8 @@ NEUTRAL = frozenset(
     add_cross_attention cross_attention_hidden_size tie_encoder_decoder pruned_heads
     chunk_size_feed_forward tf_legacy_loss use_bfloat16 unsloth_version unsloth_fixed
     sliding_window_pattern _sliding_window_pattern
-    """.split()
-)
+"""
+NEUTRAL = frozenset(_NEUTRAL.split())
 REQUIRED = object()
 
 
@@ -147,7 +146,9 @@ def _yarn(given: Fields, length: int) -> YaRN:
     amplitude = given("attention_factor", None)
     mscale, everywhere = given("mscale", None), given("mscale_all_dim", None)
     if amplitude is None and mscale and everywhere:
-        amplitude = (0.1 * mscale * math.log(factor) + 1) / (0.1 * everywhere * math.log(factor) + 1)
+        amplitude = (0.1 * mscale * math.log(factor) + 1) / (
+            0.1 * everywhere * math.log(factor) + 1
+        )
     return YaRN(
         factor=factor,
         original=original,
@@ -234,9 +235,7 @@ def of_blocks(blocks: Sequence[Block], **fields: Any) -> Config:
         return dataclasses.replace(block, **same)
 
     pattern = () if len(shared) == 2 else tuple(map(own, pattern))
-    return Config(
-        layers=count, prefix=tuple(map(own, prefix)), pattern=pattern, **shared, **fields
-    )
+    return Config(layers=count, prefix=tuple(map(own, prefix)), pattern=pattern, **shared, **fields)
 
 
 # From a Config to fields

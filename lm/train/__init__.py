@@ -13,7 +13,7 @@ from lm.train.loop import Evaluator, Outcome, Rates, loop
 from lm.train.metrics import Log, Writer, read_lines
 from lm.train.objective import NextToken
 from lm.train.plot import plot_loss
-from lm.train.state import State, abstract_state, init_state, state_shardings
+from lm.train.state import State, abstract_state, init_state, init_state_from, state_shardings
 from lm.train.step import compile_step, make_step
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "abstract_state",
     "compile_step",
     "init_state",
+    "init_state_from",
     "loop",
     "make_step",
     "plot_loss",

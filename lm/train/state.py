@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lm import model, optim, sharding
-from lm.precision import Precision
+from lm.precision import Precision, cast
 
 
 class ScaleState(NamedTuple):
@@ -42,7 +42,13 @@ def new_state(
     key: jax.Array,
 ) -> State:
     """The state before the first step; to be called under jit (see `init_state`)."""
-    params = model.init(config, key)
+    return state_of(model.init(config, key), transformation, precision)
+
+
+def state_of(
+    params: Any, transformation: optax.GradientTransformation, precision: Precision
+) -> State:
+    """The state before the first step of training these float32 parameters."""
     scaling = precision.loss_scale
     return State(
         step=jnp.int32(0),
@@ -106,3 +112,18 @@ def init_state(
         return new_state(config, transformation, precision, jax.random.key(seed))
 
     return jax.jit(init, out_shardings=shardings)(seed)
+
+
+def init_state_from(
+    params: Any,
+    transformation: optax.GradientTransformation,
+    precision: Precision,
+    shardings: State,
+) -> State:
+    """The state before the first step, with parameters that exist; they lie as `shardings` says,
+    and are donated."""
+
+    def init(params: Any) -> State:
+        return state_of(cast(params, "float32"), transformation, precision)
+
+    return jax.jit(init, out_shardings=shardings, donate_argnums=0)(params)

@@ -1,0 +1,27 @@
+"""What the tests of Hugging Face folders share."""
+
+import functools
+from pathlib import Path
+
+import pytest
+from hf_folders import write_folder
+
+import lm
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """folder(family): a Hugging Face folder, not to be changed."""
+    to = tmp_path_factory.mktemp("hf")
+
+    @functools.cache
+    def make(family: str) -> Path:
+        return write_folder(family, to)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def opened(folder):
+    """opened(family): the folder as a Run."""
+    return functools.cache(lambda family: lm.load(folder(family)))

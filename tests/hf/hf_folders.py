@@ -1,0 +1,79 @@
+"""Ten tiny models in Hugging Face format, with what transformers 5.23 computes of them in float32.
+
+folders/FAMILY/ holds config.json and reference.npz: tokens [2, 96], positions (every fourth), the
+logits there, a greedy_prompt [1, 16] and greedy [1, 40], the prompt with 24 more tokens. The weights
+are drawn anew from the recipe in weights.json, or lie there as model.safetensors.
+"""
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+HERE = Path(__file__).parent / "folders"
+FAMILIES = (
+    "llama2",  # as many key/value heads as query heads
+    "llama3",  # fewer, a scaled RoPE, bfloat16
+    "mistral",  # a sliding window of 16
+    "qwen2",  # biases, tied
+    "qwen3",  # QK-norm, heads of their own width, tied
+    "gemma2",  # soft caps, alternating windows, norms on both sides
+    "gemma3",  # QK-norm, local and global RoPE
+    "mixtral",  # bfloat16
+    "qwen3_moe",  # bfloat16
+    "olmo2",  # norms after, QK-norm over the whole projection
+)
+CODES = {"F32": np.dtype("float32"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def reference(family: str) -> dict[str, np.ndarray]:
+    return dict(np.load(HERE / family / "reference.npz"))
+
+
+def write_folder(family: str, to: Path) -> Path:
+    """The folder of a family, with its weights."""
+    folder = to / family
+    shutil.copytree(HERE / family, folder)
+    if (folder / "weights.json").exists():
+        write_weights(folder, drawn(json.loads((folder / "weights.json").read_text())))
+    return folder
+
+
+def drawn(recipe: dict) -> dict[str, np.ndarray]:
+    """float32(mean + std * normal), by name, cast to the recipe's dtype."""
+    found = {}
+    for name, w in recipe["weights"].items():
+        random = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()) + recipe["seed"]))
+        x = random.standard_normal(tuple(w["shape"])) * w["std"] + w["mean"]
+        found[name] = x.astype(np.float32).astype(recipe["dtype"])
+    return found
+
+
+def write_weights(folder: Path, arrays: dict[str, np.ndarray], name="model.safetensors") -> None:
+    """By hand, so that the library is not tested against itself."""
+    header, at = {}, 0
+    for key, x in arrays.items():
+        code = next(code for code, dtype in CODES.items() if dtype == x.dtype)
+        span = [at, at + x.nbytes]
+        header[key] = {"dtype": code, "shape": x.shape, "data_offsets": span}
+        at += x.nbytes
+    written = json.dumps(header).encode()
+    arrays_bytes = b"".join(x.tobytes() for x in arrays.values())
+    (folder / name).write_bytes(len(written).to_bytes(8, "little") + written + arrays_bytes)
+
+
+def read_weights(folder: Path) -> dict[str, np.ndarray]:
+    """All files of a folder."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        for key, entry in json.loads(data[8:start]).items():
+            if key != "__metadata__":
+                a, b = entry["data_offsets"]
+                flat = np.frombuffer(data[start + a : start + b], CODES[entry["dtype"]])
+                found[key] = flat.reshape(entry["shape"])
+    return found
