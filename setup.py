@@ -16,6 +16,8 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "numpy>=2.0",
         "sentencepiece>=0.2.1",
+        "protobuf>=4.25",
+        "tokenizers>=0.21",
         "grain>=0.2.18",
         "array-record>=0.8.1",
         "tensorflow-datasets>=4.9.10",
@@ -27,7 +29,8 @@ setup(
         "tqdm>=4.67",
     ],
     extras_require={
-        "test": ["pytest>=8.3", "hypothesis>=6.120", "ruff>=0.14"],
+        "test": ["pytest>=8.3", "hypothesis>=6.120", "ruff>=0.14", "safetensors>=0.5"],
+        "transformers": ["transformers>=4.55", "torch>=2.5"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
         "gcs": ["gcsfs>=2025.3"],

@@ -76,7 +76,7 @@ def test_a_documented_command_parses(file, module, arguments, monkeypatch):
     monkeypatch.setattr(show, "facts", call)
     monkeypatch.setattr(show, "text", lambda shown: "")
     monkeypatch.setattr(lm.main.json, "dumps", lambda shown: "")
-    for verb in ("_generate", "_eval"):
+    for verb in ("_generate", "_eval", "_import", "_export"):
         monkeypatch.setattr(lm.main, verb, call)
     monkeypatch.setattr(bench, "step", call)
     monkeypatch.setattr(bench, "text", lambda measured: "")

@@ -31,14 +31,14 @@ class Folder:
         """Bytes of a file; None if it is not there."""
         try:
             return self._fs.info(self._inner(name))["size"]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes; None if it is not there."""
         try:
             return self._fs.cat_file(self._inner(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, name: str, data: bytes | memoryview) -> None:

@@ -250,10 +250,9 @@ def _load_tokenizer(folder: Folder, manifest: Mapping[str, Any]) -> Tokenizer:
     except Refused:
         tokenizer = None
     if tokenizer is None or tokenizer.checksum != manifest["tokenizer"]["sha256"]:
-        raise Refused(
-            f"The tokenizer in {folder} is damaged; delete its files there (tokenizer.*) and run "
-            "the same command again."
-        )
+        files = ("tokenizer.json", "tokenizer.model")
+        name = next((name for name in files if folder.size(name) is not None), files[-1])
+        raise Refused(f"{folder.where(name)} is damaged; delete it and run the same command again.")
     return tokenizer
 
 

@@ -481,7 +481,7 @@ def write(
             same = {k: v for k, v in origin.items() if k in fields and k not in left}
             different, own = _differences(family, wanted, fields | same)
             return family, kept if different else own
-        tried.append((len(different), family, different, kept))
+        tried.append((sum(map(len, different)), family, different, kept))
     for _, family, different, kept in tried:
         if not different:
             return family, kept

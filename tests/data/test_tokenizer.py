@@ -101,13 +101,12 @@ def test_training_reads_a_bounded_sample():
 
 
 def test_save_and_load(tokenizer, tmp_path):
-    path = tmp_path / "tokenizer.model"
-    tokenizer.save(path)
-    assert data.Tokenizer.load(path).model == tokenizer.model
-    tokenizer.save("memory://run/tokenizer.model")
-    assert data.Tokenizer.load("memory://run/tokenizer.model").model == tokenizer.model
-    loaded = data.TokenizerFile(path=str(path)).load()
-    assert loaded.encode("def x") == tokenizer.encode("def x")
+    for folder in (str(tmp_path), "memory://run"):
+        tokenizer.save(folder)
+        assert data.load_tokenizer(f"{folder}/tokenizer.model").model == tokenizer.model
+        assert data.load_tokenizer(folder).model == tokenizer.model
+        loaded = data.TokenizerFile(path=folder).load()
+        assert loaded.encode("def x") == tokenizer.encode("def x")
 
 
 def test_a_model_that_adds_a_space(tmp_path):
@@ -143,10 +142,10 @@ def test_refusals(tmp_path):
     with pytest.raises(Refused, match="no text to train"):
         data.SentencePiece(vocab=300).train([])
     with pytest.raises(Refused, match="no file"):
-        data.Tokenizer.load(tmp_path / "absent.model")
+        data.load_tokenizer(tmp_path / "absent.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(Refused, match=r"bad\.model is not a SentencePiece model"):
-        data.Tokenizer.load(tmp_path / "bad.model")
+        data.load_tokenizer(tmp_path / "bad.model")
 
 
 def test_a_text_too_small_for_the_vocabulary_is_noted(caplog):

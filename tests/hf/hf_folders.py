@@ -1,7 +1,7 @@
 """Ten tiny models in Hugging Face format, with what transformers 5.23 computes of them in float32.
 
 folders/FAMILY/ holds config.json and reference.npz: tokens [2, 96], positions (every fourth), the
-logits there, a greedy_prompt [1, 16] and greedy [1, 40], the prompt with 24 more tokens. The weights
+logits there, a greedy_prompt [1, 16] and greedy [1, 40], the prompt with 24 more tokens. Weights
 are drawn anew from the recipe in weights.json, or lie there as model.safetensors.
 """
 

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from hf_folders import FAMILIES, reference
+from hf_folders import FAMILIES, reference, write_weights
 from tiny_experiments import trained
 
 import lm
@@ -44,7 +44,7 @@ def save(config, to, seed=0):
     torch.manual_seed(seed)
     net = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # norms and biases begin at one and zero, which hides mistakes
-        for name, weight in net.named_parameters():
+        for weight in net.parameters():
             if weight.ndim == 1:
                 weight.add_(0.2 * torch.randn_like(weight))
     net.save_pretrained(to)
@@ -158,6 +158,8 @@ def test_deepseek_experts(tmp_path):
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek
     from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
+    if not hasattr(deepseek, "DeepseekV2Moe"):
+        pytest.skip("before transformers 5 its weights have other names")
     fields = {
         "n_routed_experts": 8,
         "num_experts_per_tok": 3,
@@ -189,8 +191,6 @@ def test_deepseek_experts(tmp_path):
                 weights[name.replace("down_proj", f"{e}.down_proj.weight")] = down
         else:
             weights[name] = weight
-    from hf_folders import write_weights
-
     folder = tmp_path / "in"
     folder.mkdir()
     config = {**SIZES, **fields, "architectures": ["DeepseekForCausalLM"], "norm_topk_prob": False}

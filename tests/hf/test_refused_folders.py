@@ -1,0 +1,168 @@
+"""What cannot be read or written is one sentence that names the file or the field."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import tiny_experiments
+from hf_folders import read_weights, write_weights
+
+import lm
+from lm import checkpoint, exchange, model
+from lm.errors import Refused
+from lm.model import families
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """copy(family): a folder to be damaged."""
+
+    def make(family):
+        return shutil.copytree(folder(family), tmp_path / family)
+
+    return make
+
+
+def change(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def check_refused(folder, *parts):
+    with pytest.raises(Refused) as refusal:
+        lm.load(folder)
+    for part in parts:
+        assert part in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_truncated_file(copy):
+    path = copy("llama2") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    check_refused(path.parent, "model.safetensors is cut short: it has 765,", "fetch it again")
+    path.write_bytes(b"")
+    check_refused(path.parent, "is cut short or no safetensors file")
+
+
+def test_a_missing_shard(copy, folder, tmp_path):
+    exchange.export_run(folder("llama2"), tmp_path / "out", shard_bytes=200_000)
+    shard = sorted((tmp_path / "out").glob("model-00002-of-*.safetensors"))[0]
+    shard.unlink()
+    check_refused(tmp_path / "out", f"index.json names {shard.name}, which is missing")
+    (copy("llama2") / "model.safetensors").unlink()
+    (tmp_path / "llama2" / "pytorch_model.bin").touch()
+    check_refused(tmp_path / "llama2", "neither model.safetensors", "pytorch_model.bin")
+
+
+def test_a_wrong_shape(copy):
+    here = copy("llama2")
+    change(here, intermediate_size=128)
+    check_refused(here, "mlp.gate_proj.weight has shape [160, 64]", "config.json it is [128, 64]")
+
+
+def test_missing_and_left_over_tensors(copy):
+    here = copy("llama2")
+    weights = read_weights(here)
+    lost = {name: x for name, x in weights.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    write_weights(here, lost)
+    check_refused(here, "no tensor model.layers.1.mlp.up_proj.weight, which LlamaForCausalLM needs")
+    more = weights | {"model.layers.0.self_attn.q_proj.bias": weights["model.norm.weight"]}
+    write_weights(here, more)
+    check_refused(here, "holds model.layers.0.self_attn.q_proj.bias", "would be lost")
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "parts"),
+    [
+        ("llama2", {"architectures": ["LlamaForCausaLM"]}, ("Did you mean 'LlamaForCausalLM'?",)),
+        ("llama2", {"architectures": ["GPT2LMHeadModel"]}, ("'GPT2LMHeadModel' is not a family",)),
+        ("llama2", {"quantization_config": {"bits": 4}}, ("quantization_config", "not supported")),
+        ("llama2", {"hidden_act": "relu"}, ("hidden_act='relu'",)),
+        ("llama2", {"logit_scale": 0.5}, ("logit_scale=0.5", "may change what the model computes")),
+        ("llama2", {"rope_parameters": None, "rope_scaling": {"type": "su"}}, ("type='su'",)),
+        (
+            "llama2",
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2, "base": 3}},
+            ("rope_scaling: base=3",),
+        ),
+        ("llama2", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor=0.5",)),
+        ("llama2", {"hidden_size": "64"}, ("dim='64' must be above zero",)),
+        ("llama2", {"num_key_value_heads": 3}, ("config.json", "kv_heads=3 does not divide")),
+        ("gemma3", {"use_bidirectional_attention": True}, ("use_bidirectional_attention=True",)),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 3}, ("layer_types",)),
+    ],
+)
+def test_fields_that_are_not_honoured(family, fields, parts, copy):
+    here = copy(family)
+    change(here, **fields)
+    check_refused(here, "config.json", *parts)
+
+
+def test_fields_that_change_nothing(copy):
+    here = copy("llama2")
+    change(here, some_switch=False, another=None, unsloth_version="2026.1", attention_dropout=0.1)
+    lm.load(here)
+
+
+def test_a_damaged_or_missing_config(copy, tmp_path):
+    here = copy("llama2")
+    (here / "config.json").write_text("{")
+    check_refused(here, "config.json is damaged")
+    (here / "config.json").unlink()
+    check_refused(
+        here, "neither a run folder (it has no experiment.json) nor a Hugging Face folder"
+    )
+    check_refused(tmp_path / "nothing", "neither a run folder")
+
+
+def test_quantised_weights(copy):
+    path = copy("llama2") / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
+    check_refused(path.parent, "is stored as I32", "before quantisation")
+
+
+def test_a_model_of_no_family_is_not_exported(tmp_path):
+    config = tiny_experiments.config(placement="post")
+    with pytest.raises(Refused, match=r"model\.placement: 'post' -> 'pre'"):
+        families.write(config, 64)
+    moe = model.MoE(experts=4, active=2, hidden=32, dispatch=model.Capacity(factor=1.0))
+    with pytest.raises(Refused, match=r"model\.ffn\.dispatch"):
+        families.write(tiny_experiments.config(ffn=moe), 64)
+    biased = dataclasses.replace(moe, dispatch=model.Dropless(), balance=model.BiasBalance())
+    with pytest.raises(Refused, match=r"model\.ffn\.balance"):
+        families.write(tiny_experiments.config(ffn=biased), 64)
+    family, _ = families.write(tiny_experiments.config(dropout=0.1, embed_std=0.1), 64)
+    assert family is families.LLAMA  # what only training reads is no difference
+
+
+def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exchange, "_check", fail)
+    with pytest.raises(OSError):
+        exchange.export_run(folder("llama2"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    exchange.export_run(folder("llama2"), tmp_path / "out")
+    with pytest.raises(Refused, match="out exists"):
+        exchange.export_run(folder("llama2"), tmp_path / "out")
+    with pytest.raises(Refused, match="out exists"):
+        exchange.import_run(folder("llama2"), tmp_path / "out")
+
+
+def test_an_export_that_reads_back_otherwise_is_refused(folder, tmp_path, monkeypatch):
+    write = checkpoint.write_pretrained
+
+    def flip(where, *arguments, **options):
+        write(where, *arguments, **options)
+        path = where / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(checkpoint, "write_pretrained", flip)
+    with pytest.raises(Refused, match="does not read back as it was written"):
+        exchange.export_run(folder("llama2"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,172 @@
+"""SentencePiece models out as tokenizer.json with the same ids; tokenizer.json in."""
+
+import json
+import random
+
+import pytest
+
+from lm import data
+from lm.data.tokenizer_export import SAMPLES
+from lm.errors import Refused
+from lm.generate import text as speech
+
+tokenizers = pytest.importorskip("tokenizers")
+
+# Made-up text of many scripts: words of letters drawn from each.
+SCRIPTS = (
+    "abcdeéñß<>/knpsux",
+    "абвгдеж",
+    "αβγδεζη",
+    "天地玄黄宇宙洪荒",
+    "あいうえおカキク",
+    "가나다라마",
+    "אבגדה",
+    "ابتثج",
+    "कखगघ",
+    "ກຂຄ",
+)
+
+
+def made_up(seed, documents=60):
+    draw = random.Random(seed)
+
+    def word():
+        letters = draw.choice(SCRIPTS)
+        return "".join(draw.choices(letters, k=draw.randint(1, 8)))
+
+    def gap():
+        return draw.choice([" "] * 12 + ["\n", "  ", ", ", ". ", " 12.", "\n    ", "-", "😀"])
+
+    return ["".join(word() + gap() for _ in range(200)) for _ in range(documents)]
+
+
+def read(files):
+    made = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    made.encode_special_tokens = json.loads(files["tokenizer_config.json"])["split_special_tokens"]
+    return made
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+@pytest.mark.parametrize("fallback", [True, False])
+def test_ids_are_the_same_in_tokenizer_json(kind, fallback):
+    trained = data.SentencePiece(
+        vocab=900, kind=kind, byte_fallback=fallback, symbols=data.CHAT_SYMBOLS
+    ).train(made_up(0))
+    made = read(data.export_files(trained, 512))
+    spelt = ["<s> </s> <pad>", "<|user|>abc<|end|>", " <|user|> "]
+    for text in [*made_up(1), *SAMPLES, *spelt]:
+        ids = trained.encode(text)
+        assert made.encode(text, add_special_tokens=False).ids == ids
+        if fallback:
+            assert made.decode(ids, skip_special_tokens=False) == text
+    assert made.encode("abc").ids == [trained.bos, *trained.encode("abc")]
+
+
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_foreign_models_with_a_normaliser_and_a_dummy_prefix(rule, kind):
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in made_up(2) for line in text.splitlines()),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=700,
+        byte_fallback=True,
+        normalization_rule_name=rule,
+        remove_extra_whitespaces=rule == "nmt_nfkc",
+        minloglevel=3,
+    )
+    trained = data.Tokenizer(model.getvalue())
+    made = read(data.export_files(trained, 512))
+    for text in SAMPLES:
+        assert made.encode(text, add_special_tokens=False).ids == trained.encode(text)
+
+
+def byte_level(folder):
+    """As Llama 3's and Qwen's: bytes, pieces by a pattern, special tokens added."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|start_of_text|>", "<|end_of_text|>", "<|turn|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    made.train_from_iterator(made_up(3), trainer)
+    made.add_tokens(["[mark]"])
+    made.save(str(folder / "tokenizer.json"))
+    config = {
+        "bos_token": {"content": "<|start_of_text|>"},
+        "eos_token": "<|end_of_text|>",
+        "add_bos_token": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return made
+
+
+def test_a_byte_level_tokenizer(tmp_path):
+    made = byte_level(tmp_path)
+    loaded = data.load_tokenizer(tmp_path)
+    assert (loaded.bos, loaded.eos, loaded.stops, loaded.prefix) == (0, 1, (1, 2), (0,))
+    assert loaded.vocab == made.get_vocab_size()
+    assert loaded.chat_template == "{{ messages }}"
+    for text in [*made_up(4, 10), *SAMPLES, "a [mark] b"]:
+        ids = loaded.encode(text)
+        assert ids == made.encode(text, add_special_tokens=False).ids
+        assert loaded.decode(ids) == text
+        stream = loaded.stream()
+        pieces = [stream.push([i]) for i in ids] + [stream.finish()]
+        assert "".join(pieces) == text  # characters whole, though pieces are not
+        assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+    assert loaded.decode(loaded.encode("a<|turn|>b")) == "ab"
+    loaded.save(tmp_path / "copy")
+    again = data.load_tokenizer(tmp_path / "copy")
+    assert (again.checksum, again.files) == (loaded.checksum, loaded.files)
+
+
+def test_a_prompt_is_begun_once(tmp_path):
+    byte_level(tmp_path)
+    loaded = data.load_tokenizer(tmp_path)
+    assert speech._begin(loaded, "ab")[0] == loaded.bos
+    assert speech._begin(loaded, "<|start_of_text|>ab") == speech._begin(loaded, "ab")
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": "<|end_of_text|>", "bos_token": None}))
+    qwen = data.load_tokenizer(tmp_path)
+    assert speech._begin(qwen, "ab") == qwen.encode("ab")
+    assert speech._begin(qwen, "") == [qwen.eos]
+
+
+def test_refused_tokenizers(tmp_path):
+    byte_level(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text("{}")
+    with pytest.raises(Refused, match="name no end token"):
+        data.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(Refused, match=r"tokenizer\.json is not a tokenizer"):
+        data.load_tokenizer(tmp_path)
+    with pytest.raises(Refused, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        (tmp_path / "empty").mkdir()
+        data.load_tokenizer(tmp_path / "empty")
+    trained = data.SentencePiece(vocab=700).train(made_up(0))
+    trained.save(tmp_path / "sp")
+    (tmp_path / "sp" / "added_tokens.json").write_text('{"<|im_end|>": 700}')
+    with pytest.raises(Refused, match="adds tokens to its tokenizer"):
+        data.load_tokenizer(tmp_path / "sp")
+
+
+def test_training_text_is_prepared_with_a_foreign_tokenizer(tmp_path):
+    byte_level(tmp_path)
+    given = data.TokenizerFile(path=str(tmp_path))
+    texts = tuple(made_up(5, 10))
+    prepared = data.prepare(data.Documents(texts=texts, held_out=0.0), given, tmp_path / "shards")
+    again = data.prepare(data.Shards(str(tmp_path / "shards")), given, "unused")
+    assert again.fingerprint == prepared.fingerprint
+    kept = set(again.texts(again.names[0], "train"))
+    assert kept == set(texts)
