@@ -13,11 +13,12 @@ from lm import data, exchange, optim, run
 from lm.errors import Refused
 from lm.mesh import Mesh
 
+pytest.importorskip("tokenizers")
+
 
 @pytest.fixture(scope="module")
 def start(tiny, tmp_path_factory):
     """A Hugging Face folder with a tokenizer: the tiny run, exported."""
-    pytest.importorskip("tokenizers")
     return exchange.export_run(tiny.folder, tmp_path_factory.mktemp("start") / "out")
 
 
