@@ -6,5 +6,6 @@ This package never imports lm.
 from kernels_pallas.attention import flash_attention
 from kernels_pallas.cross_entropy import cross_entropy, token_losses
 from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas.paged_attention import paged_attention
 
-__all__ = ["cross_entropy", "flash_attention", "grouped_matmul", "token_losses"]
+__all__ = ["cross_entropy", "flash_attention", "grouped_matmul", "paged_attention", "token_losses"]

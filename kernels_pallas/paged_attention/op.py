@@ -1,0 +1,105 @@
+"""The door: checks shapes in words and chooses the form that runs."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.dispatch import on_platform
+from kernels_pallas.paged_attention import reference, tpu
+
+WHOLE = (jnp.float32, jnp.bfloat16)
+QUANTIZED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
+
+
+def paged_attention(
+    q_btnh: jax.Array,
+    k_pages_pksh: jax.Array,
+    v_pages_pksh: jax.Array,
+    table_bp: jax.Array,
+    lengths_b: jax.Array,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    k_scales_pks: jax.Array | None = None,
+    v_scales_pks: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Causal attention of the last T tokens of each sequence to all of its tokens, whose keys and
+    values lie in pages (PagedAttention, arXiv:2309.06180). For decoding: it has no gradient.
+
+    Token i of sequence b is in slot i % S of page table[b, i // S]. Query head n reads key/value
+    head n // (N // K). On several devices call it inside `jax.shard_map`, divided over sequences or
+    heads.
+
+    Args:
+      q_btnh: [B, T, N, H] queries of the last T tokens, whose keys and values are in the pages.
+      k_pages_pksh, v_pages_pksh: [pages, K, S, H]; S slots of one page and head lie together, so
+        that a page is fetched in one piece. In q's dtype, or int8 or float8 with scales.
+      table_bp: [B, pages of a sequence] integers; entries past the length may be anything.
+      lengths_b: [B] tokens of each sequence, with the T new ones; 0 for none, which gives zeros.
+      window: how many tokens up to its own a query sees.
+      softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
+      scale: factor on the scores; H ** -0.5 when None.
+      k_scales_pks, v_scales_pks: [pages, K, S] what each quantised key and value counts.
+      implementation: "tpu" or "reference"; None takes that of the platform.
+
+    Returns:
+      out_btnh in the dtype of q; the softmax is in float32.
+
+    Raises:
+      ValueError: naming the argument that does not fit and what would.
+    """
+    scales = None if k_scales_pks is None and v_scales_pks is None else (k_scales_pks, v_scales_pks)
+    _check(q_btnh, k_pages_pksh, v_pages_pksh, table_bp, lengths_b, scales, window, softcap)
+    options = {
+        "window": window,
+        "softcap": softcap,
+        "scale": q_btnh.shape[-1] ** -0.5 if scale is None else scale,
+    }
+    return on_platform(
+        implementation,
+        *(q_btnh, k_pages_pksh, v_pages_pksh),
+        *(table_bp.astype(jnp.int32), lengths_b.astype(jnp.int32), scales),
+        tpu=partial(tpu.paged_attention, **options),
+        reference=partial(reference.paged_attention, **options),
+    )
+
+
+def _check(q, k, v, table, lengths, scales, window, softcap) -> None:
+    for name, array in (("q_btnh", q), ("k_pages_pksh", k), ("v_pages_pksh", v)):
+        if array.ndim != 4:
+            raise ValueError(
+                f"{name} has shape {array.shape}; it needs four axes, as its name says."
+            )
+    if k.shape != v.shape or k.dtype != v.dtype:
+        raise ValueError(
+            f"k_pages_pksh {k.shape} {k.dtype} and v_pages_pksh {v.shape} {v.dtype} must be alike."
+        )
+    (b, _, n, h), (_, kv_heads, _, width) = q.shape, k.shape
+    if h != width:
+        raise ValueError(f"q_btnh has head width {h} but the pages have {width}.")
+    if n % kv_heads:
+        raise ValueError(f"{n} query heads do not divide into {kv_heads} key/value heads.")
+    for name, array, shape in (("table_bp", table, (b, "pages")), ("lengths_b", lengths, (b,))):
+        fits = array.ndim == len(shape) and array.shape[0] == b
+        if not fits or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} is {array.dtype} {array.shape}; it needs integers {shape}.")
+    if scales is None:
+        if k.dtype != q.dtype or q.dtype not in WHOLE:
+            raise ValueError(
+                f"q_btnh is {q.dtype} and the pages are {k.dtype}; both must be float32 or both "
+                "bfloat16, or the pages int8 or float8 with k_scales_pks and v_scales_pks."
+            )
+    else:
+        if k.dtype not in QUANTIZED:
+            raise ValueError(f"scales go with pages of int8 or float8, not {k.dtype}.")
+        for name, array in zip(("k_scales_pks", "v_scales_pks"), scales):
+            if array is None or array.shape != k.shape[:3]:
+                found = "missing" if array is None else f"of shape {array.shape}"
+                raise ValueError(f"{name} is {found}; quantised pages need {k.shape[:3]}.")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1, the query's own token.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap} must be above zero; None turns it off.")
