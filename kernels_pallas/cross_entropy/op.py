@@ -3,16 +3,33 @@
 The loss is the end of the forward pass, so its gradients are computed in the same loop from the
 same logits and wait, as small as the hidden states and the unembedding, for the backward pass to
 scale them (Liger, arXiv:2410.10989).
+
+It is plain JAX on every platform. A kernel that keeps the logits on the chip would have to compute
+them twice, eight products of [tokens, D, V] in place of six, which costs about what it saves.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Logits of a chunk, in numbers. A chunk of this size stays near the processor's caches.
-CHUNK_LOGITS = 2**21
-MIN_CHUNK = 32
+from kernels_pallas.varying import varying_alike, varying_axes, varying_over
+
+# Logits of a chunk, in numbers, and positions at least. On CPU a chunk stays near the caches.
+# Elsewhere each chunk reads and writes the float32 gradient of the unembedding once, against which
+# a chunk needs about a thousand tokens on a device.
+CHUNK_LOGITS = {"cpu": 2**21, "default": 2**27}
+MIN_CHUNK = {"cpu": 32, "default": 128}
+
+
+class Options(NamedTuple):
+    """What is known when tracing; `cross_entropy` says what each is."""
+
+    softcap: float | None = None
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    vocab_axis: str | None = None
 
 
 def cross_entropy(
@@ -23,12 +40,15 @@ def cross_entropy(
     *,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    vocab_axis: str | None = None,
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums over all tokens of the loss and of its first part.
+    """Weighted sums over all tokens of the loss and of its first part, nll.
 
     loss = nll + z_loss * lse ** 2, where lse is the log of the softmax's denominator (PaLM,
-    arXiv:2204.02311).
+    arXiv:2204.02311). With label_smoothing = e, nll counts 1 - e in the loss, and the mean of
+    -log p over the vocabulary e (Szegedy et al., arXiv:1512.00567).
 
     Args:
       x_btd: hidden states, any float dtype.
@@ -37,6 +57,10 @@ def cross_entropy(
       weights_bt: weight of each token; 0 leaves it out.
       softcap: logits become softcap * tanh(logits / softcap).
       z_loss: its coefficient.
+      label_smoothing: e, from 0 to 1.
+      vocab_axis: inside `jax.shard_map` (whose check_vma stays on), the mesh axis over which the
+        vocabulary is divided: w_dv is then this device's part and the targets count over all parts.
+        Statistics of tokens are exchanged, and the gradient of x, but no logits.
       chunk: positions handled at a time; None chooses.
 
     Returns:
@@ -46,11 +70,14 @@ def cross_entropy(
     Raises:
       ValueError: naming the argument that does not fit.
     """
-    chunk = _check(x_btd, w_dv, targets_bt, softcap, chunk)
+    _check(x_btd, w_dv, targets_bt, softcap, chunk)
     if weights_bt.shape != targets_bt.shape:
         raise ValueError(f"weights_bt {weights_bt.shape} must match targets_bt {targets_bt.shape}.")
-    weights_bt = weights_bt.astype(jnp.float32)
-    loss_sum, nll_sum = _sums(softcap, z_loss, chunk, x_btd, w_dv, targets_bt, weights_bt)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must lie between 0 and 1.")
+    options = Options(softcap, z_loss, label_smoothing, vocab_axis)
+    arrays = x_btd, w_dv, targets_bt, weights_bt.astype(jnp.float32)
+    loss_sum, nll_sum = _sums(options, chunk, *_varying(arrays, vocab_axis))
     return loss_sum, jax.lax.stop_gradient(nll_sum)
 
 
@@ -60,22 +87,27 @@ def token_losses(
     targets_bt: jax.Array,
     *,
     softcap: float | None = None,
+    vocab_axis: str | None = None,
     chunk: int | None = None,
 ) -> jax.Array:
     """nll_bt of each token in float32, for evaluation; arguments as in `cross_entropy`."""
-    chunk = _check(x_btd, w_dv, targets_bt, softcap, chunk)
+    _check(x_btd, w_dv, targets_bt, softcap, chunk)
+    options = Options(softcap=softcap, vocab_axis=vocab_axis)
 
-    def body(_, inputs):
-        x, targets = inputs
-        z, lse = _logits(x, w_dv, softcap)
-        return None, lse - _pick(z, targets)
+    def by(x_btd, w_dv, targets_bt, chunk):
+        def body(_, inputs):
+            x, targets = inputs
+            z, lse = _logits(x, w_dv, options)
+            return None, lse - _pick(z, targets, options)
 
-    _, nll = jax.lax.scan(body, None, (_split(x_btd, chunk), _split(targets_bt, chunk)))
-    return _join(nll, targets_bt.shape[1])
+        _, nll = jax.lax.scan(body, None, (_split(x_btd, chunk), _split(targets_bt, chunk)))
+        return _join(nll, targets_bt.shape[1])
+
+    return _in_chunks(by, chunk, *_varying((x_btd, w_dv, targets_bt), vocab_axis))
 
 
-def _check(x_btd, w_dv, targets_bt, softcap, chunk) -> int:
-    """Raises ValueError on shapes that do not fit; returns the chunk to use."""
+def _check(x_btd, w_dv, targets_bt, softcap, chunk) -> None:
+    """Raises ValueError on shapes that do not fit."""
     if x_btd.ndim != 3 or w_dv.ndim != 2 or x_btd.shape[-1] != w_dv.shape[0]:
         raise ValueError(f"x_btd {x_btd.shape} and w_dv {w_dv.shape} must share the width D.")
     if targets_bt.shape != x_btd.shape[:2]:
@@ -86,54 +118,89 @@ def _check(x_btd, w_dv, targets_bt, softcap, chunk) -> int:
         raise ValueError(f"softcap={softcap} must be above zero; None turns it off.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1; None chooses.")
-    b, t = targets_bt.shape
+
+
+def _varying(arrays, vocab_axis):
+    """The arrays as shard_map's types want them: x and w differ over `vocab_axis`, the others not,
+    and over the other axes all of them alike."""
+    if vocab_axis is None:
+        return varying_alike(*arrays)
+    try:
+        jax.lax.axis_size(vocab_axis)
+    except NameError:
+        raise ValueError(
+            f"vocab_axis={vocab_axis!r} is no axis of a shard_map around this call; "
+            "without one the vocabulary is whole, or divided by XLA."
+        ) from None
+    x_btd, w_dv, *others = arrays
+    for name, array in zip(("targets_bt", "weights_bt"), others):
+        if vocab_axis in varying_axes(array):
+            raise ValueError(f"{name} differs over vocab_axis={vocab_axis!r}; it must not.")
+    axes = varying_axes(*arrays)
+    # Here and not inside, so that the gradient of x is summed over the axis once, not by chunk.
+    x_btd, w_dv = (varying_over(a, axes | {vocab_axis}) for a in (x_btd, w_dv))
+    return x_btd, w_dv, *(varying_over(a, axes - {vocab_axis}) for a in others)
+
+
+def _in_chunks(function, chunk, x_btd, w_dv, *others):
+    """function(..., chunk=) with that of the platform the program is lowered for, if it is None."""
+    b, t, _ = x_btd.shape
     if chunk is None:
-        chunk = max(MIN_CHUNK, CHUNK_LOGITS // (b * w_dv.shape[1]))
-    return min(chunk, t)
+        sizes = {
+            platform: min(t, max(MIN_CHUNK[platform], logits // (b * w_dv.shape[1])))
+            for platform, logits in CHUNK_LOGITS.items()
+        }
+        if sizes["cpu"] != sizes["default"]:
+            forms = {platform: partial(function, chunk=size) for platform, size in sizes.items()}
+            return jax.lax.platform_dependent(x_btd, w_dv, *others, **forms)
+        chunk = sizes["cpu"]
+    return function(x_btd, w_dv, *others, chunk=min(chunk, t))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _sums(softcap, z_loss, chunk, x_btd, w_dv, targets_bt, weights_bt):
-    def body(sums, inputs):
-        x, targets, weights = inputs
-        z, lse = _logits(x, w_dv, softcap)
-        nll = lse - _pick(z, targets)
-        loss = nll + z_loss * lse**2
-        return (sums[0] + jnp.sum(weights * loss), sums[1] + jnp.sum(weights * nll)), None
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(options, chunk, x_btd, w_dv, targets_bt, weights_bt):
+    def by(x_btd, w_dv, targets_bt, weights_bt, chunk):
+        def body(sums, inputs):
+            x, targets, weights = inputs
+            z, lse = _logits(x, w_dv, options)
+            nll, loss = _losses(z, lse, targets, options)
+            return (sums[0] + jnp.sum(weights * loss), sums[1] + jnp.sum(weights * nll)), None
 
-    chunks = tuple(_split(a, chunk) for a in (x_btd, targets_bt, weights_bt))
-    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), chunks)[0]
+        chunks = tuple(_split(a, chunk) for a in (x_btd, targets_bt, weights_bt))
+        zero = _zeros((), weights_bt)
+        return jax.lax.scan(body, (zero, zero), chunks)[0]
+
+    return _in_chunks(by, chunk, x_btd, w_dv, targets_bt, weights_bt)
 
 
-def _sums_forward(softcap, z_loss, chunk, x_btd, w_dv, targets_bt, weights_bt):
+def _sums_forward(options, chunk, x_btd, w_dv, targets_bt, weights_bt):
     """The sums, and the gradients of loss_sum for the backward pass."""
 
-    def body(carry, inputs):
-        loss_sum, nll_sum, dw_dv = carry
-        x, targets, weights = inputs
-        z, lse = _logits(x, w_dv, softcap)
-        nll = lse - _pick(z, targets)
-        loss = nll + z_loss * lse**2
-        hot = targets[..., None] == jnp.arange(z.shape[-1])
-        p = jnp.exp(z - lse[..., None])
-        dz = weights[..., None] * (p * (1 + 2 * z_loss * lse[..., None]) - hot)
-        if softcap is not None:
-            dz *= 1 - (z / softcap) ** 2
-        dz = dz.astype(x.dtype)
-        dx = jnp.einsum("btv,dv->btd", dz, w_dv)
-        dw_dv += jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=jnp.float32)
-        sums = loss_sum + jnp.sum(weights * loss), nll_sum + jnp.sum(weights * nll)
-        return (*sums, dw_dv), (dx, loss)
+    def by(x_btd, w_dv, targets_bt, weights_bt, chunk):
+        def body(carry, inputs):
+            loss_sum, nll_sum, dw_dv = carry
+            x, targets, weights = inputs
+            z, lse = _logits(x, w_dv, options)
+            nll, loss = _losses(z, lse, targets, options)
+            dz = weights[..., None] * _slope(z, lse, targets, options)
+            dz = dz.astype(x.dtype)
+            dx = jnp.einsum("btv,dv->btd", dz, w_dv)
+            dw_dv += jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=jnp.float32)
+            sums = loss_sum + jnp.sum(weights * loss), nll_sum + jnp.sum(weights * nll)
+            return (*sums, dw_dv), (dx, loss)
 
-    chunks = tuple(_split(a, chunk) for a in (x_btd, targets_bt, weights_bt))
-    start = jnp.float32(0), jnp.float32(0), jnp.zeros(w_dv.shape, jnp.float32)
-    (loss_sum, nll_sum, dw_dv), (dx, loss) = jax.lax.scan(body, start, chunks)
-    t = targets_bt.shape[1]
-    kept = _join(dx, t), dw_dv.astype(w_dv.dtype), _join(loss, t)
-    return (loss_sum, nll_sum), kept
+        chunks = tuple(_split(a, chunk) for a in (x_btd, targets_bt, weights_bt))
+        zero = _zeros((), weights_bt)
+        start = zero, zero, _zeros(w_dv.shape, w_dv)
+        (loss_sum, nll_sum, dw_dv), (dx, loss) = jax.lax.scan(body, start, chunks)
+        t = targets_bt.shape[1]
+        kept = _join(dx, t), dw_dv.astype(w_dv.dtype), _join(loss, t)
+        return (loss_sum, nll_sum), kept
+
+    return _in_chunks(by, chunk, x_btd, w_dv, targets_bt, weights_bt)
 
 
-def _sums_backward(softcap, z_loss, chunk, kept, cotangents):
+def _sums_backward(options, chunk, kept, cotangents):
     dx_btd, dw_dv, loss_bt = kept
     g, _ = cotangents
     return (g * dx_btd).astype(dx_btd.dtype), (g * dw_dv).astype(dw_dv.dtype), None, g * loss_bt
@@ -142,16 +209,65 @@ def _sums_backward(softcap, z_loss, chunk, kept, cotangents):
 _sums.defvjp(_sums_forward, _sums_backward)
 
 
-def _logits(x, w_dv, softcap):
+def _zeros(shape, like):
+    """In float32, varying as `like` does."""
+    return varying_over(jnp.zeros(shape, jnp.float32), varying_axes(like))
+
+
+def _logits(x, w_dv, options):
     """(logits, log of the softmax's denominator) of one chunk, in float32."""
     z = jnp.einsum("btd,dv->btv", x, w_dv, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        z = softcap * jnp.tanh(z / softcap)
-    return z, jax.nn.logsumexp(z, axis=-1)
+    if options.softcap is not None:
+        z = options.softcap * jnp.tanh(z / options.softcap)
+    if options.vocab_axis is None:
+        return z, jax.nn.logsumexp(z, axis=-1)
+    top = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(z, axis=-1)), options.vocab_axis)
+    total = jax.lax.psum(jnp.sum(jnp.exp(z - top[..., None]), axis=-1), options.vocab_axis)
+    return z, top + jnp.log(total)
 
 
-def _pick(z, targets):
-    return jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+def _losses(z, lse, targets, options):
+    """(nll, loss) of each token."""
+    picked = _pick(z, targets, options)
+    loss = lse - picked + options.z_loss * lse**2
+    if options.label_smoothing:
+        mean = jnp.sum(z, axis=-1) / _vocabulary(z, options)
+        if options.vocab_axis is not None:
+            mean = jax.lax.psum(mean, options.vocab_axis)
+        loss += options.label_smoothing * (picked - mean)
+    return lse - picked, loss
+
+
+def _slope(z, lse, targets, options):
+    """The gradient of each token's loss by the logits before their soft cap."""
+    hot = (targets - _first(z, options))[..., None] == jnp.arange(z.shape[-1])
+    p = jnp.exp(z - lse[..., None])
+    smoothing = options.label_smoothing
+    dz = p * (1 + 2 * options.z_loss * lse[..., None]) - (1 - smoothing) * hot
+    if smoothing:
+        dz -= smoothing / _vocabulary(z, options)
+    return dz if options.softcap is None else dz * (1 - (z / options.softcap) ** 2)
+
+
+def _pick(z, targets, options):
+    """The logit of the target, on whatever device it lies."""
+    if options.vocab_axis is None:
+        return jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
+    index = targets - _first(z, options)
+    here = (index >= 0) & (index < z.shape[-1])
+    picked = jnp.take_along_axis(z, jnp.where(here, index, 0)[..., None], axis=-1)[..., 0]
+    return jax.lax.psum(jnp.where(here, picked, 0), options.vocab_axis)
+
+
+def _first(z, options):
+    """The word of this device's first logit."""
+    return 0 if options.vocab_axis is None else jax.lax.axis_index(options.vocab_axis) * z.shape[-1]
+
+
+def _vocabulary(z, options):
+    """V."""
+    axis = options.vocab_axis
+    return z.shape[-1] if axis is None else z.shape[-1] * jax.lax.axis_size(axis)
 
 
 def _split(x_bt, chunk):

@@ -18,12 +18,15 @@ def cross_entropy(
     *,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """(loss_sum, nll_sum); the arguments are those of `kernels_pallas.cross_entropy`."""
     z_btv = logits(x_btd, w_dv, softcap)
     lse_bt = jax.nn.logsumexp(z_btv, axis=-1)
     nll_bt = lse_bt - jnp.take_along_axis(z_btv, targets_bt[..., None], axis=-1)[..., 0]
-    loss_sum = jnp.sum(weights_bt * (nll_bt + z_loss * lse_bt**2))
+    uniform_bt = lse_bt - jnp.mean(z_btv, axis=-1)
+    label_bt = (1 - label_smoothing) * nll_bt + label_smoothing * uniform_bt
+    loss_sum = jnp.sum(weights_bt * (label_bt + z_loss * lse_bt**2))
     return loss_sum, jax.lax.stop_gradient(jnp.sum(weights_bt * nll_bt))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import cross_entropy, token_losses
-from kernels_pallas.cross_entropy import reference
+from kernels_pallas.cross_entropy import op, reference
 
 B, T, D, V = 3, 11, 8, 29
 
@@ -24,7 +24,15 @@ def inputs(b=B, t=T, d=D, v=V):
 
 @pytest.mark.parametrize("chunk", [None, 1, 4, 11, 50])
 @pytest.mark.parametrize(
-    "options", [{}, {"softcap": 3.0}, {"z_loss": 0.1}, {"softcap": 3.0, "z_loss": 0.1}]
+    "options",
+    [
+        {},
+        {"softcap": 3.0},
+        {"z_loss": 0.1},
+        {"label_smoothing": 0.2},
+        {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2},
+    ],
+    ids=str,
 )
 def test_equals_whole_logits(chunk, options):
     x, w, targets, weights = inputs()
@@ -64,6 +72,20 @@ def test_the_gradient_without_grad_is_the_same_sum():
         strict=True,
     ):
         np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_another_platform_takes_larger_chunks(monkeypatch):
+    """What a TPU would run, lowered for this machine."""
+    x, w, targets, weights = inputs()
+
+    def losses(minimum):
+        monkeypatch.setattr(op, "MIN_CHUNK", {"cpu": minimum, "default": T})
+        monkeypatch.setattr(op, "CHUNK_LOGITS", {"cpu": 1, "default": 1})
+        grad = jax.value_and_grad(lambda x, w: cross_entropy(x, w, targets, weights)[0], (0, 1))
+        return jax.jit(grad)(x, w), token_losses(x, w, targets)
+
+    for a, b in zip(jax.tree.leaves(losses(2)), jax.tree.leaves(losses(T)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16():
@@ -107,6 +129,8 @@ def test_whole_logits_are_never_alive():
         ({"targets_bt": np.zeros((B, T))}, "needs integers"),
         ({"weights_bt": np.zeros((B, T - 1))}, "weights_bt"),
         ({"softcap": -1.0}, "softcap=-1.0 must be above zero"),
+        ({"label_smoothing": 1.5}, "label_smoothing=1.5 must lie between 0 and 1"),
+        ({"vocab_axis": "tensor"}, "vocab_axis='tensor' is no axis of a shard_map"),
         ({"chunk": 0}, "chunk=0 must be at least 1"),
     ],
 )

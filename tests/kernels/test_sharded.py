@@ -76,6 +76,28 @@ def cross_entropy(x, w, targets, weights):
 for spec in (P(None, "tensor"), P("data", None), P("data", "tensor")):
     arrays = x, w, segments, jnp.ones((4, 128))
     compare(cross_entropy, arrays, (P("data"), spec, P("data"), P("data")))
+
+# The vocabulary divided by hand: statistics of tokens are exchanged, and no logits.
+for options in ({}, {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2}):
+
+    def local(x, w, targets, weights):
+        call = {"chunk": 32, "vocab_axis": "tensor", **options}
+        loss, nll = kernels_pallas.cross_entropy(x, w, targets, weights, **call)
+        return jax.lax.psum((loss, nll), "data")
+
+    specs = P("data"), P(None, "tensor"), P("data"), P("data")
+    divided = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    targets = jax.random.randint(keys[2], (4, 128), 0, 64)
+    weights = jax.random.uniform(keys[2], (4, 128))
+    forms = divided, lambda *a: kernels_pallas.cross_entropy(*a, **options)
+    one, other = (
+        jax.jit(jax.value_and_grad(form, (0, 1, 3), has_aux=True))(x, w, targets, weights)
+        for form in forms
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    program = jax.jit(jax.grad(lambda *a: divided(*a)[0], (0, 1))).lower(x, w, targets, weights)
+    assert "all-gather" not in program.compile().as_text()
 """
 
 
