@@ -179,6 +179,12 @@ def active_mesh() -> jax.sharding.Mesh | None:
     return active[0] if active else None
 
 
+def partition(shape: Sequence[int], *axes: str) -> PartitionSpec:
+    """How an activation of this shape lies on the mesh in use, for the specs of shard_map."""
+    mesh, rules = _active.get()
+    return rules.activation(axes, shape, mesh)
+
+
 def shard(x: jax.Array, *axes: str) -> jax.Array:
     """Constrains `x` to the mesh by the logical names of its axes.
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention import blocked
+from kernels_pallas.attention import blocked, tpu
 from kernels_pallas.attention.blocked import Extras, Options
 from kernels_pallas.attention.reference import ranks_in_documents
+from kernels_pallas.dispatch import on_platform
 from kernels_pallas.varying import varying_alike
 
 # The name, for policies of jax.checkpoint, of what the backward pass needs: with it saved,
@@ -36,6 +37,7 @@ def flash_attention(
     alibi: jax.Array | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Softmax attention with grouped key/value heads: query head n reads key/value head
     n // (N // K).
@@ -64,6 +66,8 @@ def flash_attention(
       alibi: slope per query head [N]; adds -slope * (t - s) to the scores (arXiv:2108.12409).
       scale: factor on the scores; H ** -0.5 when None.
       return_lse: also return the natural log of each softmax's denominator.
+      implementation: "tpu", the Mosaic kernel (which has no `alibi`), or "reference", plain JAX in
+        blocks; None takes that of the platform for which the program is lowered.
 
     Returns:
       out_btnh in the dtype of q; the softmax is in float32. With `return_lse`, (out_btnh, lse_btn),
@@ -87,28 +91,34 @@ def flash_attention(
     extras = Extras(segment_ids, kv_segment_ids, ranks_bs, positions, prefix, sinks, alibi)
     scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
     options = Options(causal, window, sink_tokens, softcap, scale)
+    if alibi is not None and implementation == "tpu":
+        raise ValueError("implementation='tpu' has no alibi; leave implementation out.")
     arrays, tree = jax.tree.flatten((q_btnh, k_bskh, v_bskh, extras))
-    out_btnh, lse_bkgt = _attention(options, *jax.tree.unflatten(tree, varying_alike(*arrays)))
+    out_btnh, lse_bkgt = _attention(
+        implementation, options, *jax.tree.unflatten(tree, varying_alike(*arrays))
+    )
     if not return_lse:
         return out_btnh
     return out_btnh, jnp.moveaxis(lse_bkgt, 3, 1).reshape(q_btnh.shape[:3])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(options, q_btnh, k_bskh, v_bskh, extras):
-    return _forward(options, q_btnh, k_bskh, v_bskh, extras)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(implementation, options, q_btnh, k_bskh, v_bskh, extras):
+    return _forward(implementation, options, q_btnh, k_bskh, v_bskh, extras)[0]
 
 
-def _forward(options, q_btnh, k_bskh, v_bskh, extras):
+def _forward(implementation, options, q_btnh, k_bskh, v_bskh, extras):
     arrays = checkpoint_name((q_btnh, k_bskh, v_bskh), SAVED)
     out_btnh, lse_bkgt = checkpoint_name(
-        _on_platform(blocked.forward, options, *arrays, extras), SAVED
+        _on_platform(implementation, "forward", options, *arrays, extras), SAVED
     )
     return (out_btnh, lse_bkgt), (*arrays, extras, out_btnh, lse_bkgt)
 
 
-def _backward(options, kept, cotangents):
-    *gradients, dsinks_n, dalibi_n = _on_platform(blocked.backward, options, *kept, *cotangents)
+def _backward(implementation, options, kept, cotangents):
+    *gradients, dsinks_n, dalibi_n = _on_platform(
+        implementation, "backward", options, *kept, *cotangents
+    )
     none = Extras(*[None] * len(Extras._fields))
     return *gradients, none._replace(sinks_n=dsinks_n, alibi_n=dalibi_n)
 
@@ -116,13 +126,16 @@ def _backward(options, kept, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _on_platform(function, options, *arrays):
-    """`function` with the block size of the platform that the program is lowered for."""
-    forms = {
-        platform: partial(function, options=options, block=block)
-        for platform, block in BLOCK.items()
-    }
-    return jax.lax.platform_dependent(*arrays, **forms)
+def _on_platform(implementation, direction, options, q_btnh, k_bskh, v_bskh, extras, *arrays):
+    """`forward` or `backward` in the form that is asked for, or that of the platform."""
+    in_blocks = getattr(blocked, direction)
+    return on_platform(
+        implementation,
+        *(q_btnh, k_bskh, v_bskh, extras, *arrays),
+        tpu=partial(getattr(tpu, direction), options=options) if extras.alibi_n is None else None,
+        cpu=partial(in_blocks, options=options, block=BLOCK["cpu"]),
+        reference=partial(in_blocks, options=options, block=BLOCK["default"]),
+    )
 
 
 def check(

@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 import kernels_pallas
 from lm.errors import Refused, check_name, check_positive
 from lm.model.norm import Norm
 from lm.model.param import Init, add_bias, einsum, param, zeros
 from lm.model.rope import ALiBi, NoPosition, RoPE, rotate
-from lm.sharding import shard
+from lm.sharding import active_mesh, partition, shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,20 +199,20 @@ class Attention(nnx.Module):
             k_bskh, v_bskh = cache.read(q_btnh.dtype)
         k_bskh = shard(k_bskh, "batch", "seq", "kv_heads", "head")
         v_bskh = shard(v_bskh, "batch", "seq", "kv_heads", "head")
-        out_btnh = kernels_pallas.flash_attention(
-            q_btnh,
-            k_bskh,
-            v_bskh,
+        of_heads = {
+            "sinks": None if self.sinks is None else self.sinks[...],
+            "alibi": jnp.asarray(c.position.slopes(c.heads))
+            if isinstance(c.position, ALiBi)
+            else None,
+        }
+        out_btnh = _attend(
+            *(q_btnh, k_bskh, v_bskh),
+            of_heads,
+            {"segment_ids": positions.segments_bt, "positions": positions.slots_bt},
             causal=c.causal,
             window=c.window,
             sink_tokens=c.sinks.count if isinstance(c.sinks, FirstTokens) else 0,
-            segment_ids=positions.segments_bt,
-            positions=positions.slots_bt,
             softcap=c.softcap,
-            sinks=None if self.sinks is None else self.sinks[...],
-            alibi=jnp.asarray(c.position.slopes(c.heads))
-            if isinstance(c.position, ALiBi)
-            else None,
             scale=c.scale,
         )
         out_btnh = shard(out_btnh, "batch", "seq", "heads", "head")
@@ -222,3 +223,45 @@ class Attention(nnx.Module):
             return norm(x_btnh)
         b, t, n, h = x_btnh.shape
         return norm(x_btnh.reshape(b, t, n * h)).reshape(b, t, n, h)
+
+
+def _attend(
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    of_heads: dict[str, jax.Array | None],
+    of_tokens: dict[str, jax.Array | None],
+    **options: Any,
+) -> jax.Array:
+    """`kernels_pallas.flash_attention` of each device's own rows and heads: a TPU kernel is not
+    partitioned by the compiler."""
+    n, kv_heads = q_btnh.shape[2], k_bskh.shape[2]
+    of_heads = {name: x for name, x in of_heads.items() if x is not None}
+    of_tokens = {name: x for name, x in of_tokens.items() if x is not None}
+
+    def local(q_btnh, k_bskh, v_bskh, of_heads, of_tokens):
+        if k_bskh.shape[2] * n != q_btnh.shape[2] * kv_heads:
+            # More devices than key/value heads: each has them all and takes the one it reads.
+            first = jax.lax.axis_index(heads) * q_btnh.shape[2] * kv_heads // n
+            k_bskh, v_bskh = (
+                jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k_bskh, v_bskh)
+            )
+        return kernels_pallas.flash_attention(
+            q_btnh, k_bskh, v_bskh, **of_heads, **of_tokens, **options
+        )
+
+    mesh = active_mesh()
+    if mesh is None or mesh.size == 1:
+        return local(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)
+    q_spec = partition(q_btnh.shape, "batch", "seq", "heads", "head")
+    kv_spec = partition(k_bskh.shape, "batch", "seq", "kv_heads", "head")
+    heads = q_spec[2]
+    in_specs = (
+        q_spec,
+        kv_spec,
+        kv_spec,
+        dict.fromkeys(of_heads, PartitionSpec(heads)),
+        dict.fromkeys(of_tokens, PartitionSpec(*q_spec[:2])),
+    )
+    on_devices = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=q_spec)
+    return on_devices(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)

@@ -1,0 +1,82 @@
+"""Which keys each block of queries meets, in chunks: so that what a mask empties is never loaded
+and what it leaves whole is never masked."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Of each block of queries: chunks 0..HEAD-1 and LOW..HIGH-1 may hold visible keys, and in those
+# from FULL_LOW to FULL_HIGH - 1 every key is visible to every query.
+HEAD, LOW, FULL_LOW, FULL_HIGH, HIGH = FIELDS = range(5)
+
+
+def ranges(options: Any, extras: Any, t: int, s: int, *, rows: int, chunk: int) -> Any:
+    """[B or 1, blocks, 5] integers, of numpy where nothing but lengths decides.
+
+    `rows` queries to a block, `chunk` keys to a chunk. Ids and positions may come in any order:
+    what is said of chunks then is true, if not the tightest.
+    """
+    given = extras.segments_bt, extras.positions_bt, extras.prefix_b
+    xp = np if all(array is None for array in given) else jnp
+    blocks, chunks = -(-t // rows), -(-s // chunk)
+    key_first = np.arange(chunks) * chunk
+    key_last = np.minimum(key_first + chunk, s) - 1
+    place = xp.arange(t)[None] if extras.positions_bt is None else extras.positions_bt
+    q_low, q_high = (x[..., None] for x in _extremes(place, rows, xp))
+    ranks = xp.arange(s)[None] if extras.ranks_bs is None else extras.ranks_bs
+    rank_low, rank_high = (x[:, None] for x in _extremes(ranks, chunk, xp))
+
+    some = xp.ones((1, blocks, chunks), bool)
+    every = some & (key_first + chunk <= s)
+    if options.causal:
+        some = some & (key_first <= q_high)
+        every = every & (key_last <= q_low)
+    if options.window is not None:
+        sink = options.sink_tokens
+        some = some & ((q_low - key_last < options.window) | (rank_low < sink))
+        every = every & ((q_high - key_first < options.window) | (rank_high < sink))
+    if extras.prefix_b is not None:
+        prefix = extras.prefix_b[:, None, None]
+        some = some | (rank_low < prefix)
+        every = every | ((rank_high < prefix) & (key_first + chunk <= s))
+    if extras.segments_bt is not None:
+        q_least, q_most = (x[..., None] for x in _extremes(extras.segments_bt, rows, xp))
+        k_least, k_most = (x[:, None] for x in _extremes(extras.kv_segments_bs, chunk, xp))
+        some = some & (q_least <= k_most) & (k_least <= q_most)
+        every = every & (q_least == k_most) & (k_least == q_most)
+    return _table(some, every, xp)
+
+
+def _extremes(x, size, xp):
+    """Least and largest of each `size` numbers along the last axis."""
+    short = -x.shape[1] % size
+    x = xp.pad(x, [(0, 0), (0, short)], mode="edge").reshape(x.shape[0], -1, size)
+    return x.min(-1), x.max(-1)
+
+
+def _table(some, every, xp):
+    """The five numbers of each row of chunks."""
+    chunks = some.shape[-1]
+    at = xp.arange(chunks)
+
+    def first(flags, otherwise):
+        return xp.where(flags.any(-1), xp.argmax(flags, -1), otherwise)
+
+    head = first(~some, chunks)
+    rest = some & (at >= head[..., None])
+    more = rest.any(-1)
+    low = xp.where(more, xp.argmax(rest, -1), 0)
+    high = xp.where(more, chunks - xp.argmax(rest[..., ::-1], -1), head)
+    head = xp.where(more, head, 0)
+    every = every & some & (at >= low[..., None]) & (at < high[..., None])
+    full_low = first(every, low)
+    full_high = first(~every & (at >= full_low[..., None]), chunks)
+    full_high = xp.where(every.any(-1), full_high, low)
+    return xp.stack([head, low, full_low, full_high, high], -1).astype(xp.int32)
+
+
+def as_table(table: Any) -> jax.Array:
+    """The numbers in one row, as scalar memory holds them best."""
+    return jnp.asarray(table).reshape(-1)

@@ -1,0 +1,185 @@
+"""Flash attention on TPU: arrays laid out for the kernels, and back."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.attention import tpu_backward, tpu_forward
+from kernels_pallas.attention.blocked import Extras, Options
+from kernels_pallas.attention.ranges import as_table, ranges
+from kernels_pallas.attention.reference import HIDDEN
+
+F32 = jnp.float32
+LOG2E = math.log2(math.e)
+# Scores whose size is proven to be at most this, in powers of two, need no maximum taken off before
+# the exponential: float32 holds 2**126, and their sums over a million keys.
+BOUND = 80.0
+
+
+class Sizes(NamedTuple):
+    """How the arrays are cut: `rows` queries of `heads` query heads (of one key/value head) meet
+    `block` keys in memory, `wide` at a time or, where a mask cuts, `narrow`."""
+
+    rows: int
+    heads: int
+    block: int
+    wide: int
+    narrow: int
+
+
+def forward(q_btnh, k_bskh, v_bskh, extras: Extras, *, options: Options):
+    """(out_btnh, lse_bkgt)."""
+    t, s = q_btnh.shape[1], k_bskh.shape[1]
+    groups = q_btnh.shape[2] // k_bskh.shape[2]
+    sizes = forward_sizes(t, s, groups, q_btnh.dtype)
+    q, k, v, masks = _laid_out(q_btnh, k_bskh, v_bskh, extras, options, sizes)
+    sinks = None if extras.sinks_n is None else extras.sinks_n.astype(F32) * LOG2E
+    bounded = _bounded(q, k, sinks, options)
+    out, lse = tpu_forward.call(q, k, v, masks, sinks, bounded, options, sizes)
+    lse = _from_blocks(lse, sizes, groups)[..., :t]
+    return _ungroup(out, t), lse
+
+
+def backward(q_btnh, k_bskh, v_bskh, extras, out_btnh, lse_bkgt, dout_btnh, dlse_bkgt, *, options):
+    """Gradients of q_btnh, k_bskh, v_bskh, sinks_n and alibi_n (which the kernel has not)."""
+    b, t, n, _ = q_btnh.shape
+    s, kv_heads = k_bskh.shape[1:3]
+    groups = n // kv_heads
+    sizes = backward_sizes(t, s, groups, q_btnh.dtype)
+    delta_btn = jnp.sum(dout_btnh.astype(F32) * out_btnh.astype(F32), axis=-1)
+    # d lse / d score is the weight p as well, so the gradient of lse joins that of the denominator.
+    delta = jnp.moveaxis(delta_btn.reshape(b, t, kv_heads, groups), 1, 3) - dlse_bkgt
+    dsinks_n = None
+    if extras.sinks_n is not None:
+        weight = jnp.exp(extras.sinks_n.astype(F32).reshape(kv_heads, groups, 1) - lse_bkgt)
+        dsinks_n = -jnp.sum(weight * delta, axis=(0, 3)).reshape(n).astype(extras.sinks_n.dtype)
+    q, k, v, masks = _laid_out(q_btnh, k_bskh, v_bskh, extras, options, sizes)
+    dout = _by_group(dout_btnh, kv_heads, sizes.rows)
+    # Rows beyond the last have weights exp2(0 - 1e30) = 0.
+    lse = _to_blocks(lse_bkgt * LOG2E, sizes, -HIDDEN)
+    delta = _to_blocks(delta, sizes, 0)
+    dq, dk, dv = tpu_backward.call(q, k, v, dout, lse, delta, masks, options, sizes)
+    dk, dv = (jnp.swapaxes(x, 1, 2)[:, :s] for x in (dk, dv))
+    return _ungroup(dq, t).astype(q_btnh.dtype), dk, dv, dsinks_n, None
+
+
+def forward_sizes(t, s, groups, dtype) -> Sizes:
+    return _sizes(t, s, groups, dtype, 1024, 256, 16, 4096, 512, 256)
+
+
+def backward_sizes(t, s, groups, dtype) -> Sizes:
+    return _sizes(t, s, groups, dtype, 1024, 256, 128, 4096, 256, 256)
+
+
+def _sizes(t, s, groups, dtype, total, most, least, block, wide, narrow) -> Sizes:
+    """At most `total` rows of `most` queries or fewer, none of fewer than `least`."""
+    heads = max(d for d in range(1, groups + 1) if groups % d == 0 and d * least <= total)
+    rows = min(most if heads > 1 else 2 * most, max(least, total // heads // least * least))
+    rows = min(rows, -(-t // least) * least)
+    narrow = min(narrow, -(-s // 128) * 128)
+    wide = min(wide, -(-s // narrow) * narrow)
+    block = min(block, -(-s // wide) * wide)
+    return Sizes(rows, heads, block, wide, narrow)
+
+
+def _laid_out(q_btnh, k_bskh, v_bskh, extras, options, sizes):
+    """q_bkgth, k_bksh and v_bksh in whole blocks, and what masks need."""
+    t, s, kv_heads = q_btnh.shape[1], *k_bskh.shape[1:3]
+    q = _by_group(q_btnh, kv_heads, sizes.rows)
+    k, v = (_pad(jnp.swapaxes(x, 1, 2), 2, sizes.block) for x in (k_bskh, v_bskh))
+    table = ranges(options, extras, t, s, rows=sizes.rows, chunk=sizes.narrow)
+    width = -(-sizes.rows // 128) * 128
+
+    def of_queries(x_bt):
+        x = _pad(x_bt, 1, sizes.rows).reshape(x_bt.shape[0], -1, 1, sizes.rows)
+        return _pad(x, 3, width)
+
+    def of_keys(x_bs):
+        return _pad(x_bs, 1, sizes.block).reshape(x_bs.shape[0], -1, 1, sizes.narrow)
+
+    def maybe(function, x):
+        return None if x is None else function(x.astype(jnp.int32))
+
+    return (
+        q,
+        k,
+        v,
+        Masks(
+            table=as_table(table),
+            by_row=table.shape[0] > 1,
+            keys=s,
+            prefix_b=maybe(lambda x: x, extras.prefix_b),
+            q_segments=maybe(of_queries, extras.segments_bt),
+            positions=maybe(of_queries, extras.positions_bt),
+            k_segments=maybe(of_keys, extras.kv_segments_bs),
+            ranks=maybe(of_keys, extras.ranks_bs),
+        ),
+    )
+
+
+class Masks(NamedTuple):
+    """What the kernels' masks read.
+
+    table       `ranges`, flat; `by_row`: one for each row of the batch
+    keys        how many keys are real
+    q_...       [B, blocks, 1, rows filled up to lanes]
+    k_...       [B, chunks, 1, narrow], as are ranks
+    """
+
+    table: jax.Array
+    by_row: bool
+    keys: int
+    prefix_b: jax.Array | None
+    q_segments: jax.Array | None
+    positions: jax.Array | None
+    k_segments: jax.Array | None
+    ranks: jax.Array | None
+
+
+def _bounded(q, k, sinks, options) -> jax.Array:
+    """[B * K] integers: 1 where no score can exceed BOUND, because none exceeds the product of the
+    largest norms of q and k (Cauchy and Schwarz)."""
+    norms = [jnp.sum(jnp.square(x.astype(F32)), -1) for x in (q, k)]
+    largest = jnp.sqrt(jnp.max(norms[0], (2, 3)) * jnp.max(norms[1], 2))
+    bound_bk = largest * (abs(options.scale) * LOG2E)
+    if options.softcap is not None:
+        bound_bk = jnp.minimum(bound_bk, options.softcap * LOG2E)
+    if sinks is not None:
+        bound_bk = jnp.maximum(bound_bk, jnp.max(jnp.abs(sinks)))
+    return (bound_bk <= BOUND).astype(jnp.int32).reshape(-1)
+
+
+def _by_group(x_btnh, kv_heads, rows):
+    """[B, T, N, H] -> [B, K, G, T up to a multiple of rows, H]."""
+    b, t, n, h = x_btnh.shape
+    x = jnp.transpose(x_btnh.reshape(b, t, kv_heads, n // kv_heads, h), (0, 2, 3, 1, 4))
+    return _pad(x, 3, rows)
+
+
+def _ungroup(x_bkgth, t):
+    b, k, g, _, h = x_bkgth.shape
+    return jnp.transpose(x_bkgth[:, :, :, :t], (0, 3, 1, 2, 4)).reshape(b, t, k * g, h)
+
+
+def _to_blocks(x_bkgt: jax.Array, sizes: Sizes, fill: float) -> jax.Array:
+    """[B, K, G, T] -> [B, K, G // heads, blocks, 1, heads * rows]."""
+    x = _pad(x_bkgt, 3, sizes.rows, fill)
+    b, k, g, t = x.shape
+    x = x.reshape(b, k, g // sizes.heads, sizes.heads, t // sizes.rows, sizes.rows)
+    return jnp.swapaxes(x, 3, 4).reshape(*x.shape[:3], t // sizes.rows, 1, -1)
+
+
+def _from_blocks(x: jax.Array, sizes: Sizes, groups: int) -> jax.Array:
+    """The inverse of `_to_blocks`, with queries up to whole blocks, and lanes."""
+    b, k, splits, blocks = x.shape[:4]
+    x = x[..., : sizes.heads * sizes.rows]
+    x = x.reshape(b, k, splits, blocks, sizes.heads, sizes.rows)
+    return jnp.swapaxes(x, 3, 4).reshape(b, k, groups, blocks * sizes.rows)
+
+
+def _pad(x, axis, multiple, fill: Any = 0):
+    short = -x.shape[axis] % multiple
+    widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=fill) if short else x

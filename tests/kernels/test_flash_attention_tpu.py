@@ -1,0 +1,136 @@
+"""The TPU kernel, interpreted on CPU with uninitialised memory as NaN and reads out of bounds
+refused, equals the plain-JAX form that test_attention.py holds to the specification.
+
+Tolerances: float32 sums of at most 600 products in another order, relative to the largest element
+(eps 6e-8); in bfloat16 the scaled queries, the weights, the scores' gradients and the results are
+each rounded to 8 bits (2**-9 relative).
+"""
+
+import contextlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import flash_attention
+from kernels_pallas.attention import ranges, tpu
+from kernels_pallas.attention.blocked import Extras, Options
+
+B = 2
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 0.02}
+SEGMENTS = np.array([[1] * 100 + [2] * 130 + [3] * 70, [4] * 290 + [0] * 10])
+POSITIONS = np.array([[3, 4, 5, 6, 7], [290, 291, 292, 293, 299]])
+
+# name: (T, S, N, K, H, width of v, options)
+CASES = {
+    "causal": (300, 300, 4, 2, 64, 64, {}),
+    "full": (200, 300, 4, 4, 32, 32, {"causal": False}),
+    "wide_values": (300, 300, 2, 1, 48, 80, {}),
+    "window": (300, 300, 4, 2, 64, 64, {"window": 70}),
+    "window_and_sinks": (300, 300, 4, 2, 64, 64, {"window": 70, "sink_tokens": 3, "sinks": True}),
+    "segments": (300, 300, 4, 2, 64, 64, {"segment_ids": SEGMENTS}),
+    "segments_full": (300, 300, 2, 2, 64, 64, {"segment_ids": SEGMENTS, "causal": False}),
+    "prefix": (300, 300, 2, 1, 64, 64, {"prefix": np.array([3, 200])}),
+    "softcap": (300, 300, 2, 1, 64, 64, {"softcap": 2.0}),
+    "sinks": (300, 300, 6, 2, 32, 32, {"sinks": True}),
+    "decode": (5, 300, 6, 2, 64, 64, {"positions": POSITIONS}),
+    "split_group": (40, 40, 20, 1, 32, 32, {}),
+    "everything": (
+        300, 300, 4, 2, 112, 32,
+        {"segment_ids": SEGMENTS, "window": 60, "sink_tokens": 2, "prefix": 9, "softcap": 3.0,
+         "sinks": True, "scale": 0.2},
+    ),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def interpreted(**options):
+    """On one core, reads of what was never written give NaN and those out of bounds raise."""
+    checks = {"uninitialized_memory": "nan", "out_of_bounds_reads": "raise"} | options
+    try:
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**checks)):
+            yield
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+def inputs(t, s, n, k, h, hv, dtype, size=2.0):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = size * jax.random.normal(keys[0], (B, t, n, h))
+    key, value = (
+        jax.random.normal(r, (B, s, k, width)) for r, width in zip(keys[1:3], (h, hv), strict=True)
+    )
+    return [x.astype(dtype) for x in (q, key, value)], jax.random.normal(keys[3], (n,))
+
+
+def results(implementation, arrays, sinks, options):
+    """Output, log-sum-exp and all gradients of a fixed projection of both."""
+    options = dict(options)
+    with_sinks = options.pop("sinks", False)
+
+    def projected(arrays, sinks):
+        out, lse = flash_attention(
+            *arrays,
+            sinks=sinks if with_sinks else None,
+            return_lse=True,
+            implementation=implementation,
+            **options,
+        )
+        toward = jax.random.normal(jax.random.key(9), out.shape)
+        return jnp.sum(out.astype(jnp.float32) * toward) + jnp.sum(lse * toward[..., 0]), (out, lse)
+
+    def run(arrays, sinks):
+        value, gradients = jax.value_and_grad(projected, (0, 1), has_aux=True)(arrays, sinks)
+        return value[1], gradients
+
+    return jax.jit(run)(arrays, sinks)
+
+
+def compare(shape, options, dtype=jnp.float32, size=2.0, **interpret):
+    arrays, sinks = inputs(*shape, dtype, size)
+    with interpreted(**interpret):
+        got = results("tpu", arrays, sinks, options)
+        got = jax.tree.map(np.asarray, got)
+    exact = [x.astype(jnp.float32) for x in arrays]
+    want = results("reference", exact, sinks, options)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.float32(a), np.float32(b)
+        np.testing.assert_allclose(a, b, atol=TOLERANCE[dtype] * max(1.0, np.abs(b).max()))
+
+
+def sizes(rows, heads, block, wide, narrow):
+    return lambda *_: tpu.Sizes(rows, heads, block, wide, narrow)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that each of these cases has several of every kind."""
+    forward, backward = tpu.forward_sizes, tpu.backward_sizes
+
+    def smaller(of):
+        def choose(t, s, *rest):
+            chosen = of(t, s, *rest)
+            least = min(chosen.rows, 128)
+            return chosen._replace(rows=least, block=256, wide=256, narrow=128)
+
+        return choose
+
+    monkeypatch.setattr(tpu, "forward_sizes", smaller(forward))
+    monkeypatch.setattr(tpu, "backward_sizes", smaller(backward))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_plain_form(name, small_blocks):
+    *shape, options = CASES[name]
+    compare(shape, options)
+
+
+@pytest.mark.parametrize("name", ["causal", "everything"])
+def test_in_bfloat16(name, small_blocks):
+    *shape, options = CASES[name]
+    compare(shape, options, jnp.bfloat16)
