@@ -149,9 +149,7 @@ def _kernel(
         q_scr[...] = (q_ref[0, 0].reshape(rows, -1).astype(F32) * factor).astype(q_scr.dtype)
         dq[...] = jnp.zeros_like(dq)
         tpu_mask.for_each_chunk(
-            tpu_mask.row_of(table, masks, b, i, blocks),
-            j,
-            chunks,
+            tpu_mask.reach(tpu_mask.row_of(table, masks, b, i, blocks), j, chunks),
             sizes.wide // sizes.narrow,
             partial(meet, sizes.wide, False),
             partial(meet, sizes.narrow, True),

@@ -1,10 +1,16 @@
 """The forward kernel for TPU (Mosaic).
 
 A block of queries of all heads of a group meets the keys chunk by chunk. Scores are in powers of
-two, their scale folded into the queries. Where `bounded` says that no score is large, the softmax
-needs no maximum: weights are exp2(score) and only their sums are kept. Elsewhere a running maximum
-is taken off (Milakov and Gimelshein, arXiv:1805.02867). Sums of weights stay spread over the lanes
-until the last chunk.
+two, their scale folded into the queries. The softmax is exact however it keeps its numbers in
+range:
+
+- Where `bounded` says that no score is large, weights are exp2(score).
+- Elsewhere one chunk is met with its maximum taken off, and the others with the same number, for
+  any near the largest score will do: if no sum of weights then exceeds LARGEST, no weight did.
+- If one does, the key block is met once more, now with a running maximum (Milakov and Gimelshein,
+  arXiv:1805.02867).
+
+Sums of weights stay spread over the lanes until the last chunk.
 """
 
 import math
@@ -22,6 +28,10 @@ from kernels_pallas.attention.tpu_mask import LANES, dot
 
 F32 = jnp.float32
 LOG2E = math.log2(math.e)
+# How the largest score is taken off: that of the chunks so far, or of an earlier one.
+RUNNING, FIXED = "running", "fixed"
+# Sums of weights up to here have lost nothing in float32, which ends at 2**128.
+LARGEST = 2.0**100
 
 
 def call(q, k, v, masks, sinks, bounded, options, sizes) -> tuple[jax.Array, jax.Array]:
@@ -64,6 +74,7 @@ def call(q, k, v, masks, sinks, bounded, options, sizes) -> tuple[jax.Array, jax
     extras = {name: pair for name, pair in extras.items() if pair[0] is not None}
     varies = {"manual_axis_type": jax.typeof(q).manual_axis_type}
     kernel = partial(_kernel, tuple(extras), masks, options, sizes, (blocks, spans))
+    sums = [pltpu.VMEM(shape, F32) for shape in ((rows, hv), (lanes, LANES), (lanes, LANES))]
     return pl.pallas_call(
         kernel,
         out_shape=(
@@ -85,9 +96,8 @@ def call(q, k, v, masks, sinks, bounded, options, sizes) -> tuple[jax.Array, jax
             ],
             scratch_shapes=[
                 pltpu.VMEM((rows, h), q.dtype),
-                pltpu.VMEM((rows, hv), F32),
-                pltpu.VMEM((lanes, LANES), F32),
-                pltpu.VMEM((lanes, LANES), F32),
+                *sums,
+                *(sums if spans > 1 else []),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -100,60 +110,79 @@ def call(q, k, v, masks, sinks, bounded, options, sizes) -> tuple[jax.Array, jax
 
 def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_ref, *refs):
     extras = dict(zip(names, refs, strict=False))
-    out_ref, lse_ref, q_scr, acc, top, total = refs[len(names) :]
+    out_ref, lse_ref, q_scr, acc, top, total, *kept = refs[len(names) :]
     b, kv, _, i, j = (pl.program_id(axis) for axis in range(5))
     blocks, spans = grid
-    chunks = sizes.block // sizes.narrow
+    chunks, rows, cap = sizes.block // sizes.narrow, acc.shape[0], options.softcap
     is_bounded = bounded[b * pl.num_programs(1) + kv] == 1
 
-    @pl.when(j == 0)
-    def start():
-        factor = (
-            options.scale * LOG2E if options.softcap is None else options.scale / options.softcap
-        )
-        q = q_ref[0, 0].reshape(q_scr.shape).astype(F32) * factor
-        q_scr[...] = q.astype(q_scr.dtype)
+    def clear():
         acc[...] = jnp.zeros_like(acc)
         _start_sums(extras.get("sinks"), is_bounded, sizes, top, total)
 
-    def attend(running, size, masked, chunk):
+    @pl.when(j == 0)
+    def start():
+        factor = options.scale * LOG2E if cap is None else options.scale / cap
+        q = q_ref[0, 0].reshape(q_scr.shape).astype(F32) * factor
+        q_scr[...] = q.astype(q_scr.dtype)
+        clear()
+
+    def attend(shift, size, masked, chunk):
         at = pl.ds(pl.multiple_of(chunk * sizes.narrow, sizes.narrow), size)
         s = dot(q_scr[...], k_ref[0, 0, at, :], (1, 1))
-        if options.softcap is not None:
-            s = jnp.tanh(s) * (options.softcap * LOG2E)
+        if cap is not None:
+            s = jnp.tanh(s) * (cap * LOG2E)
         if masked:
             seen = _visible(options, masks, sizes, extras, i, j * chunks + chunk, chunk)
             s = s.reshape(sizes.heads, sizes.rows, size)
             s = jnp.where(seen, s, -jnp.inf).reshape(-1, size)
-        if running:
-            before = top[: s.shape[0]]
+        if shift == RUNNING:
+            before = top[:rows]
             now = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
-            top[: s.shape[0]] = now
             fade = jnp.exp2(before - now)
-            s -= now[:, :1]
-            total[: s.shape[0]] *= fade
-            acc[...] *= fade[:, :1]
-        p = jnp.exp2(s)
-        total[: s.shape[0]] += sum(p[:, n : n + LANES] for n in range(0, size, LANES))
+            top[:rows] = now
+            total[:rows] *= fade
+            acc[...] *= _spread(fade, acc.shape[1])
+        p = jnp.exp2(s if shift is None else s - _spread(top[:rows], size))
+        total[:rows] += sum(p[:, n : n + LANES] for n in range(0, size, LANES))
         acc[...] += dot(p.astype(v_ref.dtype), v_ref[0, 0, at, :], (1, 0))
 
-    def run(running):
+    def run(shift, reach):
         tpu_mask.for_each_chunk(
-            tpu_mask.row_of(table, masks, b, i, blocks),
-            j,
-            chunks,
+            reach,
             sizes.wide // sizes.narrow,
-            partial(attend, running, sizes.wide, False),
-            partial(attend, running, sizes.narrow, True),
+            partial(attend, shift, sizes.wide, False),
+            partial(attend, shift, sizes.narrow, True),
         )
 
+    def reach():
+        return tpu_mask.reach(tpu_mask.row_of(table, masks, b, i, blocks), j, chunks)
+
     live = tpu_mask.is_live(tpu_mask.row_of(table, masks, b, i, blocks), j, chunks)
-    pl.when(live & is_bounded)(partial(run, False))
-    pl.when(live & ~is_bounded)(partial(run, True))
+
+    @pl.when(live & is_bounded)
+    def free():
+        run(None, reach())
+
+    @pl.when(live & ~is_bounded)
+    def shifted():
+        for here, copy in zip((acc, top, total), kept, strict=False):
+            copy[...] = here[...]
+        attend(RUNNING, sizes.narrow, True, reach().last())
+        run(FIXED, reach().without_last())
+
+        @pl.when(~(jnp.max(total[:rows]) < LARGEST))
+        def again():
+            if kept:
+                for here, copy in zip((acc, top, total), kept, strict=True):
+                    here[...] = copy[...]
+            else:
+                clear()
+            part = partial(attend, RUNNING, sizes.narrow, True)
+            tpu_mask.for_each_chunk(reach().all_in_part(), 1, part, part)
 
     @pl.when(j == spans - 1)
     def finish():
-        rows = acc.shape[0]
         sums = jnp.sum(total[:rows], axis=1, keepdims=True)
         out = acc[...] / jnp.where(sums == 0, 1, sums)
         out_ref[0, 0] = out.reshape(out_ref.shape[2:]).astype(out_ref.dtype)
@@ -162,6 +191,11 @@ def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_
         tops = jnp.where(is_bounded, 0.0, jnp.transpose(top[...])[:1])
         lse = (tops + jnp.log2(sums)) / LOG2E
         lse_ref[0, 0, 0, 0] = jnp.where(sums == 0, HIDDEN, lse)
+
+
+def _spread(x: jax.Array, width: int) -> jax.Array:
+    """[rows, LANES] of one number a row -> [rows, width]."""
+    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
 
 
 def _start_sums(sinks, is_bounded, sizes, top, total):

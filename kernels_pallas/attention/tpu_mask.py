@@ -2,7 +2,7 @@
 the mask of those that it sees in part."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,30 +32,60 @@ def is_live(row: list[Any], j: Any, chunks: int) -> Any:
     return (low < row[HEAD]) | (jnp.maximum(low, row[LOW]) < jnp.minimum(high, row[HIGH]))
 
 
-def for_each_chunk(
-    row: list[Any], j: Any, chunks: int, ratio: int, whole: Callable, part: Callable
-) -> None:
-    """whole(chunk) for each run of `ratio` chunks of key block j that is seen whole, part(chunk)
-    for each other chunk that may be seen; chunks count from the start of the key block."""
-    head, low, full_low, full_high, high = (
-        jnp.clip(row[field] - j * chunks, 0, chunks)
-        for field in (HEAD, LOW, FULL_LOW, FULL_HIGH, HIGH)
-    )
-    wholes = jax.lax.div(full_high - full_low, ratio)
-    rest = full_low + wholes * ratio
+class Reach(NamedTuple):
+    """What a block of queries sees of one key block, in chunks from its start: `ranges`."""
 
-    def one_part(i, _):
-        at = i - head + low
-        at = jnp.where(at < full_low, at, at - full_low + rest)
-        part(jnp.where(i < head, i, at))
-        return 0
+    head: Any
+    low: Any
+    full_low: Any
+    full_high: Any
+    high: Any
+
+    def last(self) -> Any:
+        """A chunk of which something is seen, if there is any."""
+        return jnp.where(self.high > self.low, self.high, self.head) - 1
+
+    def without_last(self) -> "Reach":
+        more = self.high > self.low
+        high = jnp.where(more, self.high - 1, self.high)
+        return Reach(
+            jnp.where(more, self.head, jnp.maximum(self.head - 1, 0)),
+            self.low,
+            jnp.minimum(self.full_low, high),
+            jnp.minimum(self.full_high, high),
+            high,
+        )
+
+    def all_in_part(self) -> "Reach":
+        """The same with no chunk seen whole."""
+        return self._replace(full_low=self.low, full_high=self.low)
+
+
+def reach(row: list[Any], j: Any, chunks: int) -> Reach:
+    """What is seen of key block j."""
+    fields = (HEAD, LOW, FULL_LOW, FULL_HIGH, HIGH)
+    return Reach(*(jnp.clip(row[field] - j * chunks, 0, chunks) for field in fields))
+
+
+def for_each_chunk(seen: Reach, ratio: int, whole: Callable, part: Callable) -> None:
+    """whole(chunk) for each run of `ratio` chunks that are seen whole, and part(chunk) for each
+    other that may be seen."""
+    wholes = jax.lax.div(seen.full_high - seen.full_low, ratio)
+    rest = seen.full_low + wholes * ratio
+    parts = seen.head + (seen.full_low - seen.low) + (seen.high - rest)
 
     def one_whole(i, _):
-        whole(full_low + i * ratio)
+        whole(seen.full_low + i * ratio)
+        return 0
+
+    def one_part(i, _):
+        at = i - seen.head + seen.low
+        at = jnp.where(at < seen.full_low, at, at - seen.full_low + rest)
+        part(jnp.where(i < seen.head, i, at))
         return 0
 
     jax.lax.fori_loop(0, wholes, one_whole, 0)
-    jax.lax.fori_loop(0, head + (full_low - low) + (high - rest), one_part, 0)
+    jax.lax.fori_loop(0, parts, one_part, 0)
 
 
 def visible(options, masks, prefix, q_index, k_index, q_segments, k_segments, ranks) -> Any:
