@@ -1,4 +1,5 @@
-"""Seconds of a training step, measured in one process with the machine's matmul rate."""
+"""Seconds of a training step beside the machine's matmul rate, and of reading a Hugging Face folder
+beside a plain read of the same files; each measured in one process."""
 
 import importlib
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import psutil
 from etils import epath
 
-from lm import hardware, model, run, terminal
+from lm import checkpoint, hardware, model, run, sharding, terminal, trees
 from lm.data.batch import Batch
 from lm.errors import Refused
 from lm.experiment import Experiment
@@ -97,6 +98,70 @@ def step(
     }
 
 
+def reading(folder: str | os.PathLike, *, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Reads the weights of a Hugging Face folder onto one device or a mesh, and the same files
+    plainly, before and after; the first read of all is not counted, so that both find the files in
+    the system's cache.
+
+    Memory is that of the process: its peak less what it took before, over the bytes of weights that
+    this host keeps (on a CPU; elsewhere they are on the devices).
+    """
+    pretrained = checkpoint.Pretrained(folder)
+    built = mesh.build() if mesh else None
+    config = pretrained.config
+    axes, shapes = model.axes(config), model.shapes(config)
+    where = sharding.weight_shardings(axes, shapes, built) if built else None
+    files = sorted(epath.Path(folder).glob("*.safetensors"))
+    _plain_read(files)
+    plain = [_plain_read(files)]
+    before, started = psutil.Process().memory_info().rss, time.perf_counter()
+    worked = time.process_time()
+    params = jax.block_until_ready(pretrained.params(where))
+    seconds, worked = time.perf_counter() - started, time.process_time() - worked
+    peak = _peak_resident()
+    plain.append(_plain_read(files))
+    shards = [shard for x in jax.tree.leaves(params) for shard in x.addressable_shards]
+    kept, size = sum(shard.data.nbytes for shard in shards), trees.nbytes(params)
+    return {
+        "folder": str(folder),
+        "family": pretrained.family.architecture,
+        "device": jax.devices()[0].device_kind,
+        "devices": built.size if built else 1,
+        "bytes": size,
+        "bytes_kept": kept,
+        "seconds": seconds,
+        "cpu_seconds": worked,
+        "bytes_per_second": size / seconds,
+        "plain_bytes_per_second": size / statistics.median(plain),
+        "peak_memory_bytes": peak,
+        "memory_over_kept": (peak - before) / kept,
+    }
+
+
+def _plain_read(files: list[epath.Path]) -> float:
+    """Seconds to read these files from end to end into one small buffer."""
+    buffer, started = bytearray(1 << 22), time.perf_counter()
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - started
+
+
+def reading_text(measured: dict[str, Any]) -> str:
+    """For a person."""
+    m = measured
+    rows = [
+        ("weights", terminal.size(m["bytes"])),
+        ("read onto the devices", f"{m['bytes_per_second'] / 1e9:.2f} GB/s"),
+        ("seconds", f"{m['seconds']:.1f}, {m['cpu_seconds']:.1f} of a core"),
+        ("a plain read", f"{m['plain_bytes_per_second'] / 1e9:.2f} GB/s"),
+        ("memory over what is kept", f"{m['memory_over_kept']:.2f}"),
+        ("peak memory", terminal.size(m["peak_memory_bytes"])),
+    ]
+    return terminal.table((f"{m['family']} on {m['devices']} x {m['device']}", ""), rows)
+
+
 def _seconds_since_start() -> float:
     """Since this process began."""
     if sys.platform != "linux":
@@ -127,8 +192,10 @@ def _peak_memory() -> int:
     """Bytes: of the fullest device where it can tell, else of the process (resident)."""
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
     known = [peak for peak in peaks if peak]
-    if known:
-        return max(known)
+    return max(known) if known else _peak_resident()
+
+
+def _peak_resident() -> int:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024  # Linux counts in kilobytes
 

@@ -48,15 +48,17 @@ def import_run(
             given.tokenizer.save(aside)
         facts = {"data": {"fingerprint": None, "counts": {}}, **run.read_facts(source)}
         run.write_facts(aside, experiment, facts)
-        aside.replace(target)
+        if aside != target:
+            aside.replace(target)
     distributed.barrier("imported")
     return dataclasses.replace(given, folder=target, experiment=experiment)
 
 
 def _aside(folder: str | os.PathLike) -> tuple[epath.Path, epath.Path]:
-    """Where a folder will lie, and where it is written; the second is empty."""
+    """Where a folder will lie, and where it is written; the second is empty. In a bucket, where
+    nothing can be renamed, they are the same."""
     target = epath.Path(str(folder).rstrip("/"))
-    aside = target.parent / f"{target.name}.partial"
+    aside = target if "://" in str(folder) else target.parent / f"{target.name}.partial"
     if target.exists() and any(target.iterdir()):
         raise Refused(f"{target} exists; delete it, or choose another name.")
     if distributed.is_main():
@@ -64,7 +66,7 @@ def _aside(folder: str | os.PathLike) -> tuple[epath.Path, epath.Path]:
             aside.rmtree()  # what an interrupted call left behind
         if target.exists():
             target.rmdir()
-        aside.mkdir(parents=True)
+        aside.mkdir(parents=True, exist_ok=True)
     distributed.barrier("room made")
     return target, aside
 
@@ -90,6 +92,8 @@ def export_run(
     """
     if dtype is not None and dtype not in STORAGE:
         raise Refused(f"dtype={dtype!r} is not known; take {' or '.join(STORAGE)}.")
+    if "://" in str(folder):
+        raise Refused(f"{folder}: write the export to a local folder, and copy that.")
     target, aside = _aside(folder)
     given, facts = run.load(source, step=step, mesh=mesh), run.read_facts(source)
     origin = facts.get("origin") or {"config": {}, "generation_config": {}}
@@ -116,8 +120,7 @@ def export_run(
 
 
 def _length(given: "run.Run", origin: dict[str, Any]) -> int:
-    config = origin["config"].get("text_config") or origin["config"]
-    return max(given.experiment.batch.length, config.get("max_position_embeddings") or 0)
+    return max(given.experiment.batch.length, origin["config"].get("max_position_embeddings") or 0)
 
 
 def _write_texts(
@@ -152,11 +155,10 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _special_tokens(given: "run.Run", origin: dict[str, Any]) -> dict[str, Any]:
+    names = [f"{role}_token_id" for role in ("bos", "eos", "pad")]
     if origin["config"] or given.tokenizer is None:
-        text = origin["config"].get("text_config") or {}
-        both = {**text, **{k: v for k, v in origin["config"].items() if v is not None}}
-        return {f"{role}_token_id": both.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    return {f"{role}_token_id": getattr(given.tokenizer, role) for role in ("bos", "eos", "pad")}
+        return {name: origin["config"].get(name) for name in names}
+    return {name: getattr(given.tokenizer, name.removesuffix("_token_id")) for name in names}
 
 
 def _check(folder: epath.Path, given: "run.Run", mesh: Mesh | None) -> None:

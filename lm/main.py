@@ -117,7 +117,7 @@ def lm_main(arguments: Sequence[str] | None = None) -> None:
     _add_eval(verbs.add_parser("eval", help="perplexity, bits per byte", allow_abbrev=False))
     _add_import(verbs.add_parser("import", help="a Hugging Face folder in", allow_abbrev=False))
     _add_export(verbs.add_parser("export", help="a Hugging Face folder out", allow_abbrev=False))
-    _add_bench(verbs.add_parser("bench", help="measure a training step", allow_abbrev=False))
+    _add_bench(verbs.add_parser("bench", help="measure a step or an import", allow_abbrev=False))
     options = parser.parse_args(arguments)
     with _sentences(f"python -m lm {options.verb}"):
         options.do(options)
@@ -271,8 +271,8 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _add_bench(parser: Parser) -> None:
-    parser.add_argument("what", choices=("step",), help="the training step")
-    parser.add_argument("target", help="a module, as in experiments.bench_llama, or a run folder")
+    parser.add_argument("what", choices=("step", "import"), help="a training step, or weights")
+    parser.add_argument("target", help="a module or a run; of import, a Hugging Face folder")
     parser.add_argument("--on", metavar="PLACE", help="one of the experiment's places")
     parser.add_argument("--mesh", help="a mesh of your own, as in data=2,fsdp=4")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
@@ -284,7 +284,12 @@ def _add_bench(parser: Parser) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from lm import bench
 
-    experiment = override(bench.find(options.target), options.set)
     mesh = Mesh.parse(options.mesh) if options.mesh else None
+    if options.what == "import":
+        distributed.initialize()
+        read = bench.reading(options.target, mesh=mesh)
+        print(json.dumps(read) if options.json else bench.reading_text(read))
+        return
+    experiment = override(bench.find(options.target), options.set)
     measured: dict[str, Any] = bench.step(experiment, on=options.on, mesh=mesh, steps=options.steps)
     print(json.dumps(measured) if options.json else bench.text(measured))

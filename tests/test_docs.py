@@ -80,6 +80,8 @@ def test_a_documented_command_parses(file, module, arguments, monkeypatch):
     for verb in ("_generate", "_eval", "_import", "_export"):
         monkeypatch.setattr(lm.main, verb, call)
     monkeypatch.setattr(bench, "step", call)
+    monkeypatch.setattr(bench, "reading", call)
+    monkeypatch.setattr(bench, "reading_text", lambda measured: "")
     monkeypatch.setattr(bench, "text", lambda measured: "")
     if module == "lm":
         lm.main.lm_main(arguments)

@@ -337,15 +337,12 @@ def _key(entry: Any) -> str:
 
 def _checksums(flat: Mapping[str, Any]) -> dict[str, int]:
     """Of each array, the same on any mesh; any one changed element changes it. Files do not notice
-    a flipped bit: random numbers are stored as they are."""
-    return {path: int(x) for path, x in jax.device_get(_sum_bits(dict(flat))).items()}
+    a flipped bit: random numbers are stored as they are. One array after another, since on a CPU
+    the sum needs memory of the array's size."""
+    return {path: int(_sum_of_bits(jnp.asarray(x))) for path, x in flat.items()}
 
 
 @jax.jit
-def _sum_bits(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: _sum_of_bits(jnp.asarray(x)) for path, x in flat.items()}
-
-
 def _sum_of_bits(x: jax.Array) -> jax.Array:
     """Elements as whole numbers times odd weights by their place, modulo 2**32: exact, so in any
     order."""

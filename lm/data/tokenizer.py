@@ -152,7 +152,10 @@ class Tokenizer:
         self.unk = self._sp.unk_id()
         if self.eos < 0:
             raise Refused(f"{path} has neither a begin nor an end piece to part documents with.")
-        self.prefix, self.stops = (self.bos,), (self.eos,)
+        begins = self._read_beside("tokenizer_config.json").get("add_bos_token", True)
+        ends = ids_of(self._read_beside("generation_config.json").get("eos_token_id"))
+        self.prefix = (self.bos,) if begins else ()
+        self.stops = tuple(dict.fromkeys([self.eos, *ends]))
         self._bytes = [self._bytes_of(piece) for piece in range(self.vocab)]
         # A foreign model may set a space before every text: then texts must stay whole, and the
         # space is taken away again.
@@ -180,7 +183,7 @@ class Tokenizer:
         """How a conversation is written down, in Jinja; None where the files say nothing of it."""
         if "chat_template.jinja" in self.beside:
             return self.beside["chat_template.jinja"].decode()
-        return json.loads(self.beside.get("tokenizer_config.json", b"{}")).get("chat_template")
+        return self._read_beside("tokenizer_config.json").get("chat_template")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes its files into a folder, local or at an fsspec URL; each is whole or absent."""
@@ -222,6 +225,16 @@ class Tokenizer:
         """Decodes ids as they come."""
         return Stream(self)
 
+    def _read_beside(self, name: str) -> dict[str, Any]:
+        """A JSON file; {} where there is none."""
+        try:
+            found = json.loads(self.beside.get(name, b"{}"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise Refused(f"{name} beside {self.name} is damaged; fetch it again.")
+        return found
+
     def _cut(self, text: str) -> list[str]:
         if self._adds_space:
             return [text]
@@ -241,6 +254,11 @@ class Tokenizer:
         if self._sp.is_unknown(piece):
             return "\ufffd".encode()
         return self.piece(piece).replace(_SPACE, " ").encode()
+
+
+def ids_of(value: Any) -> list[int]:
+    """Of a field that holds one id, several, or none."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 class Stream:

@@ -73,9 +73,9 @@ def _of_folder(folder: Folder) -> Tokenizer:
 
 def _check_added(folder: Folder, tokenizer: Tokenizer) -> None:
     """A SentencePiece model alone does not know what was added to it."""
-    config = json.loads(tokenizer.beside.get("tokenizer_config.json", b"{}"))
+    listed = json.loads(tokenizer.beside.get("tokenizer_config.json", b"{}"))
     added = json.loads(tokenizer.beside.get("added_tokens.json", b"{}"))
-    ids = [*map(int, config.get("added_tokens_decoder", {})), *added.values()]
+    ids = [*map(int, listed.get("added_tokens_decoder", {})), *added.values()]
     if any(i >= tokenizer.vocab for i in ids):
         raise Refused(
             f"{folder} adds tokens to its tokenizer.model and has no tokenizer.json; write one "

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer, ids_of
 from lm.errors import Refused
 
 _SPACE = "\u2581"
@@ -57,20 +57,20 @@ class JsonTokenizer(Tokenizer):
         return self._pieces.get(piece, "")
 
     def _find_special(self, path: str) -> None:
-        config = self._beside("tokenizer_config.json")
-        generation = self._beside("generation_config.json")
-        named = {**self._beside("special_tokens_map.json"), **config}
+        config = self._read_beside("tokenizer_config.json")
+        generation = self._read_beside("generation_config.json")
+        named = {**self._read_beside("special_tokens_map.json"), **config}
 
         def find(role: str) -> int | None:
             token = named.get(f"{role}_token")
             token = token.get("content") if isinstance(token, dict) else token
             found = self._json.token_to_id(token) if token else None
             if found is None:
-                found = next(iter(_ids(generation.get(f"{role}_token_id"))), None)
+                found = next(iter(ids_of(generation.get(f"{role}_token_id"))), None)
             return found
 
         eos, bos, pad, unk = (find(role) for role in ("eos", "bos", "pad", "unk"))
-        stops = [*_ids(eos), *_ids(generation.get("eos_token_id"))]
+        stops = [*ids_of(eos), *ids_of(generation.get("eos_token_id"))]
         eos = next((i for i in (*stops, bos) if i is not None), None)
         if eos is None:
             raise Refused(
@@ -87,15 +87,6 @@ class JsonTokenizer(Tokenizer):
         if begins is None:
             begins = self.bos in added
         self.prefix = (self.bos,) if begins and bos is not None else ()
-
-    def _beside(self, name: str) -> dict[str, Any]:
-        try:
-            found = json.loads(self.beside.get(name, b"{}"))
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise Refused(f"{name} beside tokenizer.json is damaged; fetch it again.")
-        return found
 
     def _spell(self, described: Mapping[str, Any], path: str) -> None:
         """The bytes of each piece."""
@@ -121,10 +112,6 @@ class JsonTokenizer(Tokenizer):
         self._bytes = {i: spell(piece) for i, piece in self._pieces.items()}
         for i, token in self._json.get_added_tokens_decoder().items():
             self._bytes[i] = b"" if token.special else token.content.encode()
-
-
-def _ids(value: Any) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _types(described: Any) -> Iterator[str]:

@@ -420,17 +420,22 @@ FAMILIES = (
 )
 
 
+def text_part(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the text model in a config.json: all, but of a Gemma 3 with vision."""
+    if "Gemma3ForConditionalGeneration" not in (given.get("architectures") or ()):
+        return given
+    ids = {f"{role}_token_id": given.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    ids = {name: value for name, value in ids.items() if value is not None}
+    family = {"architectures": [GEMMA3.architecture], "model_type": GEMMA3.model_type}
+    return (given.get("text_config") or {}) | ids | family
+
+
 def read(given: Mapping[str, Any], where: str = "config.json") -> tuple[Family, Config]:
-    """The family and the Config of a config.json; of a Gemma 3 with vision, those of its text.
+    """The family and the Config of a config.json.
 
     Raises Refused for an architecture that is not known, and for a field that is not honoured and
     may change what the model computes; both are named.
     """
-    if not isinstance(given, Mapping):
-        raise Refused(f"{where} holds no fields; fetch it again.")
-    if "Gemma3ForConditionalGeneration" in (given.get("architectures") or ()):
-        text = {"model_type": "gemma3_text", **(given.get("text_config") or {})}
-        given = text | {"architectures": None}
     family = _named(given, where)
     fields = Fields(given, where)
     try:
@@ -505,7 +510,7 @@ def _differences(
     return different, names | {name: given[name] for name in given if name in fields.asked}
 
 
-class Place(NamedTuple):
+class Spot(NamedTuple):
     """Where one tensor of theirs lies in ours.
 
     name    theirs
@@ -524,7 +529,7 @@ class Place(NamedTuple):
     order: tuple[int, ...]
 
 
-def places(family: Family, config: Config) -> Iterator[Place]:
+def spots(family: Family, config: Config) -> Iterator[Spot]:
     """Every tensor of a model in its folder, layer by layer."""
     flat = {path: x.shape for path, x in trees.flatten(shapes(config)).items()}
     whole = {row.ours for row in _WHOLE}
@@ -537,7 +542,7 @@ def places(family: Family, config: Config) -> Iterator[Place]:
 
 
 def _layers(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Where the weights of each layer lie, and its place in a stack."""
+    """Where the weights of each layer lie, and its spot in a stack."""
     layout = config.layout
     for i in range(len(layout.prefix)):
         yield f"prefix/{i}/", ()
@@ -555,7 +560,7 @@ def _rows(
     before: tuple[int, ...],
     theirs: str,
     wanted: Callable[[Row], bool],
-) -> Iterator[Place]:
+) -> Iterator[Spot]:
     for row in filter(wanted, family.rows):
         path = prefix + row.ours
         shape = flat.get(path, ())[len(before) :]
@@ -567,7 +572,7 @@ def _rows(
             experts, axes = [(e,) for e in range(sizes["e"])], axes.replace("e", "")
         letters = row.order.replace("(", "").replace(")", "")
         for expert in experts:
-            yield Place(
+            yield Spot(
                 name=theirs + row.theirs.format(expert=expert[0] if expert else None),
                 path=path,
                 before=before + expert,

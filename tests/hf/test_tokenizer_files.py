@@ -100,7 +100,7 @@ def byte_level(folder):
     made.add_tokens(["[mark]"])
     made.save(str(folder / "tokenizer.json"))
     config = {
-        "bos_token": {"content": "<|start_of_text|>"},
+        "bos_token": {"__type": "AddedToken", "content": "<|start_of_text|>"},
         "eos_token": "<|end_of_text|>",
         "add_bos_token": True,
     }

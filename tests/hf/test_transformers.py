@@ -2,6 +2,7 @@
 exported, and what it saves is imported; both compute the same logits and the same ids."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -150,6 +151,43 @@ def test_positions_beyond_a_dynamic_length(tmp_path):
         sampling=generate.Sampling(temperature=0),
     )
     assert found.tokens == wanted[0, 20:].tolist()
+
+
+def test_the_text_of_a_gemma_3_that_sees(tmp_path):
+    text = SIZES | {"head_dim": 16, "sliding_window": 16, "sliding_window_pattern": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=319
+    )
+    torch.manual_seed(0)
+    net = transformers.Gemma3ForConditionalGeneration(config).eval()
+    net.save_pretrained(tmp_path / "in")
+    with torch.no_grad():
+        wanted = net(torch.tensor(TOKENS)).logits.numpy()
+    assert np.abs(np.asarray(lm.load(tmp_path / "in").logits(TOKENS)) - wanted).max() < TOLERANCE
+    out = exchange.export_run(tmp_path / "in", tmp_path / "out")
+    assert np.abs(theirs(out, TOKENS) - wanted).max() < TOLERANCE
+
+
+def test_a_byte_level_tokenizer_comes_back(tmp_path, folder):
+    """Its ids, through an import and an export, and those of a conversation by its template."""
+    from test_tokenizer_files import byte_level, made_up
+
+    here = tmp_path / "in"
+    shutil.copytree(folder("llama2"), here)
+    byte_level(here)
+    template = "{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}"
+    (here / "chat_template.jinja").write_text(template)
+    run = exchange.import_run(here, tmp_path / "run")
+    out = exchange.export_run(tmp_path / "run", tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    for text in [*made_up(4, 5), *SAMPLES]:
+        assert tokenizer.encode(text, add_special_tokens=False) == run.tokenizer.encode(text)
+    chat = [{"role": "user", "content": "abc"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert text == "<|turn|>abc"
+    assert tokenizer.encode(text, add_special_tokens=False) == run.tokenizer.encode(text)
 
 
 def test_deepseek_experts(tmp_path):

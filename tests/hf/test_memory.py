@@ -1,0 +1,59 @@
+"""A host holds what its devices keep, and little more."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import big_folder
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def measure(folder: Path, mesh: str, devices: int, processes: int = 1) -> list[dict]:
+    """What `bench import` says in each process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    running = []
+    for index in range(processes):
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        if processes > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(index),
+            }
+        command = ["-m", "lm", "bench", "import", str(folder), "--json", "--mesh", mesh]
+        running.append(
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [process.communicate(timeout=600) for process in running]
+    assert all(process.returncode == 0 for process in running), said[0][1][-3000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+@pytest.mark.slow
+def test_peak_memory_is_what_is_kept(tmp_path):
+    """0.7 GB, of which two processes keep half each. Whatever is fixed (libraries, threads, pieces
+    being read) counts more here than in a larger model."""
+    folder = tmp_path / "big"
+    big_folder.write(folder, layers=8, dim=2048, vocab=16_384, shard_bytes=300_000_000)
+    (one,) = measure(folder, "fsdp=2,tensor=4", 8)
+    assert one["bytes_kept"] == pytest.approx(one["bytes"], rel=0.01)
+    assert one["memory_over_kept"] < 1.25
+    for host in measure(folder, "fsdp=2,tensor=4", 4, processes=2):
+        assert host["bytes_kept"] == pytest.approx(one["bytes"] / 2, rel=0.01)
+        assert host["memory_over_kept"] < 1.25
