@@ -1,36 +1,81 @@
-"""How fast this machine multiplies: published peaks of accelerators, else a measurement."""
+"""What accelerators can do, as published, and how fast this machine multiplies, as measured."""
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 FLOP/s per jax device, from the vendors' pages (cloud.google.com/tpu/docs, nvidia.com),
-# November 2026. Keys are beginnings of jax.Device.device_kind; on v4 and v5p a device is a whole
-# chip, on TPU7x half of one.
-PEAK_BF16: Mapping[str, float] = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12 / 2,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """A kind of accelerator. All rates are per chip, a second.
+
+    kinds          beginnings of jax.Device.device_kind
+    flops          dense bf16
+    hbm_bandwidth  bytes
+    hbm            bytes that a jax device may use, as libtpu's compiler allows
+    devices        jax devices in a chip
+    links, link    (TPUs that lm.plan knows) connections to other chips, and bytes through one of them in one direction
+    dims           of the torus; a dimension closes to a ring when it is a multiple of `ring`
+    cores          what the number in a slice's name counts, per chip
+    """
+
+    kinds: tuple[str, ...]
+    flops: float
+    hbm_bandwidth: float
+    hbm: float
+    devices: int = 1
+    links: int = 0
+    link: float = 0.0
+    dims: int = 0
+    ring: int = 0
+    cores: int = 1
+
+
+# The one table of chips. FLOP/s, memory and links from docs.cloud.google.com/tpu/docs (links are quoted there for both directions together) and nvidia.com, November
+# 2026; usable memory from libtpu 0.0.42's own refusals; rings from the same pages: dimensions of
+# a multiple of 4 chips on v4, v5p and tpu7x, of 16 on v5e and v6e.
+CHIPS: Mapping[str, Chip] = {
+    "v4": Chip(kinds=("TPU v4",), flops=275e12, hbm_bandwidth=1228e9, hbm=32e9),
+    "v5e": Chip(
+        kinds=("TPU v5 lite", "TPU v5e"), flops=197e12, hbm_bandwidth=819e9, hbm=15.75 * GIB,
+        links=4, link=50e9, dims=2, ring=16,
+    ),
+    "v5p": Chip(
+        kinds=("TPU v5p", "TPU v5"), flops=459e12, hbm_bandwidth=2765e9, hbm=95.74 * GIB,
+        links=6, link=100e9, dims=3, ring=4, cores=2,
+    ),
+    "v6e": Chip(
+        kinds=("TPU v6 lite", "TPU v6e"), flops=918e12, hbm_bandwidth=1638e9, hbm=31.25 * GIB,
+        links=4, link=100e9, dims=2, ring=16,
+    ),
+    "tpu7x": Chip(
+        kinds=("TPU7x",), flops=2307e12, hbm_bandwidth=7380e9, hbm=94.75 * GIB, devices=2,
+        links=6, link=100e9, dims=3, ring=4, cores=2,
+    ),
+    "A100": Chip(kinds=("NVIDIA A100",), flops=312e12, hbm_bandwidth=2039e9, hbm=80e9),
+    "H100": Chip(kinds=("NVIDIA H100",), flops=989e12, hbm_bandwidth=3352e9, hbm=80e9),
+    "H200": Chip(kinds=("NVIDIA H200",), flops=989e12, hbm_bandwidth=4800e9, hbm=141e9),
+}  # fmt: skip
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The kind of chip that a jax device is, or is part of; None where it is not in the table."""
+    for chip in CHIPS.values():
+        if device.device_kind.startswith(chip.kinds):
+            return chip
+    return None
 
 
 def peak_flops(device: jax.Device, dtype: str = "float32") -> float:
     """FLOP/s of one device: the published bf16 peak where it is known, else the matmul rate
     measured in `dtype`."""
-    for kind, flops in PEAK_BF16.items():
-        if device.device_kind.startswith(kind):
-            return flops
-    return matmul_flops(dtype)
+    chip = chip_of(device)
+    return matmul_flops(dtype) if chip is None else chip.flops / chip.devices
 
 
 def machine_flops(mesh: jax.sharding.Mesh, dtype: str = "float32") -> float:

@@ -245,6 +245,22 @@ class Program:
         e = self.experiment
         return training.init_state(e.model, self.transformation, e.precision, e.seed, self.mesh)
 
+    def abstract_batch(self) -> Batch:
+        """Shapes, formats and places of a full batch, without any data."""
+        batch = self.experiment.batch
+        where = sharding.batch_sharding(self.mesh)
+        formats = {"weights": jax.numpy.float32}
+        return Batch(
+            *(
+                jax.ShapeDtypeStruct(
+                    (batch.sequences, batch.length),
+                    formats.get(name, jax.numpy.int32),
+                    sharding=where,
+                )
+                for name in Batch._fields
+            )
+        )
+
     def put(self, rows: Callable[[slice], Batch], sequences: int) -> Batch:
         """The global batch on the devices; each process reads only the rows that its own hold."""
         shape = (sequences, self.experiment.batch.length)
@@ -268,8 +284,16 @@ def _span(index: tuple[slice, ...], rows: int) -> tuple[int, int]:
 def assemble(experiment: Experiment, on: str | None = None, mesh: Mesh | None = None) -> Program:
     """The program of an experiment at a place. Raises Refused where this machine cannot be it."""
     name, place = choose(experiment.places, on, mesh)
+    return assemble_at(experiment, name, place)
+
+
+def assemble_at(
+    experiment: Experiment, name: str, place: Place, devices: Sequence[jax.Device] | None = None
+) -> Program:
+    """The program at this place, on `devices` (default: this machine's), which may be those of a
+    machine that is only described."""
     experiment.check_place(place)
-    built = place.mesh.build()
+    built = place.mesh.build(devices)
     e = experiment
     schedule = e.schedule.resolve(e.batch)
     transformation = e.optimizer.build(schedule.at, model.axes(e.model))

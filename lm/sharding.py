@@ -47,6 +47,8 @@ ACTIVATIONS: Mapping[str, MeshAxes] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "expert": ("expert",),
+    "router": (),
+    "norm": (),
     "group": ("data", "fsdp"),  # the batch, where the expert axis holds experts
     "capacity": (),
 }
@@ -153,6 +155,13 @@ def batch_ways(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"])
 
 
+def token_axes(mesh: AnyMesh, rules: Rules | None = None) -> tuple[str, ...]:
+    """The mesh axes, of several devices, over which tokens are split."""
+    rules = rules or Rules()
+    axes = rules.activations["batch"] + rules.activations["seq"]
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+
+
 _active: contextvars.ContextVar[tuple[jax.sharding.Mesh, Rules] | None] = contextvars.ContextVar(
     "mesh_and_rules", default=None
 )
@@ -197,3 +206,14 @@ def shard(x: jax.Array, *axes: str) -> jax.Array:
     mesh, rules = active
     spec = rules.activation(axes, x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def shard_weight(w: jax.Array, *axes: str) -> jax.Array:
+    """As `shard`, to the parts in which a weight is kept."""
+    active = _active.get()
+    if active is None:
+        return w
+    mesh, rules = active
+    return jax.lax.with_sharding_constraint(
+        w, NamedSharding(mesh, rules.weight(axes, w.shape, mesh))
+    )

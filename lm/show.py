@@ -48,7 +48,7 @@ def facts(
         "flops": flops * tokens,
         "steps": schedule.steps,
         "tokens": tokens,
-        "memory_bytes_per_device": _memory(experiment, device_mesh),
+        "memory_bytes_per_device": memory(experiment, device_mesh),
     }
 
 
@@ -67,7 +67,7 @@ def _partition(spec: jax.sharding.PartitionSpec) -> list[str]:
     return ["+".join(part) for part in parts]
 
 
-def _memory(experiment: Experiment, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
+def memory(experiment: Experiment, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
     """Of what lives from step to step, and of the gradients; activations depend on the compiler."""
     e = experiment
     axes, shapes = model.axes(e.model), model.shapes(e.model)

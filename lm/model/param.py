@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm.errors import check_positive
-from lm.sharding import active_mesh
+from lm.sharding import active_mesh, shard, shard_weight
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
@@ -29,7 +29,29 @@ def param(
 
 def einsum(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
     """Activations times a weight. Every matrix product of the dense model goes through here."""
-    return _product(equation, x, w[...])
+    return _product(equation, x, gathered(w[...], w.get_metadata()["axes"]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """All of a weight that a device multiplies by, collected over fsdp just before its use; the
+    gradient is summed straight into the parts in which the weight is kept.
+
+    Left to itself, XLA turns the product into a ring of narrow ones, which add up in the format of
+    the activations and read and write them at every turn.
+    """
+    return shard(w, *axes)
+
+
+def _gathered_forward(w: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, None]:
+    return gathered(w, axes), None
+
+
+def _gathered_backward(axes: tuple[str, ...], _: None, dw: jax.Array) -> tuple[jax.Array]:
+    return (shard_weight(dw, *axes),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 # Written out, because XLA on CPU copies, in slow loops, operands of a product that contracts two

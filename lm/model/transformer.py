@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from lm import trees
 from lm.errors import Refused, check_name
@@ -26,7 +27,7 @@ from lm.model.config import Block, Config
 from lm.model.moe import BiasBalance, update_bias
 from lm.model.param import normal, param
 from lm.model.rope import RoPE
-from lm.sharding import shard
+from lm.sharding import active_mesh, batch_sharding, shard, token_axes
 
 Params = dict[str, Any]
 Losses = dict[str, jax.Array]
@@ -103,10 +104,31 @@ class Embedding(nnx.Module):
         self.scale = config.embed_scale
 
     def __call__(self, tokens_bt: jax.Array) -> jax.Array:
-        # Gathered over fsdp first: looking tokens up in a table split by width would move the
-        # tokens to every device and the activations back.
-        x_btd = shard(self.table[...], "vocab", "embed")[tokens_bt]
+        x_btd = _look_up(self.table[...], tokens_bt)
         return x_btd if self.scale is None else x_btd * jnp.asarray(self.scale, x_btd.dtype)
+
+
+def _look_up(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+    """x_btd. Each device looks up its part of the width for the tokens of all the devices that
+    share the table, and they exchange what they found: tokens and activations travel, which are
+    small beside the table and its gradient."""
+    mesh = active_mesh()
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return table_vd[tokens_bt]
+
+    def on_each_device(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+        tokens_bt = jax.lax.all_gather(tokens_bt, "fsdp", axis=0, tiled=True)
+        return jax.lax.all_to_all(table_vd[tokens_bt], "fsdp", 0, 2, tiled=True)
+
+    tokens = batch_sharding(mesh).spec
+    return jax.shard_map(
+        on_each_device,
+        mesh=mesh,
+        # Only those of several devices: XLA refuses to mix automatic axes with manual ones of one.
+        axis_names=set(token_axes(mesh)),
+        in_specs=(PartitionSpec(None, "fsdp"), tokens),
+        out_specs=tokens,
+    )(table_vd, tokens_bt)
 
 
 class Unembedding(nnx.Module):

@@ -1,14 +1,16 @@
 """What a step minimises. An objective is a value whose `loss` returns sums, never means: the step
 adds them up and divides once."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 import kernels_pallas
-from lm import model, trees
+from lm import model, sharding, trees
 from lm.data.batch import Batch
 from lm.errors import Refused, check_positive
 
@@ -65,14 +67,12 @@ class NextToken:
             dropout_key=dropout_key,
             remat=remat,
         )
-        total, nll = kernels_pallas.cross_entropy(
+        total, nll = self._cross_entropy(
             output.hidden_btd,
             model.unembedding(config, params),
             batch.targets,
             batch.weights,
             softcap=config.logit_softcap,
-            z_loss=self.z_loss,
-            chunk=self.chunk,
         )
         weight = jnp.sum(batch.weights, dtype=jnp.float32)
         # Side losses are means over tokens; times the weight they are sums like the others.
@@ -81,3 +81,34 @@ class NextToken:
         }
         load = {path: weight * share for path, share in output.load.items()}
         return Loss(total + sum(side.values()), weight, {"nll": nll, **side}, load)
+
+    def _cross_entropy(
+        self, x_btd: jax.Array, w_dv: jax.Array, *rest: jax.Array, softcap: float | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """(loss, nll), summed. Each device adds up its own tokens, with the output matrix collected
+        once before and its gradient summed over devices once after; under automatic sharding both
+        would happen for every chunk."""
+        compute = functools.partial(
+            kernels_pallas.cross_entropy, softcap=softcap, z_loss=self.z_loss, chunk=self.chunk
+        )
+        mesh = sharding.active_mesh()
+        split = () if mesh is None else sharding.token_axes(mesh)
+        if not split:
+            return compute(x_btd, w_dv, *rest)
+
+        def on_each_device(x_btd: jax.Array, w_dv: jax.Array, *rest: jax.Array) -> Any:
+            # Said here, the gradient is summed over the other axes after fsdp has split it.
+            others = tuple(axis for axis in split if axis != "fsdp")
+            w_dv = jax.lax.pcast(w_dv, others, to="varying") if others else w_dv
+            if "fsdp" in split:
+                w_dv = jax.lax.all_gather(w_dv, "fsdp", axis=0, tiled=True)
+            return jax.lax.psum(compute(x_btd, w_dv, *rest), split)
+
+        tokens = sharding.batch_sharding(mesh).spec
+        return jax.shard_map(
+            on_each_device,
+            mesh=mesh,
+            axis_names=set(split),
+            in_specs=(tokens, PartitionSpec("fsdp" if "fsdp" in split else None), tokens, tokens),
+            out_specs=PartitionSpec(),
+        )(x_btd, w_dv, *rest)
