@@ -13,6 +13,7 @@ The rooms, in the order in which data passes through them (imports run left to r
     generate, evals     a trained model speaks and is measured
     experiment          what is declared, as one object; its name follows its changes
     run, show, bench    the conductor (read lm/run.py first)
+    plan                a run on a TPU slice before anyone books it
     exchange            Hugging Face folders in and out
     main                the two doors
 """
@@ -20,14 +21,14 @@ The rooms, in the order in which data passes through them (imports run left to r
 import importlib
 from typing import Any
 
-__all__ = ["load", "train"]
+__all__ = ["load", "plan", "train"]
 
 
 def __getattr__(name: str) -> Any:
     # The notebook's words, imported on first use so that a room can be had without all the others.
-    # `lm.train` is the room of that name, which can be called (see lm/train/__init__.py).
+    # `lm.train` and `lm.plan` are rooms that can be called (see lm/train/__init__.py).
     if name == "load":
         return importlib.import_module("lm.run").load
-    if name == "train":
-        return importlib.import_module("lm.train")
+    if name in ("plan", "train"):
+        return importlib.import_module(f"lm.{name}")
     raise AttributeError(f"module 'lm' has no attribute {name!r}")

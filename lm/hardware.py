@@ -19,7 +19,8 @@ class Chip:
     hbm_bandwidth  bytes
     hbm            bytes that a jax device may use, as libtpu's compiler allows
     devices        jax devices in a chip
-    links, link    (TPUs that lm.plan knows) connections to other chips, and bytes through one of them in one direction
+    links, link    of TPUs that lm.plan knows: connections to other chips, and bytes through one of
+                   them in one direction
     dims           of the torus; a dimension closes to a ring when it is a multiple of `ring`
     cores          what the number in a slice's name counts, per chip
     """
@@ -36,9 +37,10 @@ class Chip:
     cores: int = 1
 
 
-# The one table of chips. FLOP/s, memory and links from docs.cloud.google.com/tpu/docs (links are quoted there for both directions together) and nvidia.com, November
-# 2026; usable memory from libtpu 0.0.42's own refusals; rings from the same pages: dimensions of
-# a multiple of 4 chips on v4, v5p and tpu7x, of 16 on v5e and v6e.
+# The one table of chips. FLOP/s, memory and links from docs.cloud.google.com/tpu/docs (links are
+# quoted there for both directions together) and nvidia.com, November 2026; usable memory from
+# libtpu 0.0.42's own refusals; rings from the same pages: dimensions of a multiple of 4 chips on
+# v5p and tpu7x, of 16 on v5e and v6e.
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(kinds=("TPU v4",), flops=275e12, hbm_bandwidth=1228e9, hbm=32e9),
     "v5e": Chip(

@@ -1,5 +1,5 @@
-"""The two doors. `main(experiment)` serves `python -m experiments.NAME [train|show]`; `lm_main`
-serves `python -m lm VERB`.
+"""The two doors. `main(experiment)` serves `python -m experiments.NAME [train|show|plan]`;
+`lm_main` serves `python -m lm VERB`.
 
 A user's mistake ends in one sentence on stderr and exit code 2, an interruption in 130 (Ctrl-C) or
 143 (SIGTERM).
@@ -77,16 +77,21 @@ def main(declare: Callable[[], Experiment], arguments: Sequence[str] | None = No
     """The door of an experiment file: trains what `declare()` returns, or shows it."""
     program = f"python -m {_module_name(declare)}"
     parser = Parser(prog=program, description=declare.__doc__, allow_abbrev=False)
-    parser.add_argument("verb", nargs="?", default="train", choices=("train", "show"))
+    parser.add_argument("verb", nargs="?", default="train", choices=("train", "show", "plan"))
     parser.add_argument("--workdir", default="runs", help="where runs lie (default: runs)")
     parser.add_argument("--on", metavar="PLACE", help="one of the experiment's places")
     parser.add_argument("--mesh", help="a mesh of your own, as in data=2,fsdp=4")
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="as in model.layers=2"
     )
-    parser.add_argument("--json", action="store_true", help="show: one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="show, plan: one JSON object on stdout")
+    parser.add_argument("--search", action="store_true", help="plan: find a place on the slice")
+    parser.add_argument("--price", type=float, help="plan: of a chip for an hour")
     options = parser.parse_args(arguments)
     with _sentences(program):
+        if options.verb == "plan":
+            _plan(declare, options)
+            return
         distributed.initialize()
         experiment = override(declare(), options.set)
         mesh = Mesh.parse(options.mesh) if options.mesh else None
@@ -101,6 +106,27 @@ def main(declare: Callable[[], Experiment], arguments: Sequence[str] | None = No
         trained = run.train(experiment, on=options.on, mesh=mesh, workdir=options.workdir)
         if trained.stopped is not None:
             sys.exit(128 + signal.Signals[trained.stopped])
+
+
+def _plan(declare: Callable[[], Experiment], options: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # the slice is described, not used
+    from lm import plan
+
+    experiment = override(declare(), options.set)
+    mesh = Mesh.parse(options.mesh) if options.mesh else None
+    if not options.search:
+        told = plan.plan(experiment, options.on, mesh=mesh, price=options.price)
+        print(json.dumps(told) if options.json else plan.text(told))
+        return
+    if mesh is not None:
+        raise Refused("--search chooses the mesh; leave out --mesh, or --search.")
+    found = plan.search(experiment, options.on)
+    if options.json:
+        print(json.dumps([{"place": each.code, **each.plan} for each in found]))
+    else:
+        print(plan.search_text(found))
 
 
 def _module_name(declare: Callable[[], Experiment]) -> str:

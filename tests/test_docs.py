@@ -79,6 +79,7 @@ def test_a_documented_command_parses(file, module, arguments, monkeypatch):
     monkeypatch.setattr(lm.main.json, "dumps", lambda shown: "")
     for verb in ("_generate", "_eval", "_import", "_export"):
         monkeypatch.setattr(lm.main, verb, call)
+    monkeypatch.setattr(lm.main, "_plan", call)
     monkeypatch.setattr(bench, "step", call)
     monkeypatch.setattr(bench, "reading", call)
     monkeypatch.setattr(bench, "reading_text", lambda measured: "")

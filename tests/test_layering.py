@@ -35,6 +35,7 @@ ORDER = (
     "experiment",
     "show",
     "run",
+    "plan",
     "exchange",
     "bench",
     "main",

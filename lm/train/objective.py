@@ -101,7 +101,7 @@ class NextToken:
             others = tuple(axis for axis in split if axis != "fsdp")
             w_dv = jax.lax.pcast(w_dv, others, to="varying") if others else w_dv
             if "fsdp" in split:
-                w_dv = jax.lax.all_gather(w_dv, "fsdp", axis=0, tiled=True)
+                w_dv = _collected(w_dv)
             return jax.lax.psum(compute(x_btd, w_dv, *rest), split)
 
         tokens = sharding.batch_sharding(mesh).spec
@@ -112,3 +112,19 @@ class NextToken:
             in_specs=(tokens, PartitionSpec("fsdp" if "fsdp" in split else None), tokens, tokens),
             out_specs=PartitionSpec(),
         )(x_btd, w_dv, *rest)
+
+
+@jax.custom_vjp
+def _collected(w_dv: jax.Array) -> jax.Array:
+    """The parts of all fsdp devices, inside shard_map; the gradient is summed into the parts."""
+    return jax.lax.all_gather(w_dv, "fsdp", axis=0, tiled=True)
+
+
+def _collected_backward(_: None, dw_dv: jax.Array) -> tuple[jax.Array]:
+    dw_dv = jax.lax.psum_scatter(dw_dv, "fsdp", scatter_dimension=0, tiled=True)
+    # XLA on TPU fails to move this sum out of the loop over micro-batches, where it would cost a
+    # whole gradient on every device; it must not try.
+    return (jax.lax.optimization_barrier(dw_dv),)
+
+
+_collected.defvjp(lambda w_dv: (_collected(w_dv), None), _collected_backward)

@@ -1,0 +1,72 @@
+"""Llama 3 8B (arXiv:2407.21783) on a trillion tokens of C4.
+
+    python -m experiments.llama3_8b plan --on v5p-64
+    python -m experiments.llama3_8b --on v5p-64 --workdir gs://my-bucket/runs
+
+Asks: what does an 8B take on each generation of TPU, and does the plan hold when it is run?
+
+Answer: the plans are in README.md's table; no pod has run it yet.
+"""
+
+from lm import checkpoint, data, evals, model, optim, train
+from lm.experiment import Experiment
+from lm.main import main
+from lm.mesh import Mesh, Place
+from lm.precision import BF16
+
+DIM, HIDDEN, LAYERS, VOCAB = 4096, 14_336, 32, 128_256
+HEADS, KV_HEADS = 32, 8  # of width 128
+
+# 8.03 billion weights: 2 x 0.53 in embedding and output, 32 layers of 42 million in attention
+# (4096 x 128 x (32 + 8 + 8 + 32)) and 176 million in the feed-forward (3 x 4096 x 14336).
+SEQUENCES, LENGTH = 1024, 4096  # 4.2 million tokens a step
+BUDGET = 1e12
+STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 238,419
+
+# State is 12 bytes a weight (float32: weight, two moments), 96 GB in all. What a layer keeps under
+# remat "block" is its input: 2 x 4096 bytes a token, so a sequence of 4096 keeps 1.1 GB in all.
+# Sequences per chip and micro-batch: 1024 / devices / microbatches.
+PLACES = {
+    "v5p-64": Place(mesh=Mesh(fsdp=32), microbatches=8, remat="block"),  # 4 each
+    "v5p-8": Place(mesh=Mesh(fsdp=4), microbatches=64, remat="block"),  # debugging: 24 GB of state
+    "v5p-512": Place(mesh=Mesh(fsdp=256), remat="block"),  # 4 each
+    "v5p-2048": Place(mesh=Mesh(data=4, fsdp=256), remat="dots"),  # 1 each
+    "v5e-16": Place(mesh=Mesh(fsdp=16), microbatches=64, remat="block"),  # 6 GB of state
+    "v5e-256": Place(mesh=Mesh(fsdp=256), microbatches=2, remat="block"),  # 2 each
+    "v6e-8": Place(mesh=Mesh(fsdp=8), microbatches=64, remat="block"),  # 12 GB of state
+    "v6e-256": Place(mesh=Mesh(fsdp=256), remat="block"),  # 4 each
+    "tpu7x-8": Place(mesh=Mesh(fsdp=8), microbatches=16, remat="block"),  # 4 chips, 8 devices
+    "tpu7x-128": Place(mesh=Mesh(fsdp=128), microbatches=2, remat="block"),  # 64 chips
+}
+
+
+def experiment() -> Experiment:
+    """The published shape, AdamW with float32 state, cosine to a tenth."""
+    return Experiment(
+        name="llama3_8b",
+        seed=0,
+        model=model.Config(
+            vocab=VOCAB,
+            dim=DIM,
+            layers=LAYERS,
+            norm=model.RMSNorm(eps=1e-5),
+            attention=model.GQA(
+                heads=HEADS, kv_heads=KV_HEADS, head_dim=128, position=model.RoPE(theta=500_000)
+            ),
+            ffn=model.SwiGLU(hidden=HIDDEN),
+        ),
+        data=data.Tfds("c4/en", data_dir="gs://my-bucket/tfds", held_out=0.0001),
+        tokenizer=data.SentencePiece(vocab=128_000),
+        batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
+        objective=train.NextToken(z_loss=1e-4),
+        optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0),
+        schedule=optim.WarmupCosine(peak=3e-4, warmup=2_000, steps=STEPS),
+        precision=BF16,
+        evals=(evals.Perplexity(every=2_000),),
+        save=checkpoint.Save(every=1_000, keep_last=2),
+        places=PLACES,
+    )
+
+
+if __name__ == "__main__":
+    main(experiment)

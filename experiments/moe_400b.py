@@ -1,0 +1,80 @@
+"""A mixture of 400 billion weights with fine-grained and shared experts, as in DeepSeek-V3
+(arXiv:2412.19437), 18 billion of them at work on a token.
+
+    python -m experiments.moe_400b plan --on v5p-2048
+
+Asks: what does a model of this kind need, with attention of the ordinary grouped kind?
+
+Answer: the plans are in README.md's table; no pod has run it yet.
+"""
+
+from lm import checkpoint, data, evals, model, optim, train
+from lm.experiment import Experiment
+from lm.main import main
+from lm.mesh import Mesh, Place
+from lm.precision import BF16
+
+DIM, LAYERS, DENSE, VOCAB = 5120, 60, 2, 128_256
+EXPERTS, ACTIVE, HIDDEN = 256, 8, 1664  # a routed expert is 25.6 million weights
+HEADS, KV_HEADS = 40, 8  # of width 128
+# The first layers are dense, as wide as all that a token meets later: 8 routed and one shared.
+DENSE_HIDDEN = (ACTIVE + 1) * HIDDEN  # 14,976
+
+# 58 layers of 256 x 25.6 million are 380 billion; attention, shared experts, embeddings add 7.
+SEQUENCES, LENGTH = 2048, 4096  # 8.4 million tokens a step
+BUDGET = 5e12
+STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 596,046
+
+# State with a bfloat16 first moment is 10 bytes a weight, 3.9 TB: 3.8 GB a device on 1,024. A
+# layer's experts are 13 GB in bfloat16 and are never gathered whole: 32 ways leave 0.4 GB.
+PLACES = {
+    "v5p-2048": Place(mesh=Mesh(fsdp=32, expert=32), microbatches=2, remat="block"),  # 1 each
+    "v5p-512": Place(mesh=Mesh(fsdp=8, expert=32), microbatches=8, remat="block"),  # 15 GB
+    "v5p-4096": Place(mesh=Mesh(fsdp=64, expert=32), remat="block"),
+    "tpu7x-512": Place(mesh=Mesh(fsdp=16, expert=32), microbatches=4, remat="block"),
+    "tpu7x-2048": Place(mesh=Mesh(fsdp=64, expert=32), remat="block"),
+}
+
+
+def experiment() -> Experiment:
+    """Balanced by biases, not by a loss; no token is dropped."""
+    return Experiment(
+        name="moe_400b",
+        seed=0,
+        model=model.Config(
+            vocab=VOCAB,
+            dim=DIM,
+            layers=LAYERS,
+            norm=model.RMSNorm(eps=1e-6),
+            attention=model.GQA(
+                heads=HEADS,
+                kv_heads=KV_HEADS,
+                head_dim=128,
+                position=model.RoPE(theta=500_000),
+                qk_norm=model.QKNorm(norm=model.RMSNorm()),
+            ),
+            ffn=model.MoE(
+                experts=EXPERTS,
+                active=ACTIVE,
+                hidden=HIDDEN,
+                router=model.SigmoidRouter(scale=2.5),
+                shared=model.Shared(hidden=HIDDEN),
+                balance=model.BiasBalance(rate=0.001),
+            ),
+            prefix=(model.Block(ffn=model.SwiGLU(hidden=DENSE_HIDDEN)),) * DENSE,
+        ),
+        data=data.Tfds("c4/en", data_dir="gs://my-bucket/tfds", held_out=0.0001),
+        tokenizer=data.SentencePiece(vocab=128_000),
+        batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
+        objective=train.NextToken(z_loss=1e-4),
+        optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0, moments="bfloat16"),
+        schedule=optim.WSD(peak=2.2e-4, warmup=2_000, decay=0.2, steps=STEPS),
+        precision=BF16,
+        evals=(evals.Perplexity(every=5_000),),
+        save=checkpoint.Save(every=500, keep_last=2),
+        places=PLACES,
+    )
+
+
+if __name__ == "__main__":
+    main(experiment)

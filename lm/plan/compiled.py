@@ -1,0 +1,182 @@
+"""The training step, compiled for a slice that is only described: libtpu has the compiler of every
+TPU, and needs none of them."""
+
+import contextlib
+import glob
+import importlib.util
+import math
+import os
+import re
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from lm import run
+from lm.experiment import Experiment
+from lm.mesh import Place
+from lm.plan import hlo
+from lm.plan.slices import Slice
+
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # no metadata server to ask which machine this is
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two plans at a time may share a machine
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+class Live(NamedTuple):
+    """An array in memory at the fullest moment; `source` is the parameter or the part of the
+    program that makes it."""
+
+    nbytes: int
+    shape: str
+    source: str
+
+
+class Compiled(NamedTuple):
+    """The compiled step and what the compiler says of it, per device.
+
+    peak       bytes of state and temporaries, as the compiler lays them out; when the step does not
+               fit, what it would need
+    arguments  bytes of what the step is given: state and batch
+    slots      what jax's memory_analysis calls temp_size_in_bytes: the sizes of all slots of the
+               layout, also of those that share addresses
+    live       at the fullest moment, the largest first
+    """
+
+    program: hlo.Program | None
+    mesh: jax.sharding.Mesh
+    fits: bool
+    peak: int
+    arguments: int
+    slots: int
+    host: int
+    live: list[Live]
+    seconds: float
+
+
+def available() -> bool:
+    """Whether the compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def describe(where: Slice) -> list[Any]:
+    """The devices of the slice, as far as a compiler needs them."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=where.topology).devices
+
+
+def step(experiment: Experiment, name: str, place: Place, where: Slice) -> Compiled:
+    """Compiles the step that training would run. Raises Refused when the mesh does not fit."""
+    devices = describe(where)
+    program = run.assemble_at(experiment, name, place, devices)
+    began = time.perf_counter()
+    given = program.abstract, program.abstract_batch()
+    lowered = program.step.lower(*given)
+    with tempfile.TemporaryDirectory() as folder, _without_cache():
+        # The compiler's own report of its memory is to be had only as a file.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            took = time.perf_counter() - began
+            return _too_large(error, program.mesh, _nbytes(given), took)
+        took = time.perf_counter() - began
+        text = compiled.as_text()
+        parsed = hlo.parse(text)
+        memory = compiled.memory_analysis()
+        live = _live(folder, parsed)
+        total = _total(folder)
+    return Compiled(
+        program=parsed,
+        mesh=program.mesh,
+        fits=True,
+        peak=total or memory.peak_memory_in_bytes,
+        arguments=memory.argument_size_in_bytes,
+        slots=memory.temp_size_in_bytes,
+        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        live=live,
+        seconds=took,
+    )
+
+
+@contextlib.contextmanager
+def _without_cache():
+    """A program from the cache would come without the report."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+
+
+def _nbytes(given: Any) -> int:
+    """Per device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(given)
+    )
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+
+
+def _too_large(error: Exception, mesh: Any, arguments: int, took: float) -> Compiled:
+    """What the compiler says when memory does not suffice; other errors are raised."""
+    said = str(error)
+    if "RESOURCE_EXHAUSTED" not in said:
+        raise error
+    used = _bytes_of(re.search(rf"Used {_SIZE}i?B? of", said))
+    if not used:  # refused before anything was laid out: this counts temporaries alone
+        used = arguments + _bytes_of(re.search(rf"\({_SIZE}i?B?\) exceeds", said))
+    listed = re.findall(
+        rf'Size: {_SIZE}i?B?\n\s*Operator: op_name="([^"]*)"(?:[^\n]*\n)*?\s*Shape: (\S+?)\{{', said
+    )
+    live = [
+        Live(int(float(size) * _UNITS[unit]), shape, name) for size, unit, name, shape in listed
+    ]
+    return Compiled(None, mesh, False, int(used), arguments, 0, 0, live, took)
+
+
+def _bytes_of(found: re.Match | None) -> float:
+    return float(found.group(1)) * _UNITS[found.group(2)] if found else 0
+
+
+def _file(folder: str, kind: str) -> str:
+    found = glob.glob(f"{folder}/*after_optimizations-{kind}.txt")
+    return open(max(found, key=os.path.getsize)).read() if found else ""
+
+
+def _total(folder: str) -> int:
+    """Of the chip's main memory, from the report of what is laid out where."""
+    report = _file(folder, "memory-usage-report")
+    found = re.search(r"Memory Space: default.*\nTotal bytes: (\d+)", report)
+    return int(found.group(1)) if found else 0
+
+
+def _live(folder: str, program: hlo.Program) -> list[Live]:
+    """What the report of live ranges lists at the peak, with shapes and sources."""
+    report = _file(folder, "live-range")
+    _, _, at_peak = report.partition("(peak):\n")
+    instructions = {i.name: i for body in program.computations.values() for i in body}
+    live = []
+    for line in at_peak.splitlines():
+        found = re.match(r"\s+([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", line)
+        if not found:
+            break
+        name, index, nbytes = found.group(1), found.group(2), int(found.group(3))
+        each = instructions.get(name)
+        arrays = each.arrays if each else ()
+        place = int(index.split(",")[0]) if index else 0
+        array = arrays[place] if place < len(arrays) else None
+        live.append(Live(nbytes, str(array or "?"), (each.op_name if each else "") or name))
+    return sorted(live, reverse=True)

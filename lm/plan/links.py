@@ -1,0 +1,163 @@
+"""Collectives of a compiled program: which mesh axes they cross, how often they run, what they
+move, and how long the chip's links need for it."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.plan.hlo import Instruction, Program
+from lm.plan.slices import Slice
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+HOP = 1e-6  # seconds from chip to chip, the order of magnitude (jax-ml.github.io/scaling-book)
+
+_OPS = {kind: kind for kind in KINDS} | {f"{kind}-start": kind for kind in KINDS}
+_OPS["ragged-all-to-all"] = "all-to-all"
+
+
+class Collective(NamedTuple):
+    """All collectives of one kind over the same axes in the same format.
+
+    count    a step
+    nbytes   per device and step: what each gathers, what each has summed, what each sends
+    seconds  on the links, one after another
+    hidden   seconds of those that the compiler started early, so that work can go on meanwhile
+    """
+
+    kind: str
+    axes: str
+    dtype: str
+    count: int
+    nbytes: int
+    seconds: float
+    hidden: float
+
+
+class Layout:
+    """Where the devices of a mesh sit on the torus: `grid` holds them by mesh coordinates."""
+
+    def __init__(self, grid: np.ndarray, axes: Sequence[str], where: Slice):
+        self.axes, self.shape, self.slice = tuple(axes), grid.shape, where
+        self.coords = np.array([device.coords for device in grid.flat])
+
+    def crossed(self, groups: np.ndarray) -> str:
+        """The axes along which the members of a group differ, as 'fsdp' or 'data+fsdp'."""
+        places = np.stack(np.unravel_index(groups[0], self.shape))
+        differ = (places != places[:, :1]).any(axis=1)
+        return "+".join(a for a, d in zip(self.axes, differ, strict=True) if d)
+
+    def sides(self, group: np.ndarray) -> list[tuple[int, bool]]:
+        """For each dimension of the torus in which a group extends: how many places it takes, and
+        whether they close to a ring."""
+        coords = self.coords[group]
+        extents = [len(set(column)) for column in coords.T]
+        rings, shape = self.slice.rings(), self.slice.shape
+        return [
+            (n, n == shape[i] and i < len(rings) and rings[i])
+            for i, n in enumerate(extents)
+            if n > 1
+        ]
+
+    def hops(self, pairs: np.ndarray) -> int:
+        """The longest way from source to target, in links."""
+        apart = abs(self.coords[pairs[:, 0]] - self.coords[pairs[:, 1]])
+        for i, (size, ring) in enumerate(zip(self.slice.shape, self.slice.rings(), strict=True)):
+            if ring:
+                apart[:, i] = np.minimum(apart[:, i], size - apart[:, i])
+        return int(apart.sum(axis=1).max())
+
+
+def seconds(kind: str, nbytes: int, sides: Sequence[tuple[int, bool]], link: float) -> float:
+    """How long a collective over a group takes on its links.
+
+    All dimensions of the torus that the group extends in work at once, each with the links of both
+    directions where it is a ring and of one where it is a line. Gathering and scattering move
+    (n-1)/n of the array into every chip; summing does both. An exchange of all with all fills the
+    links that cut the group in halves: two each way in a ring, one in a line.
+    """
+    if not sides or not nbytes:
+        return 0.0
+    n = math.prod(size for size, _ in sides)
+    latency = HOP * sum(size // 2 if ring else size - 1 for size, ring in sides)
+    if kind == "all-to-all":
+        return latency + nbytes * max(n / 8 if ring else n / 4 for n, ring in sides) / link
+    rate = link * sum(2 if ring else 1 for _, ring in sides)
+    passes = 2 if kind == "all-reduce" else 1
+    return passes * (latency + nbytes * (n - 1) / n / rate)
+
+
+def collectives(program: Program, layout: Layout) -> list[Collective]:
+    """Those of a step, the slowest first."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for kind, each, times, early in _executed(program):
+        link = layout.slice.chip.link
+        # The start of an asynchronous one lists its operand beside its result.
+        array = max(each.arrays, key=lambda a: a.nbytes)
+        if kind == "collective-permute":
+            pairs = np.array(_numbers(each.attribute("source_target_pairs"))).reshape(-1, 2)
+            hops = max(layout.hops(pairs), 1) if len(pairs) else 0
+            if not hops:
+                continue
+            axes = layout.crossed(pairs)
+            nbytes = sum(a.nbytes for a in each.arrays[: max(1, len(each.operands))])
+            one = hops * (HOP + nbytes / link)
+        else:
+            groups = replica_groups(each.rest, len(layout.coords))
+            if groups.shape[1] < 2:
+                continue
+            axes = layout.crossed(groups)
+            tuples = (
+                each.arrays[len(each.operands) :] if each.op.endswith("-start") else each.arrays
+            )
+            nbytes = sum(a.nbytes for a in tuples) or array.nbytes
+            one = max(seconds(kind, nbytes, layout.sides(g), link) for g in groups[:1])
+        total = found.setdefault((kind, axes, array.dtype), [0, 0, 0.0, 0.0])
+        for i, amount in enumerate((1, nbytes, one, one if early else 0.0)):
+            total[i] += times * amount
+    rows = [Collective(*key, int(n), int(b), s, h) for key, (n, b, s, h) in found.items()]
+    return sorted(rows, key=lambda row: -row.seconds)
+
+
+def _executed(program: Program) -> Iterator[tuple[str, Instruction, int, bool]]:
+    """(kind, instruction, times, whether started early). A TPU's reduce-scatter is an all-reduce in
+    a fusion of that name; an early all-gather is a pair of fusions, of which the first counts."""
+    for each, computation, times, _ in program.executed():
+        kind = _OPS.get(each.op)
+        if (
+            kind is None
+            or "collective-done" in computation
+            or "async_collective_done" in computation
+        ):
+            continue
+        if kind == "all-reduce" and "reduce-scatter" in computation:
+            kind = "reduce-scatter"
+        yield kind, each, times, each.op.endswith("-start") or "async" in computation
+
+
+def replica_groups(attributes: str, devices: int) -> np.ndarray:
+    """[groups, members] from any of the forms in which HLO writes them; one group of all when it
+    writes none."""
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:<=\S+)? ?\{([^}]*)\}", attributes):
+        sizes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?=(\d+)", found.group(1))}
+        names, over = list(sizes), re.findall(r"'?([A-Za-z_][\w.]*)'?(?=[,'\s]|$)", found.group(2))
+        ids = np.arange(math.prod(sizes.values())).reshape([sizes[n] for n in names])
+        kept = [i for i, n in enumerate(names) if n not in over]
+        moved = [names.index(n) for n in over]
+        members = math.prod(sizes[n] for n in over)
+        return ids.transpose(kept + moved).reshape(-1, members)
+    if found := re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
+        shape, dims, order = ([int(n) for n in (g or "").split(",") if n] for g in found.groups())
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        return (ids.transpose(order) if order else ids).reshape(shape)
+    if found := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", attributes):
+        return np.array([_numbers(group) for group in re.findall(r"\{([\d,]*)\}", found.group(1))])
+    return np.arange(devices).reshape(1, -1)
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text or "")]

@@ -1,0 +1,53 @@
+"""Plans through libtpu's compiler, for slices that are not there. Skipped where it is missing."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments import llama3_8b
+from lm import plan
+from lm.experiment import override
+from lm.mesh import Mesh, Place
+from lm.plan import compiled
+
+pytestmark = pytest.mark.skipif(not compiled.available(), reason="libtpu is not installed")
+
+SMALL = [
+    "model.layers=2", "model.dim=512", "model.vocab=2048", "tokenizer.vocab=2048",
+    "model.attention.heads=4", "model.attention.kv_heads=2", "model.ffn.hidden=1024",
+    "batch.sequences=32", "batch.length=256",
+]  # fmt: skip
+
+
+def small(**changes):
+    """The declaration of llama3_8b with a model that compiles in seconds."""
+    return dataclasses.replace(override(llama3_8b.experiment(), SMALL), **changes)
+
+
+def test_a_small_step_compiles_and_fits():
+    places = {"v5p-8": Place(mesh=Mesh(fsdp=4), microbatches=2, remat="block")}
+    told = plan.plan(small(places=places), "v5p-8")
+    assert told["compiled"] and told["fits"]
+    assert told["argument_bytes_per_device"] <= told["peak_bytes_per_device"]
+    # State and batch: weights and moments in float32, and five arrays of four bytes a token.
+    state = told["state_bytes_per_device"] + 5 * 4 * 32 * 256 / 4
+    assert told["argument_bytes_per_device"] == pytest.approx(state, rel=1e-3)
+    # Products of the compiled program: the model's, and those of a second forward pass.
+    model_flops = told["model_flops_per_step"] / told["devices"]
+    assert 1.0 < told["flops_per_device_per_step"] / model_flops < 2.0
+    gathered = [row for row in told["collectives"] if row["kind"] == "all-gather"]
+    assert gathered and all(row["axes"] == "fsdp" for row in gathered)
+    assert any("state.params" in array["source"] for array in told["largest_arrays"])
+    assert json.loads(json.dumps(told)) == told
+    assert "all-gather" in str(told)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_told_and_by_how_much():
+    places = {"v5e-4": Place(mesh=Mesh(data=4), remat="block")}
+    vast = override(small(places=places), ["model.dim=8192", "model.ffn.hidden=65536"])
+    told = plan.plan(vast, "v5e-4")
+    assert not told["fits"]
+    assert told["peak_bytes_per_device"] > told["capacity_bytes_per_device"]
+    assert "does not fit by" in str(told)

@@ -1,0 +1,112 @@
+"""Plans without the compiler: what is refused before anything is compiled, and what an estimate has
+to obey."""
+
+import dataclasses
+import json
+
+import pytest
+
+import lm
+from experiments import llama3_8b, mixtral_8x7b
+from lm import model, plan, show
+from lm.errors import Refused
+from lm.mesh import Mesh, Place
+from lm.plan import compiled, slices
+from lm.plan.estimate import bubble, estimate
+
+LLAMA, MIXTRAL = llama3_8b.experiment(), mixtral_8x7b.experiment()
+
+
+@pytest.mark.parametrize(
+    ("on", "mesh", "says"),
+    [
+        ("v5p-65", None, "there is no such slice"),
+        ("laptop", None, "name one as in v5e-256"),
+        ("v5p-16", None, "give it a mesh, as in --mesh fsdp=8"),
+        ("v5p-64", Mesh(fsdp=16), "has 16 devices and v5p-64 (v5p:2x4x4) has 32"),
+        ("tpu7x-8", Mesh(fsdp=4), "has 8, 2 to a chip"),
+        ("v5p-128", Mesh(tensor=64), "does not divide"),
+        ("v5p-6144", Mesh(fsdp=3072), "batch.sequences=1024 must be a multiple of"),
+    ],
+)
+def test_what_can_not_be_is_refused_in_one_sentence(on, mesh, says, monkeypatch):
+    monkeypatch.setattr(compiled, "step", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(Refused) as refusal:
+        plan.plan(LLAMA, on, mesh=mesh)
+    assert says in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_without_the_compiler_the_estimate_remains_and_says_so(monkeypatch):
+    monkeypatch.setattr(compiled, "available", lambda: False)
+    told = lm.plan(LLAMA, on="v5p-64")
+    assert told["compiled"] is False and told["collectives"] is None
+    assert "libtpu" in str(told) and told["fits"]
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_a_plan_has_the_keys_that_were_promised():
+    told = plan.plan(LLAMA, "v5p-64", compile=False, price=2.0)
+    promised = {
+        "peak_bytes_per_device", "state_bytes_per_device", "temp_bytes_per_device",
+        "capacity_bytes_per_device", "fits", "model_flops_per_step", "collectives",
+        "step_seconds", "model_flops_utilization", "compile_seconds",
+    }  # fmt: skip
+    assert promised <= told.keys()
+    assert told["cost"] == pytest.approx(2 * told["chip_hours"])
+    seconds = told["step_seconds"] * told["chips"] * slices.find("v5p-64").chip.flops
+    assert told["model_flops_utilization"] == pytest.approx(told["model_flops_per_step"] / seconds)
+
+
+def test_state_is_what_show_says():
+    shown = show.facts(LLAMA, on="v5p-64")["memory_bytes_per_device"]
+    told = plan.plan(LLAMA, "v5p-64", compile=False)
+    assert told["state_bytes_per_device"] == shown["parameters"] + shown["optimizer"]
+
+
+@pytest.mark.parametrize("e", [LLAMA, MIXTRAL], ids=lambda e: e.name)
+def test_every_declared_place_is_a_slice_and_fits_by_estimate(e):
+    for name in e.places:
+        told = plan.plan(e, name, compile=False)
+        assert told["fits"], name
+        assert 0.05 < told["model_flops_utilization"] < 0.9
+
+
+def test_more_remat_keeps_less_and_takes_longer():
+    where = slices.find("v5p-64")
+    none, dots, block = (
+        estimate(LLAMA, Place(mesh=Mesh(fsdp=32), remat=remat), where)
+        for remat in ("none", "dots", "block")
+    )
+    assert none.activations > dots.activations > block.activations
+    assert block.seconds > dots.seconds
+
+
+def test_fixed_work_per_chip_takes_the_same_memory_for_activations():
+    small = dataclasses.replace(LLAMA, batch=dataclasses.replace(LLAMA.batch, sequences=128))
+    a = estimate(small, Place(mesh=Mesh(fsdp=32), remat="block"), slices.find("v5p-64"))
+    b = estimate(LLAMA, Place(mesh=Mesh(fsdp=256), remat="block"), slices.find("v5p-512"))
+    assert a.activations == b.activations
+    # Norms, which every device keeps whole, are the rest.
+    assert a.state == pytest.approx(8 * b.state, rel=1e-2)
+
+
+def test_a_step_takes_at_least_its_products():
+    where = slices.find("v5p-64")
+    guess = estimate(LLAMA, LLAMA.places["v5p-64"], where)
+    tokens = LLAMA.batch.sequences * LLAMA.batch.length / where.chips
+    least = model.train_flops(LLAMA.model, LLAMA.batch.length) * tokens / where.chip.flops
+    assert guess.seconds > least
+
+
+def test_the_bubble_is_that_of_gpipe():
+    assert bubble(Place(mesh=Mesh(fsdp=4), microbatches=3)) == 0
+
+
+def test_a_search_without_the_compiler_ranks_what_fits():
+    found = plan.search(LLAMA, "v5p-64", compile=False)
+    seconds = [each.plan["step_seconds"] for each in found]
+    assert seconds == sorted(seconds)
+    assert LLAMA.places["v5p-64"] in [each.place for each in found]
+    place = eval(found[0].code, {"Place": Place, "Mesh": Mesh})
+    assert place == found[0].place and place.mesh.size == 32
+    assert found[0].code in plan.search_text(found)
