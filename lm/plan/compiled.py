@@ -12,6 +12,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from lm import run
 from lm.experiment import Experiment
@@ -112,10 +113,12 @@ def _without_cache():
     """A program from the cache would come without the report."""
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax looks at the setting once
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
 
 
 def _nbytes(given: Any) -> int:

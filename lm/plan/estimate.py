@@ -61,18 +61,21 @@ class Estimate(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Of one layer: weights [elements], and widths of activations per token, before any split."""
+    """Of one layer, before any split: weights, and those that a token meets; widths of queries, of
+    a head, of keys, of what stands between the feed-forward's matrices; keys that a query sees."""
 
     weights: float
     active: float
     heads: int
+    head_dim: int
     kv: int
     hidden: float
     keys: float
 
 
-def estimate(e: Experiment, place: Place, where: Slice) -> Estimate:
-    """Of a step at this place of this slice."""
+def estimate(e: Experiment, place: Place, where: Slice, again: float | None = None) -> Estimate:
+    """Of a step at this place of this slice; `again` is the share of the forward pass's products
+    that the backward pass computes anew (default: what the place's remat says)."""
     mesh, chip = place.mesh, where.chip
     flops, hbm = MATMUL * chip.flops / chip.devices, HBM * chip.hbm_bandwidth / chip.devices
     layers = [_sizes(e, block) for block in e.model.layout.blocks]
@@ -81,7 +84,7 @@ def estimate(e: Experiment, place: Place, where: Slice) -> Estimate:
     part = tokens / place.microbatches
     dim, tensor = e.model.dim, mesh.tensor
     state = show.memory(e, mesh.abstract())
-    again = FORWARDS.get(place.remat, 1.0)
+    again = FORWARDS.get(place.remat, 1.0) if again is None else again
 
     seconds = 0.0
     for layer in layers:
@@ -92,7 +95,9 @@ def estimate(e: Experiment, place: Place, where: Slice) -> Estimate:
         tiles = 2 * part * layer.active / tensor * 2 / TILE  # bytes: both operands, two a number
         traffic = 2 * part * (WIDE * dim + HIDDEN * layer.hidden / tensor)
         one = max(products / flops, tiles / hbm) + traffic / hbm
-        seconds += passes * one + (3.5 + again) * attention / flops
+        # Scores and values have the head's width for a side, which may be less than the unit's.
+        filled = min(1, layer.head_dim / chip.mxu)
+        seconds += passes * one + (3.5 + again) * attention / flops / filled
     seconds *= mine
     head = 2 * part * dim * e.model.vocab / tensor
     seconds += 3 * head / flops
@@ -126,6 +131,12 @@ def bubble(place: Place) -> float:
     return (stages - 1) / (place.microbatches + stages - 1)
 
 
+def attention_flops(e: Experiment) -> float:
+    """Of scores and values, forward, per token: 4 heads head_dim keys in every layer."""
+    layers = (_sizes(e, block) for block in e.model.layout.blocks)
+    return sum(4 * layer.heads * layer.keys for layer in layers)
+
+
 def _half(e: Experiment) -> bool:
     return e.precision.compute != "float32"
 
@@ -153,6 +164,7 @@ def _sizes(e: Experiment, block: model.Block) -> _Sizes:
         weights=attention + experts * one + common,
         active=attention + chosen * one + common,
         heads=heads,
+        head_dim=a.head_dim,
         kv=kv,
         hidden=hidden,
         keys=keys,

@@ -9,7 +9,7 @@ from lm.errors import Refused, nearest
 from lm.experiment import Experiment
 from lm.mesh import AXES, Mesh, Place
 from lm.plan import compiled, compute, links, slices
-from lm.plan.estimate import HBM, MATMUL, Estimate, bubble, estimate
+from lm.plan.estimate import HBM, MATMUL, Estimate, attention_flops, bubble, estimate
 from lm.plan.slices import Slice
 
 LARGEST = 8  # arrays that are named
@@ -169,11 +169,10 @@ def _compiled(e: Experiment, name: str, place: Place, where: Slice) -> dict[str,
     layout = links.Layout(result.mesh.devices, AXES, where)
     rows = links.collectives(result.program, layout)
     on_links, hidden = sum(row.seconds for row in rows), sum(row.hidden for row in rows)
-    # Attention's kernel does not say how much it multiplies: the declaration does.
-    kernels = _kernel_seconds(e, place, done, rates[0])
-    on_chip = done.seconds + kernels
+    kernels = _in_kernels(e, place, done.kernels)
+    on_chip = done.seconds + kernels / rates[0]
     return told | {
-        "flops_per_device_per_step": done.flops,
+        "flops_per_device_per_step": done.flops + kernels,
         "bytes_per_device_per_step": done.nbytes,
         "kernels": done.kernels,
         "compute_seconds": on_chip,
@@ -186,20 +185,15 @@ def _compiled(e: Experiment, name: str, place: Place, where: Slice) -> dict[str,
     }
 
 
-def _kernel_seconds(e: Experiment, place: Place, done: compute.Work, rate: float) -> float:
-    """Of attention, where a kernel computes it: two products forward, five backward, and the two
-    again where the layer is computed anew."""
-    if not done.kernels:
+def _in_kernels(e: Experiment, place: Place, kernels: dict[str, int]) -> float:
+    """FLOPs per device of attention's kernels, which do not say how much they multiply: two
+    products forward, as often as they run, and five backward."""
+    backward = sum(n for name, n in kernels.items() if "attention_backward" in name)
+    forward = sum(n for name, n in kernels.items() if "attention_forward" in name)
+    if not backward:
         return 0.0
     tokens = e.batch.sequences * e.batch.length / place.mesh.size
-    forward = model.train_flops(e.model, e.batch.length) - 6 * _weights(e)
-    again = 1.0 if place.remat == "block" else 0.0
-    return tokens * forward / 3 * (3.5 + again) / rate
-
-
-def _weights(e: Experiment) -> float:
-    """N of 6 N: train_flops of a sequence of no length."""
-    return model.train_flops(e.model, 0) / 6
+    return tokens * attention_flops(e) * (forward / backward + 2.5)
 
 
 def _made_forward(live: Sequence[compiled.Live]) -> int:
