@@ -76,52 +76,64 @@ class _Sizes(NamedTuple):
 def estimate(e: Experiment, place: Place, where: Slice, again: float | None = None) -> Estimate:
     """Of a step at this place of this slice; `again` is the share of the forward pass's products
     that the backward pass computes anew (default: what the place's remat says)."""
-    mesh, chip = place.mesh, where.chip
-    flops, hbm = MATMUL * chip.flops / chip.devices, HBM * chip.hbm_bandwidth / chip.devices
+    mesh = place.mesh
     layers = [_sizes(e, block) for block in e.model.layout.blocks]
-    mine = 1 / mesh.pipe
-    tokens = e.batch.sequences * e.batch.length / (mesh.batch_size * mesh.context)
+    ways = mesh.data * mesh.fsdp * mesh.expert * mesh.context
+    tokens = e.batch.sequences * e.batch.length / ways  # through each stage of a pipeline
     part = tokens / place.microbatches
-    dim, tensor = e.model.dim, mesh.tensor
     state = show.memory(e, mesh.abstract())
     again = FORWARDS.get(place.remat, 1.0) if again is None else again
-
-    seconds = 0.0
-    for layer in layers:
-        products = 2 * part * layer.active / tensor
-        attention = 4 * part * layer.heads * layer.keys / tensor
-        # The backward pass of attention computes the scores anew: five products for two.
-        passes = 3 + again
-        tiles = 2 * part * layer.active / tensor * 2 / TILE  # bytes: both operands, two a number
-        traffic = 2 * part * (WIDE * dim + HIDDEN * layer.hidden / tensor)
-        one = max(products / flops, tiles / hbm) + traffic / hbm
-        # Scores and values have the head's width for a side, which may be less than the unit's.
-        filled = min(1, layer.head_dim / chip.mxu)
-        seconds += passes * one + (3.5 + again) * attention / flops / filled
-    seconds *= mine
-    head = 2 * part * dim * e.model.vocab / tensor
-    seconds += 3 * head / flops
-    optimizer = 28 * state["parameters"] / 4 / hbm  # reads and writes of float32 state and gradient
-    compute = place.microbatches * seconds + optimizer
-
-    link, exposed = _links(e, place, where, layers, part, again)
-    saved = _saved(e, place, layers, part)
-    widest = max((layer.hidden for layer in layers), default=0) / tensor
-    largest = max(layer.weights for layer in layers) / tensor / mesh.expert
-    logits = (4 + 2 + 2) * dim * e.model.vocab / tensor if mesh.size > 1 else 0
-    working = max(2 * part * (7 * widest + 8 * dim) + 3 * 2 * largest, logits + 8 * 2**26)
-    copies = _copies(state["parameters"], e)
+    on_links, exposed = _links(e, place, where, layers, part, again)
     return Estimate(
         parameters=state["parameters"],
         optimizer=state["optimizer"],
         gradients=state["gradients"] // (2 if place.microbatches == 1 and _half(e) else 1),
-        activations=int(saved),
-        working=int(working + copies),
-        compute=compute,
-        links=link,
+        activations=int(_saved(e, place, layers, part)),
+        working=int(_working(e, place, layers, part) + _copies(state["parameters"], e)),
+        compute=_compute(e, place, where, layers, part, again, state["parameters"]),
+        links=on_links,
         exposed=exposed,
         bubble=bubble(place),
     )
+
+
+def _compute(
+    e: Experiment,
+    place: Place,
+    where: Slice,
+    layers: list[_Sizes],
+    part: float,
+    again: float,
+    parameters: int,
+) -> float:
+    """Seconds of products, memory and the optimizer, for `part` tokens in each micro-batch."""
+    chip, dim, tensor = where.chip, e.model.dim, place.mesh.tensor
+    flops, hbm = MATMUL * chip.flops / chip.devices, HBM * chip.hbm_bandwidth / chip.devices
+    seconds = 0.0
+    for layer in layers:
+        products = 2 * part * layer.active / tensor
+        tiles = products * 2 / TILE  # bytes: both operands, two a number
+        traffic = 2 * part * (WIDE * dim + HIDDEN * layer.hidden / tensor)
+        seconds += (3 + again) * (max(products / flops, tiles / hbm) + traffic / hbm)
+        # The backward pass of attention computes the scores anew: five products for two. They have
+        # the head's width for a side, which may be less than the matrix unit's.
+        attention = (3.5 + again) * 4 * part * layer.heads * layer.keys / tensor
+        seconds += attention / flops / min(1, layer.head_dim / chip.mxu)
+    seconds /= place.mesh.pipe
+    seconds += 3 * 2 * part * dim * e.model.vocab / tensor / flops
+    # The optimizer reads and writes float32 weight and moments and reads a gradient.
+    return place.microbatches * seconds + 28 * parameters / 4 / hbm
+
+
+def _working(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> float:
+    """Bytes that one layer's backward pass, or the vocabulary's, needs for a while."""
+    dim, tensor = e.model.dim, place.mesh.tensor
+    widest = max(layer.hidden for layer in layers) / tensor
+    largest = max(layer.weights for layer in layers) / tensor / place.mesh.expert
+    layer = 2 * part * (7 * widest + 8 * dim) + 3 * 2 * largest
+    # The output matrix in bfloat16, its gradient in float32, and the logits of a chunk.
+    vocabulary = 6 * dim * e.model.vocab / tensor + 8 * 2**27
+    return max(layer, vocabulary if place.mesh.size > 1 else 0)
 
 
 def bubble(place: Place) -> float:
