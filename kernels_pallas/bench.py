@@ -1,0 +1,341 @@
+"""`python -m kernels_pallas.bench`: each kernel beside its reference and what JAX ships.
+
+On a TPU or GPU it times them, and says what share of the time is the chip's floor: arithmetic at
+its bf16 rate, or each array read or written once, whichever takes longer. Elsewhere it compiles
+them for the TPUs named by --chips, which needs libtpu and no TPU, and says what memory they take.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import kernels_pallas
+from kernels_pallas import quantized_matmul
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+# Chip -> (a slice that libtpu describes, words of its device kind, bf16 FLOP/s, memory bytes/s) of
+# a device. From the vendors' pages; a device of tpu7x is a core, half a chip.
+CHIPS = {
+    "v5e": ("v5e:2x2", "TPU v5 lite", 197e12, 819e9),
+    "v5p": ("v5p:2x2x1", "TPU v5", 459e12, 2765e9),
+    "v6e": ("v6e:2x2", "TPU v6 lite", 918e12, 1638e9),
+    "tpu7x": ("tpu7x:2x2x1", "TPU7x", 1153e12, 3690e9),
+    "h100": (None, "H100", 989e12, 3352e9),
+    "h200": (None, "H200", 989e12, 4800e9),
+}
+TPUS = [name for name, chip in CHIPS.items() if chip[0]]
+ADVICE = 'install it beside this package with: pip install "jax[tpu]"'
+
+
+class Case(NamedTuple):
+    """`make()` gives the arguments, `forms` what takes them; `ours` is the first of them."""
+
+    name: str
+    size: str
+    make: Callable[[], tuple[jax.Array, ...]]
+    forms: dict[str, Callable[..., Any]]
+    flops: float
+
+
+def normal(seed: int, *shape: int, dtype: Any = BF16) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, F32).astype(dtype)
+
+
+def attention(length: int, backward: bool) -> Case:
+    """Causal, 32 query heads on 8, head width 128."""
+    b, n, k, h = 4, 32, 8, 128
+
+    def make():
+        return tuple(normal(i, b, length, heads, h) for i, heads in enumerate((n, k, k)))
+
+    def splash(q, k, v):
+        from jax.experimental.pallas.ops.tpu.splash_attention import (
+            splash_attention_kernel as kernel,
+        )
+        from jax.experimental.pallas.ops.tpu.splash_attention import (
+            splash_attention_mask as mask,
+        )
+
+        each = mask.MultiHeadMask([mask.CausalMask((length, length)) for _ in range(n)])
+        size = min(1024, length)
+        blocks = kernel.BlockSizes(
+            **{f"block_{name}": size for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv")},
+            block_kv_dkv_compute=size,
+            use_fused_bwd_kernel=True,
+        )
+        run = kernel.make_splash_mha(each, block_sizes=blocks, head_shards=1, q_seq_shards=1)
+        q, k, v = (x.swapaxes(1, 2) for x in (q * h**-0.5, k, v))
+        return jax.vmap(run)(q, k, v).swapaxes(1, 2)
+
+    def jax_nn(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    forms = {"ours": kernels_pallas.flash_attention, "splash": splash, "jax.nn": jax_nn}
+    if backward:
+        forms = {name: gradients(form, 3) for name, form in forms.items()}
+    flops = 2 * b * n * length**2 * h * (3.5 if backward else 1)
+    name = "attention, gradients" if backward else "attention"
+    return Case(name, f"B {b} T {length} N {n} K {k} H {h}", make, forms, flops)
+
+
+def paged_attention(dtype: Any, length: int = 4096) -> Case:
+    """One new token for each of 32 sequences, half to all of `length` long."""
+    b, n, k, h, slots = 32, 32, 8, 128, 128
+    width = length // slots
+    lengths = np.random.default_rng(0).integers(length // 2, length, b).astype(np.int32)
+
+    def make():
+        table = jax.random.permutation(jax.random.key(9), b * width).reshape(b, width)
+        pages = (normal(i, b * width, k, slots, h, dtype=dtype) for i in (1, 2))
+        return normal(0, b, 1, n, h), *pages, table, jnp.asarray(lengths)
+
+    def ours(*arrays, implementation=None):
+        scales = {}
+        if dtype != BF16:
+            ones = jnp.ones(arrays[1].shape[:3])
+            scales = {"k_scales_pks": ones, "v_scales_pks": ones}
+        return kernels_pallas.paged_attention(*arrays, **scales, implementation=implementation)
+
+    def shipped(q, k, v, table, lengths):
+        from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as theirs
+
+        k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
+        return theirs(q[:, 0], k, v, lengths, table, pages_per_compute_block=8)
+
+    forms = {"ours": ours, "reference": functools.partial(ours, implementation="reference")}
+    if dtype == BF16:
+        forms["jax, its layout copied"] = shipped
+    name = f"paged attention, {jnp.dtype(dtype).name}"
+    flops = 4 * int(lengths.sum()) * n * h
+    return Case(name, f"B {b} lengths to {length} N {n} K {k} H {h}", make, forms, flops)
+
+
+def grouped_matmul(m: int, d: int, f: int, e: int, backward: bool) -> Case:
+    """Groups of uneven size."""
+    shares = np.random.default_rng(1).dirichlet(np.full(e, 8.0))
+    sizes = np.random.default_rng(0).multinomial(m, shares).astype(np.int32)
+
+    def make():
+        return normal(0, m, d), normal(1, e, d, f), jnp.asarray(sizes)
+
+    def megablox(x, w, sizes):
+        from jax.experimental.pallas.ops.tpu.megablox import ops
+
+        return ops.gmm(x, w, sizes, BF16, (512, 1024, 1024))
+
+    forms = {
+        "ours": kernels_pallas.grouped_matmul,
+        "ragged_dot": jax.lax.ragged_dot,
+        "megablox": megablox,
+    }
+    if backward:
+        forms = {name: gradients(form, 2) for name, form in forms.items()}
+    name = "grouped matmul, gradients" if backward else "grouped matmul"
+    flops = 2 * m * d * f * (3 if backward else 1)
+    return Case(name, f"M {m} D {d} F {f} E {e}", make, forms, flops)
+
+
+def cross_entropy(tokens: int, d: int, v: int) -> Case:
+    """Loss and gradients."""
+    from kernels_pallas.cross_entropy import reference
+
+    def make():
+        targets = jax.random.randint(jax.random.key(2), (4, tokens // 4), 0, v)
+        weights = jnp.ones(targets.shape)
+        return normal(0, 4, tokens // 4, d), normal(1, d, v), targets, weights
+
+    forms = {"ours": kernels_pallas.cross_entropy, "reference": reference.cross_entropy}
+    forms = {
+        name: jax.grad(lambda *a, form=form: form(*a)[0], (0, 1)) for name, form in forms.items()
+    }
+    size, flops = f"tokens {tokens} D {d} V {v}", 6 * tokens * d * v
+    return Case("cross entropy, gradients", size, make, forms, flops)
+
+
+def few_bits(m: int, d: int, f: int, bits: int) -> Case:
+    def make():
+        w = normal(1, d, f)
+        return normal(0, m, d), quantized_matmul.pack(w, bits=bits)
+
+    def run(x, packed, implementation=None):
+        return quantized_matmul.packed_matmul(x, packed, implementation=implementation)
+
+    forms = {"ours": run, "reference": functools.partial(run, implementation="reference")}
+    return Case(f"matmul, {bits} bits", f"M {m} D {d} F {f}", make, forms, 2 * m * d * f)
+
+
+def eight_bits(m: int, d: int, f: int) -> Case:
+    def make():
+        return normal(0, m, d), *quantized_matmul.quantize_int8(normal(1, d, f))
+
+    def run(*arrays, implementation=None):
+        return quantized_matmul.int8_matmul(*arrays, implementation=implementation)
+
+    forms = {"ours": run, "reference": functools.partial(run, implementation="reference")}
+    return Case("matmul, 8 by 8 bits", f"M {m} D {d} F {f}", make, forms, 2 * m * d * f)
+
+
+def gradients(form: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """Value and gradients by the first `count` arguments."""
+
+    def run(*arrays):
+        y, pull = jax.vjp(lambda *a: form(*a, *arrays[count:]), *arrays[:count])
+        return y, *pull(y)
+
+    return run
+
+
+def cases() -> list[Case]:
+    """All, at sizes of a model of a few billion parameters."""
+    return [
+        *(attention(4096, backward) for backward in (False, True)),
+        *(paged_attention(dtype) for dtype in (BF16, jnp.int8)),
+        *(grouped_matmul(16_384, 2048, 1408, 64, backward) for backward in (False, True)),
+        *(grouped_matmul(8192, 4096, 14_336, 8, backward) for backward in (False, True)),
+        cross_entropy(16_384, 4096, 131_072),
+        *(eight_bits(m, 4096, 14_336) for m in (16, 4096)),
+        *(few_bits(m, 4096, 14_336, bits) for m in (16, 4096) for bits in (4, 3)),
+    ]
+
+
+def timed(case: Case, form: Callable[..., Any], repeats: int = 10) -> float:
+    """Seconds of a call: the best of three runs of `repeats`, after one that compiles."""
+    arrays, call = case.make(), jax.jit(form)
+    jax.block_until_ready(call(*arrays))
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            out = call(*arrays)
+        jax.block_until_ready(out)
+        best = min(best, (time.perf_counter() - start) / repeats)
+    return best
+
+
+def floor(case: Case, form: Callable[..., Any], chip: str) -> float:
+    """Seconds in which no program can do it on that chip."""
+    _, _, rate, bandwidth = CHIPS[chip]
+    inputs = jax.eval_shape(case.make)
+    arrays = jax.tree.leaves((inputs, jax.eval_shape(form, *inputs)))
+    moved = sum(x.size * x.dtype.itemsize for x in arrays)
+    return max(case.flops / rate, moved / bandwidth)
+
+
+def described(chip: str) -> Any:
+    """One device of a TPU that is not there."""
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
+
+
+def compiled(case: Case, form: Callable[..., Any], device: Any) -> dict[str, Any]:
+    """What the program takes: MiB of memory for temporaries, of vector memory in the largest of
+    its kernels, KiB of code."""
+    sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(case.make),
+    )
+    program = jax.jit(form).lower(*placed).compile()
+    memory = program.memory_analysis()
+    scoped = re.findall(r'"used_scoped_memory_configs":\[([^\]]*)\]', program.as_text())
+    vector = [int(n) for each in scoped for n in re.findall(r'"size":"(\d+)"', each)]
+    return {
+        "temporaries_mib": round(memory.temp_size_in_bytes / 2**20, 1),
+        "vmem_mib": round(max(vector, default=0) / 2**20, 1),
+        "code_kib": round(memory.generated_code_size_in_bytes / 2**10, 1),
+    }
+
+
+def rows(chosen: list[Case], chips: list[str], here: str | None) -> list[dict[str, Any]]:
+    """One for each form of each case, on the device `here` or compiled for `chips`."""
+    found = []
+    for case in chosen:
+        for chip in [here] if here else chips:
+            for name, form in case.forms.items():
+                row = {"kernel": case.name, "size": case.size, "form": name, "chip": chip}
+                try:
+                    if here:
+                        seconds = timed(case, form)
+                        share = floor(case, form, here) / seconds
+                        row |= {"ms": round(1e3 * seconds, 3), "share_of_floor": round(share, 3)}
+                    else:
+                        row |= compiled(case, form, described(chip))
+                except Exception as error:  # a form that this chip or size has not
+                    row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+                print("  ".join(str(value) for value in row.values()), file=sys.stderr)
+                found.append(row)
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The rows in columns."""
+    names = list(dict.fromkeys(name for row in found for name in row))
+    lines = [names, *([str(row.get(name, "")) for name in names] for row in found)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
+        for line in lines
+    )
+
+
+def this_chip() -> str | None:
+    """The name in CHIPS of the accelerator of this machine; None where there is none."""
+    if jax.default_backend() == "cpu":
+        return None
+    kind = jax.devices()[0].device_kind
+    matching = [name for name, chip in CHIPS.items() if chip[1].lower() in kind.lower()]
+    if not matching:
+        sys.exit(f"kernels_pallas.bench knows no rates of {kind!r}; it knows {', '.join(CHIPS)}.")
+    return max(matching, key=lambda name: len(CHIPS[name][1]))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=__doc__)
+    parser.add_argument("--chips", nargs="+", choices=TPUS, default=TPUS, metavar="CHIP",
+                        help=f"to compile for, where there is no accelerator: {', '.join(TPUS)}")  # fmt: skip
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="kernels whose names have it")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    options = parser.parse_args(arguments)
+    every = cases()
+    chosen = [c for c in every if not options.only or any(w in c.name for w in options.only)]
+    if not chosen:
+        names = ", ".join(sorted({case.name for case in every}))
+        sys.exit(f"kernels_pallas.bench: --only {' '.join(options.only)} matches none of {names}.")
+    here = this_chip()
+    if here is None:
+        try:
+            import libtpu  # noqa: F401
+        except ImportError:
+            sys.exit(
+                "kernels_pallas.bench: this machine has neither a TPU nor a GPU, and without "
+                f"libtpu it can't compile for one; {ADVICE}"
+            )
+    found = rows(chosen, options.chips, here)
+    print(table(found))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
