@@ -293,8 +293,7 @@ def table(found: list[dict[str, Any]]) -> str:
     lines = [names, *([str(row.get(name, "")) for name in names] for row in found)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-        for line in lines
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
     )
 
 
@@ -311,8 +310,15 @@ def this_chip() -> str | None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=__doc__)
-    parser.add_argument("--chips", nargs="+", choices=TPUS, default=TPUS, metavar="CHIP",
-                        help=f"to compile for, where there is no accelerator: {', '.join(TPUS)}")  # fmt: skip
+    names = ", ".join(TPUS)
+    parser.add_argument(
+        "--chips",
+        nargs="+",
+        choices=TPUS,
+        default=TPUS,
+        metavar="CHIP",
+        help=f"to compile for, where there is no accelerator: {names}",
+    )
     parser.add_argument("--only", nargs="+", metavar="WORD", help="kernels whose names have it")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     options = parser.parse_args(arguments)
