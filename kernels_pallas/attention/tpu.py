@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention import tpu_backward, tpu_forward
 from kernels_pallas.attention.blocked import Extras, Options
+from kernels_pallas.attention.blocks import Sizes, backward_sizes, forward_sizes
 from kernels_pallas.attention.ranges import as_table, ranges
 from kernels_pallas.attention.reference import HIDDEN
 
@@ -18,22 +19,11 @@ LOG2E = math.log2(math.e)
 BOUND = 80.0
 
 
-class Sizes(NamedTuple):
-    """How the arrays are cut: `rows` queries of `heads` query heads (of one key/value head) meet
-    `block` keys in memory, `wide` at a time or, where a mask cuts, `narrow`."""
-
-    rows: int
-    heads: int
-    block: int
-    wide: int
-    narrow: int
-
-
 def forward(q_btnh, k_bskh, v_bskh, extras: Extras, *, options: Options):
     """(out_btnh, lse_bkgt)."""
     t, s = q_btnh.shape[1], k_bskh.shape[1]
     groups = q_btnh.shape[2] // k_bskh.shape[2]
-    sizes = forward_sizes(t, s, groups, q_btnh.dtype)
+    sizes = forward_sizes(t, s, groups, _width(q_btnh, v_bskh), q_btnh.dtype)
     q, k, v, masks = _laid_out(q_btnh, k_bskh, v_bskh, extras, options, sizes)
     sinks = None if extras.sinks_n is None else extras.sinks_n.astype(F32) * LOG2E
     bounded = _bounded(q, k, sinks, options)
@@ -47,7 +37,7 @@ def backward(q_btnh, k_bskh, v_bskh, extras, out_btnh, lse_bkgt, dout_btnh, dlse
     b, t, n, _ = q_btnh.shape
     s, kv_heads = k_bskh.shape[1:3]
     groups = n // kv_heads
-    sizes = backward_sizes(t, s, groups, q_btnh.dtype)
+    sizes = backward_sizes(t, s, groups, _width(q_btnh, v_bskh), q_btnh.dtype)
     delta_btn = jnp.sum(dout_btnh.astype(F32) * out_btnh.astype(F32), axis=-1)
     # d lse / d score is the weight p as well, so the gradient of lse joins that of the denominator.
     delta = jnp.moveaxis(delta_btn.reshape(b, t, kv_heads, groups), 1, 3) - dlse_bkgt
@@ -65,23 +55,8 @@ def backward(q_btnh, k_bskh, v_bskh, extras, out_btnh, lse_bkgt, dout_btnh, dlse
     return _ungroup(dq, t).astype(q_btnh.dtype), dk, dv, dsinks_n, None
 
 
-def forward_sizes(t, s, groups, dtype) -> Sizes:
-    return _sizes(t, s, groups, dtype, 1024, 256, 16, 4096, 512, 256)
-
-
-def backward_sizes(t, s, groups, dtype) -> Sizes:
-    return _sizes(t, s, groups, dtype, 1024, 256, 128, 4096, 256, 256)
-
-
-def _sizes(t, s, groups, dtype, total, most, least, block, wide, narrow) -> Sizes:
-    """At most `total` rows of `most` queries or fewer, none of fewer than `least`."""
-    heads = max(d for d in range(1, groups + 1) if groups % d == 0 and d * least <= total)
-    rows = min(most if heads > 1 else 2 * most, max(least, total // heads // least * least))
-    rows = min(rows, -(-t // least) * least)
-    narrow = min(narrow, -(-s // 128) * 128)
-    wide = min(wide, -(-s // narrow) * narrow)
-    block = min(block, -(-s // wide) * wide)
-    return Sizes(rows, heads, block, wide, narrow)
+def _width(q_btnh, v_bskh):
+    return max(q_btnh.shape[-1], v_bskh.shape[-1])
 
 
 def _laid_out(q_btnh, k_bskh, v_bskh, extras, options, sizes):

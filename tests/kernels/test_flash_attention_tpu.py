@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import flash_attention
@@ -42,6 +44,9 @@ CASES = {
          "sinks": True, "scale": 0.2},
     ),
 }  # fmt: skip
+
+
+QUICK = {name: CASES[name] for name in ("causal", "decode", "split_group", "everything")}
 
 
 @contextlib.contextmanager
@@ -118,18 +123,27 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tpu, "backward_sizes", smaller(backward))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", QUICK)
 def test_equals_the_plain_form(name, small_blocks):
     *shape, options = CASES[name]
     compare(shape, options)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if name not in QUICK])
+def test_equals_the_plain_form_too(name, small_blocks):
+    *shape, options = CASES[name]
+    compare(shape, options)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal", "everything"])
 def test_in_bfloat16(name, small_blocks):
     *shape, options = CASES[name]
     compare(shape, options, jnp.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [20.0, 300.0])
 @pytest.mark.parametrize("name", ["causal", "window_and_sinks"])
 def test_large_scores(name, size, small_blocks):
@@ -141,6 +155,34 @@ def test_large_scores(name, size, small_blocks):
 
 
 @pytest.mark.slow
-def test_two_cores_write_nothing_twice(small_blocks):
+def test_two_cores_do_not_race(small_blocks, capfd):
     *shape, options = CASES["segments"]
     compare(shape, options, detect_races=True, num_cores_or_threads=2)
+    assert "race" not in capfd.readouterr().out.lower()
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=5, derandomize=True)
+@given(data=st.data())
+def test_drawn_options(data):
+    """Lengths, heads, widths and options that nobody chose."""
+    t = data.draw(st.integers(1, 400), "T")
+    kv_heads, groups = data.draw(st.sampled_from([(1, 1), (1, 3), (2, 2)]), "heads")
+    widths = data.draw(st.sampled_from([(32, 32), (80, 80), (96, 64), (112, 128)]), "widths")
+    options = {"causal": data.draw(st.booleans(), "causal")}
+    s = t
+    if data.draw(st.booleans(), "chunk"):
+        s = t + data.draw(st.integers(0, 300), "more")
+        options["positions"] = np.arange(s - t, s) * np.ones((B, 1), int)
+    if options["causal"]:
+        window = data.draw(st.none() | st.integers(1, 400), "window")
+        if window is not None:
+            options |= {"window": window, "sink_tokens": data.draw(st.integers(0, 5), "first")}
+        options["prefix"] = data.draw(st.none() | st.integers(1, 300), "prefix")
+    options["softcap"] = data.draw(st.none() | st.just(4.0), "softcap")
+    options["sinks"] = data.draw(st.booleans(), "sinks")
+    if data.draw(st.booleans(), "segments"):
+        random = np.random.default_rng(data.draw(st.integers(0, 9), "seed"))
+        documents = np.sort(random.integers(0, 4, (B, s)))
+        options |= {"segment_ids": documents[:, s - t :], "kv_segment_ids": documents}
+    compare((t, s, kv_heads * groups, kv_heads, *widths), options)

@@ -1,0 +1,82 @@
+"""How large the TPU kernels' blocks are: a table from compiled schedules, and a rule beside it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128
+
+
+class Sizes(NamedTuple):
+    """How the arrays are cut: `rows` queries of `heads` query heads (of one key/value head) meet
+    `block` keys in memory, `wide` at a time or, where a mask cuts, `narrow`."""
+
+    rows: int
+    heads: int
+    block: int
+    wide: int
+    narrow: int
+
+
+class Cut(NamedTuple):
+    """At most `total` rows of all heads together, `rows` of one, and `wide` keys at a time."""
+
+    total: int
+    rows: int
+    wide: int
+
+
+# The best of the settings tried for a chip, by head width up to so many lanes; what was tried and
+# found is in kernels_pallas/README.md. None stands for chips that have no row of their own.
+FORWARD = {
+    ("v6e", 128): Cut(2048, 512, 512),
+    (None, 128): Cut(1024, 256, 1024),
+    (None, 256): Cut(1024, 256, 512),
+}
+BACKWARD = {
+    (None, 128): Cut(1024, 256, 512),
+    (None, 256): Cut(1024, 256, 256),
+}
+# Keys that a mask may cut, and keys in memory at a time. A float32 block has twice the bytes.
+NARROW, BLOCK = 256, 4096
+KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+         "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}  # fmt: skip
+
+
+def chip() -> str | None:
+    """The kind of TPU that is traced for, if that can be told: that of the surrounding mesh, or
+    this machine's."""
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    kind = described.device_kind if described else jax.devices()[0].device_kind
+    return KINDS.get(kind)
+
+
+def forward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:
+    """For T queries, S keys, `groups` query heads to a key/value head."""
+    # Rows of bfloat16 are packed by 16 in a tile.
+    return _sizes(t, s, groups, _cut(FORWARD, width, dtype), width, least=16)
+
+
+def backward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:
+    """As `forward_sizes`; here queries lie along the lanes."""
+    return _sizes(t, s, groups, _cut(BACKWARD, width, dtype), width, least=LANES)
+
+
+def _cut(table, width, dtype):
+    lanes = LANES if width <= LANES else 2 * LANES
+    cut = table.get((chip(), lanes)) or table[None, lanes]
+    if jnp.dtype(dtype).itemsize == 2 and width <= 2 * LANES:
+        return cut
+    return Cut(cut.total // 2, cut.rows, min(cut.wide, 512))
+
+
+def _sizes(t, s, groups, cut, width, least):
+    heads = max(d for d in range(1, groups + 1) if groups % d == 0 and d * least <= cut.total)
+    rows = cut.rows if heads > 1 else 1024
+    rows = min(rows, max(least, cut.total // heads // least * least), -(-t // least) * least)
+    narrow = min(NARROW, -(-s // LANES) * LANES)
+    wide = min(cut.wide, -(-s // narrow) * narrow)
+    spans = -(-s // (BLOCK if width <= 2 * LANES else BLOCK // 2))
+    block = -(-s // (spans * wide)) * wide
+    return Sizes(rows, heads, block, wide, narrow)
