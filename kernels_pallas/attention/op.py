@@ -1,5 +1,7 @@
 """The door to attention: checks the arguments and chooses the form that runs."""
 
+import functools
+import logging
 from functools import partial
 
 import jax
@@ -11,6 +13,8 @@ from kernels_pallas.attention.blocked import Extras, Options
 from kernels_pallas.attention.reference import ranks_in_documents
 from kernels_pallas.dispatch import on_platform
 from kernels_pallas.varying import varying_alike
+
+log = logging.getLogger(__name__)
 
 # The name, for policies of jax.checkpoint, of what the backward pass needs: with it saved,
 # attention is not computed twice.
@@ -93,6 +97,7 @@ def flash_attention(
     options = Options(causal, window, sink_tokens, softcap, scale)
     if alibi is not None and implementation == "tpu":
         raise ValueError("implementation='tpu' has no alibi; leave implementation out.")
+    _announce(implementation, alibi is not None)
     arrays, tree = jax.tree.flatten((q_btnh, k_bskh, v_bskh, extras))
     out_btnh, lse_bkgt = _attention(
         implementation, options, *jax.tree.unflatten(tree, varying_alike(*arrays))
@@ -100,6 +105,13 @@ def flash_attention(
     if not return_lse:
         return out_btnh
     return out_btnh, jnp.moveaxis(lse_bkgt, 3, 1).reshape(q_btnh.shape[:3])
+
+
+@functools.cache
+def _announce(implementation: str | None, alibi: bool) -> None:
+    """Says once what was chosen."""
+    chosen = implementation or ("reference" if alibi else "tpu on TPUs, reference elsewhere")
+    log.info("flash_attention: implementation %s", chosen)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
