@@ -116,10 +116,12 @@ LLAMA = Family(
 
 
 def _mistral(fields: Fields) -> Config:
-    windows = hf.kinds(fields, lambda layer: True)
     window = fields("sliding_window", 4096)
-    attention = [hf.attention(fields, window=window if local else None) for local in windows]
-    return hf.model(fields, attention, hf.gated(fields))
+    if window is not None and not all(hf.kinds(fields, lambda layer: True)):
+        # transformers gives every layer the window, others read the list.
+        raise fields.refused("layer_types", fields("layer_types"), "a window is for all layers")
+    fields("layer_types", None)
+    return hf.model(fields, hf.attention(fields, window=window), hf.gated(fields))
 
 
 MISTRAL = Family(

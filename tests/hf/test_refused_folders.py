@@ -89,6 +89,11 @@ def test_missing_and_left_over_tensors(copy):
         ("llama2", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor=0.5",)),
         ("llama2", {"hidden_size": "64"}, ("dim='64' must be above zero",)),
         ("llama2", {"num_key_value_heads": 3}, ("config.json", "kv_heads=3 does not divide")),
+        (
+            "mistral",
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            ("layer_types", "a window is for all layers"),
+        ),
         ("gemma3", {"use_bidirectional_attention": True}, ("use_bidirectional_attention=True",)),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, ("layer_types",)),
     ],

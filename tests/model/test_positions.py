@@ -223,3 +223,17 @@ def test_norms_reduce_in_float32(norm, dtype):
     assert got.dtype == dtype
     tolerance = 2**-8 if dtype == jnp.bfloat16 else 1e-4
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=tolerance, atol=1e-4)
+
+
+def test_dynamic_scaling_keeps_what_it_was_trained_at():
+    """Within the length nothing changes; beyond it each position turns by the base of its own
+    length, so that decoding with cached keys and one pass agree."""
+    scaled = model.RoPE(scaling=model.DynamicNTK(factor=4.0, original=32))
+    cos, _ = scaled.table(jnp.arange(64)[None], WIDTH)
+    same, _ = model.RoPE().table(jnp.arange(32)[None], WIDTH)
+    np.testing.assert_array_equal(cos[:, :32], same)
+    last = 63
+    base = 10_000.0 * (4.0 * (last + 1) / 32 - 3.0) ** (WIDTH / (WIDTH - 2))
+    np.testing.assert_allclose(cos[0, last, 0], np.cos(last * plain(base)), atol=1e-4)
+    alone, _ = scaled.table(jnp.array([[last]]), WIDTH)
+    np.testing.assert_array_equal(alone[0, 0], cos[0, last])
