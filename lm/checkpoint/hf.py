@@ -28,7 +28,7 @@ from lm.model.families import Family, Spot
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 _PIECE = 1 << 22  # bytes read at a time: they are transposed while they are in the cache
-_ROWS = 16  # transposed at a time
+_ROWS = 8  # transposed at a time
 _THREADS = min(16, os.cpu_count() or 1)
 # Tables that old files hold and every reader computes anew, and the parts that see.
 _LEFT_OUT = ("rotary_emb.inv_freq", "vision_tower.", "vision_model.", "multi_modal_projector.")
@@ -282,8 +282,8 @@ def _fill(
 
 
 def _copy(values: np.ndarray, target: np.ndarray) -> None:
-    """Assigns, a few rows at a time of the axis along which the target is contiguous: several times
-    faster than all at once, since what is written stays in the cache until its lines are full."""
+    """Assigns, a few rows at a time of the axis along which the target is contiguous: faster than
+    all at once, since what is written stays in the cache until its lines are full."""
     axis = int(np.argmin(target.strides))
     if axis == values.ndim - 1:
         target[...] = values
