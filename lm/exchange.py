@@ -4,6 +4,7 @@ What is written stands aside until it is whole, and an export is read back and c
 gets its name.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -35,40 +36,54 @@ def import_run(
 
     Raises Refused for a folder that exists, or that no run can be made from.
     """
-    target, aside = _aside(folder)
-    given = run.load(source, mesh=mesh)
-    if not checkpoint.is_pretrained(source):
+    target = _free(folder)
+    if not checkpoint.is_pretrained(source) and (epath.Path(source) / "experiment.json").exists():
         raise Refused(f"{source} is a run already; copy it, or export it.")
+    given = run.load(source, mesh=mesh)
     tokenizer = data.TokenizerFile(path=str(folder))
     experiment = dataclasses.replace(given.experiment, name=target.name, tokenizer=tokenizer)
-    with checkpoint.Store(aside / "checkpoints", checkpoint.Save(every=1)) as store:
-        store.save(0, {"params": given.params})
-    if distributed.is_main():
-        if given.tokenizer is not None:
-            given.tokenizer.save(aside)
-        facts = {"data": {"fingerprint": None, "counts": {}}, **run.read_facts(source)}
-        run.write_facts(aside, experiment, facts)
-        if aside != target:
-            aside.replace(target)
-    distributed.barrier("imported")
+    with _aside(target) as aside:
+        with checkpoint.Store(aside / "checkpoints", checkpoint.Save(every=1)) as store:
+            store.save(0, {"params": given.params})
+        if distributed.is_main():
+            if given.tokenizer is not None:
+                given.tokenizer.save(aside)
+            facts = {"data": {"fingerprint": None, "counts": {}}, **run.read_facts(source)}
+            run.write_facts(aside, experiment, facts)
     return dataclasses.replace(given, folder=target, experiment=experiment)
 
 
-def _aside(folder: str | os.PathLike) -> tuple[epath.Path, epath.Path]:
-    """Where a folder will lie, and where it is written; the second is empty. In a bucket, where
-    nothing can be renamed, they are the same."""
+def _free(folder: str | os.PathLike) -> epath.Path:
+    """Where a folder will lie. Raises Refused where something lies already."""
     target = epath.Path(str(folder).rstrip("/"))
-    aside = target if "://" in str(folder) else target.parent / f"{target.name}.partial"
     if target.exists() and any(target.iterdir()):
         raise Refused(f"{target} exists; delete it, or choose another name.")
-    if distributed.is_main():
+    return target
+
+
+@contextlib.contextmanager
+def _aside(target: epath.Path) -> Iterator[epath.Path]:
+    """An empty folder to write into. It gets the name `target` when all is done, and is deleted
+    when something fails. In a bucket, where nothing can be renamed, it has the name at once."""
+    aside = target if "://" in str(target) else target.parent / f"{target.name}.partial"
+    main = distributed.is_main()
+    if main:
         if aside.exists():
-            aside.rmtree()  # what an interrupted call left behind
-        if target.exists():
-            target.rmdir()
+            aside.rmtree()  # what a killed call left behind
         aside.mkdir(parents=True, exist_ok=True)
     distributed.barrier("room made")
-    return target, aside
+    try:
+        yield aside
+    except BaseException:
+        if main:
+            aside.rmtree(missing_ok=True)
+        raise
+    distributed.barrier("all written")
+    if main and aside != target:
+        if target.exists():
+            target.rmdir()
+        aside.replace(target)
+    distributed.barrier("named")
 
 
 def export_run(
@@ -94,14 +109,14 @@ def export_run(
         raise Refused(f"dtype={dtype!r} is not known; take {' or '.join(STORAGE)}.")
     if "://" in str(folder):
         raise Refused(f"{folder}: write the export to a local folder, and copy that.")
-    target, aside = _aside(folder)
+    target = _free(folder)
     given, facts = run.load(source, step=step, mesh=mesh), run.read_facts(source)
     origin = facts.get("origin") or {"config": {}, "generation_config": {}}
     length = _length(given, origin)
     family, fields = families.write(given.experiment.model, length, origin["config"])
     if dtype is not None:
         given = dataclasses.replace(given, params=cast(given.params, dtype))
-    try:
+    with _aside(target) as aside:
         checkpoint.write_pretrained(
             Path(aside), family, given.experiment.model, given.params, shard_bytes
         )
@@ -109,13 +124,6 @@ def export_run(
             _write_texts(Path(aside), given, facts, origin, fields, length)
         distributed.barrier("exported")
         _check(aside, given, mesh)
-    except BaseException:
-        if distributed.is_main():
-            aside.rmtree(missing_ok=True)
-        raise
-    if distributed.is_main():
-        aside.replace(target)
-    distributed.barrier("named")
     return Path(target)
 
 

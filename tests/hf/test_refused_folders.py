@@ -141,6 +141,16 @@ def test_a_model_of_no_family_is_not_exported(tmp_path):
     assert family is families.LLAMA  # what only training reads is no difference
 
 
+def test_a_damaged_folder_is_not_imported(copy, tmp_path):
+    path = copy("llama2") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(Refused, match="is cut short"):
+        exchange.import_run(path.parent, tmp_path / "run")
+    with pytest.raises(Refused, match="is cut short"):
+        exchange.export_run(path.parent, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [path.parent]
+
+
 def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
