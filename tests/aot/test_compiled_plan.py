@@ -51,3 +51,12 @@ def test_what_does_not_fit_is_told_and_by_how_much():
     assert not told["fits"]
     assert told["peak_bytes_per_device"] > told["capacity_bytes_per_device"]
     assert "does not fit by" in str(told)
+
+
+@pytest.mark.slow
+def test_a_search_compiles_the_best_and_the_declared():
+    declared = Place(mesh=Mesh(fsdp=4), microbatches=2, remat="block")
+    found = plan.search(small(places={"v5p-8": declared}), "v5p-8", few=1)
+    assert all(each.plan["compiled"] and each.plan["fits"] for each in found)
+    assert declared in [each.place for each in found]
+    assert found[0].plan["step_seconds"] <= found[-1].plan["step_seconds"]

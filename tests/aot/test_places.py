@@ -1,0 +1,77 @@
+"""Declared places, compiled: memory and collectives as text that is kept. Each takes a minute or
+several, so that only some are kept here.
+
+    python tests/aot/test_places.py --write llama3_8b:v6e-256     compiles, and keeps the text
+    python tests/aot/test_places.py --write                       all places of all experiments
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from lm import plan, terminal
+from lm.experiment import Experiment
+from lm.plan import compiled, slices
+
+ROOT = Path(__file__).parent.parent.parent
+KEPT = Path(__file__).parent / "places"
+
+
+def declared() -> list[str]:
+    """'llama3_8b:v5p-64', ... of every experiment."""
+    names = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if p.stem != "__init__")
+    return [
+        f"{name}:{place}"
+        for name in names
+        for place in experiment(name).places
+        if slices.NAME.fullmatch(place)
+    ]
+
+
+def experiment(name: str) -> Experiment:
+    return importlib.import_module(f"experiments.{name}").experiment()
+
+
+def kept_text(told: plan.Plan) -> str:
+    """What must not change unseen: whether it fits, peak and arguments, collectives."""
+    lines = [
+        f"{told['experiment']} on {told['place']}: mesh {told['mesh']}, "
+        f"{told['microbatches']} micro-batches, remat {told['remat']}",
+        f"fits {told['fits']}",
+        f"peak {terminal.size(told['peak_bytes_per_device'])}",
+        f"arguments {terminal.size(told['argument_bytes_per_device'])}",
+    ]
+    for row in told["collectives"] or ():
+        moved = terminal.size(row["nbytes"])
+        lines.append(f"{row['kind']} {row['axes']} {row['dtype']} {row['count']} {moved}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not compiled.available(), reason="libtpu is not installed")
+@pytest.mark.parametrize("path", sorted(KEPT.glob("*.txt")), ids=lambda path: path.stem)
+def test_a_place_compiles_to_what_it_did(path):
+    name, _, place = path.stem.partition("@")
+    assert kept_text(plan.plan(experiment(name), place)) == path.read_text()
+
+
+def test_what_is_kept_is_declared():
+    assert {path.stem.replace("@", ":") for path in KEPT.glob("*")} <= set(declared())
+
+
+def write(names: list[str]) -> None:
+    """Compiles and keeps."""
+    KEPT.mkdir(exist_ok=True)
+    for each in names:
+        name, _, place = each.partition(":")
+        text = kept_text(plan.plan(experiment(name), place))
+        (KEPT / f"{name}@{place}.txt").write_text(text)
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["--write"]:
+        sys.exit("usage: python tests/aot/test_places.py --write [EXPERIMENT:PLACE ...]")
+    write(sys.argv[2:] or declared())
