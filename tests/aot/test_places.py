@@ -7,6 +7,7 @@ several, so that only some are kept here.
 
 import importlib
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def experiment(name: str) -> Experiment:
 def kept_text(told: plan.Plan) -> str:
     """What must not change unseen: whether it fits, peak and arguments, collectives."""
     lines = [
+        f"libtpu {version('libtpu')}",
         f"{told['experiment']} on {told['place']}: mesh {told['mesh']}, "
         f"{told['microbatches']} micro-batches, remat {told['remat']}",
         f"fits {told['fits']}",
@@ -54,6 +56,9 @@ def kept_text(told: plan.Plan) -> str:
 @pytest.mark.parametrize("path", sorted(KEPT.glob("*.txt")), ids=lambda path: path.stem)
 def test_a_place_compiles_to_what_it_did(path):
     name, _, place = path.stem.partition("@")
+    by = path.read_text().splitlines()[0]
+    if by != f"libtpu {version('libtpu')}":
+        pytest.skip(f"was compiled by {by}, and each compiler lays out memory its own way")
     assert kept_text(plan.plan(experiment(name), place)) == path.read_text()
 
 
