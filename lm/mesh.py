@@ -105,7 +105,10 @@ class Mesh:
 
     def _grid(self, devices: Sequence[jax.Device]) -> np.ndarray:
         if devices[0].platform == "tpu":
-            return mesh_utils.create_device_mesh(self.shape, devices)
+            # A size that is no product of sides of the torus takes parts of them.
+            return mesh_utils.create_device_mesh(
+                self.shape, devices, allow_split_physical_axes=True
+            )
         return np.array(devices).reshape(self.shape)
 
     def __str__(self) -> str:

@@ -62,6 +62,17 @@ def test_a_place_compiles_to_what_it_did(path):
     assert kept_text(plan.plan(experiment(name), place)) == path.read_text()
 
 
+@pytest.mark.skipif(not compiled.available(), reason="libtpu is not installed")
+@pytest.mark.parametrize("name", declared())
+def test_the_mesh_of_a_place_lies_on_its_torus(name):
+    name, _, place = name.partition(":")
+    where = slices.find(place)
+    e = experiment(name)
+    grid = e.places[place].mesh.build(compiled.describe(where)).devices
+    assert grid.size == where.devices
+    assert len({device.id for device in grid.flat}) == where.devices
+
+
 def test_what_is_kept_is_declared():
     assert {path.stem.replace("@", ":") for path in KEPT.glob("*")} <= set(declared())
 
