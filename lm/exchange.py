@@ -95,7 +95,7 @@ def export_run(
     shard_bytes: int = SHARD_BYTES,
     mesh: Mesh | None = None,
 ) -> Path:
-    """Writes a run as a Hugging Face folder that transformers and vLLM load, then reads it back:
+    """Writes a run as a Hugging Face folder, as transformers loads it, and reads it back:
     weights bit for bit, the model by its logits.
 
     Args:
