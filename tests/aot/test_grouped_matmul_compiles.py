@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import grouped_matmul
 
+pytestmark = pytest.mark.slow
+
 
 def types(m, d, f, e, dtype, w_dtype=None):
     return (

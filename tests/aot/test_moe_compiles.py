@@ -4,6 +4,7 @@ import described
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -11,6 +12,8 @@ from lm import sharding
 from lm.mesh import AXES
 from lm.model.moe import MoE
 from lm.model.param import He
+
+pytestmark = pytest.mark.slow
 
 
 def test_dropless_experts():

@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import paged_attention
 
+pytestmark = pytest.mark.slow
+
 
 def types(dtype, b=8, t=1, n=16, k=8, h=128, slots=128, pages=64):
     cache = jax.ShapeDtypeStruct((pages, k, slots, h), dtype)

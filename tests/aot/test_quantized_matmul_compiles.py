@@ -8,6 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.quantized_matmul import Packed, int8_matmul, packed_matmul
 
+pytestmark = pytest.mark.slow
+
 
 def packed(d, f, bits, group=128):
     """Types of the arrays of Packed, without those that are None."""

@@ -74,6 +74,7 @@ def test_bfloat16(small):
     compare(*arrays(70, 128, 200, 3, jnp.bfloat16), [30, 1, 36], tolerance)
 
 
+@pytest.mark.slow
 def test_no_race(small):
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     compare(*arrays(40, 256, 256, 3), [11, 9, 17], F32_ERROR, params)

@@ -99,6 +99,7 @@ def test_quantised_pages(dtype):
     np.testing.assert_allclose(got, want, **F32_ERROR)
 
 
+@pytest.mark.slow
 def test_no_race():
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     np.testing.assert_allclose(*both(cache([40, 0, 17, 3]), params), **F32_ERROR)

@@ -101,6 +101,7 @@ def test_the_gradient_is_that_of_the_rounded_weights(form):
     np.testing.assert_allclose(dx, dy @ whole.T, **F32_ERROR)
 
 
+@pytest.mark.slow
 def test_no_race():
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
     packed = pack(W)
