@@ -7,5 +7,21 @@ from kernels_pallas.attention import flash_attention
 from kernels_pallas.cross_entropy import cross_entropy, token_losses
 from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.paged_attention import paged_attention
+from kernels_pallas.ring_attention import (
+    gathered_attention,
+    in_order,
+    placement,
+    ring_attention,
+)
 
-__all__ = ["cross_entropy", "flash_attention", "grouped_matmul", "paged_attention", "token_losses"]
+__all__ = [
+    "cross_entropy",
+    "flash_attention",
+    "gathered_attention",
+    "grouped_matmul",
+    "in_order",
+    "paged_attention",
+    "placement",
+    "ring_attention",
+    "token_losses",
+]

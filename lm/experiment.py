@@ -17,9 +17,11 @@ from lm.data import AnySource, BatchShape, Mixture, SentencePiece, Shards, Token
 from lm.errors import Refused, nearest
 from lm.evals import Perplexity
 from lm.mesh import Mesh, Place
-from lm.optim import Optimizer, Schedule
+from lm.optim import Optimizer
+from lm.optim import Schedule as LearningRate
+from lm.pipeline import Schedule
 from lm.precision import Precision
-from lm.sharding import Rules
+from lm.sharding import rules_at
 from lm.train import Log, NextToken
 from lm.trees import flatten
 
@@ -55,7 +57,7 @@ class Experiment:
     batch: BatchShape
     objective: NextToken = NextToken()
     optimizer: Optimizer
-    schedule: Schedule
+    schedule: LearningRate
     precision: Precision = Precision()
     evals: tuple[Perplexity, ...] = ()
     save: Save = Save(every=1_000)
@@ -100,20 +102,45 @@ class Experiment:
 
     def check_place(self, place: Place) -> None:
         """Raises Refused if batch or model do not divide over the mesh of `place`."""
-        parts = place.microbatches * place.mesh.batch_size
+        mesh = place.mesh
+        parts = place.microbatches * mesh.batch_size // mesh.pipe
         sizes = {"batch.sequences=": self.batch.sequences}
         sizes |= {f"batch.ramp.{i}.1=": n for i, (_, n) in enumerate(self.batch.ramp)}
         for where, sequences in sizes.items():
             if sequences % parts:
                 raise Refused(
                     f"{where}{sequences} must be a multiple of {parts}: microbatches="
-                    f"{place.microbatches} times the {place.mesh.batch_size} parts in which mesh "
-                    f"{place.mesh} splits a batch."
+                    f"{place.microbatches} times the {parts // place.microbatches} parts in which "
+                    f"mesh {mesh} splits each."
                 )
+        self._check_context(place)
+        self.pipeline_at(place)
         axes, shapes = flatten(model.axes(self.model)), flatten(model.shapes(self.model))
-        rules, mesh = Rules(), place.mesh.abstract()
         for path, names in axes.items():
-            rules.weight(names, shapes[path].shape, mesh, f"mesh {place.mesh}: {path}")
+            rules_at(place).weight(
+                names, shapes[path].shape, mesh.abstract(), f"mesh {mesh}: {path}"
+            )
+
+    def _check_context(self, place: Place) -> None:
+        parts = place.mesh.context
+        if parts == 1:
+            return
+        if self.batch.length % (2 * parts):
+            raise Refused(
+                f"batch.length={self.batch.length} must be a multiple of {2 * parts}: each of "
+                f"mesh.context={parts} devices holds two parts of a sequence."
+            )
+
+    def pipeline_at(self, place: Place) -> Schedule | None:
+        """The schedule of the pipeline at `place`, where there is one."""
+        if place.mesh.pipe == 1:
+            return None
+        return Schedule(
+            layers=self.model.layout.repeats,
+            stages=place.mesh.pipe,
+            rounds=place.rounds,
+            microbatches=place.microbatches,
+        )
 
 
 def override(experiment: Experiment, changes: Sequence[str]) -> Experiment:

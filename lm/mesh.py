@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ from lm.errors import Refused, check_name, check_positive
 # Slow axes first: neighbours on the last axis are neighbours on the chip-to-chip links.
 AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
 
-REMAT = ("none", "dots", "block")
+CONTEXT = ("ring", "gather")
+REMAT = ("none", "dots", "block", "stage")
 
 _TPU_PLACE = re.compile(r"(v\d+[a-z]*|tpu\d+x)-\d+")
 
@@ -38,13 +40,6 @@ class Mesh:
 
     def __post_init__(self) -> None:
         check_positive(**{f"mesh.{axis}": getattr(self, axis) for axis in AXES})
-        # Pipelines and ring attention are not built; an axis that did nothing would copy work.
-        for axis in ("pipe", "context"):
-            if getattr(self, axis) > 1:
-                raise Refused(
-                    f"mesh.{axis}={getattr(self, axis)} is not available yet; "
-                    "use data, fsdp, tensor or expert."
-                )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,7 +54,7 @@ class Mesh:
     @property
     def batch_size(self) -> int:
         """Into how many parts a batch is split: its sequences must divide by it."""
-        return self.data * self.fsdp * self.expert
+        return self.pipe * self.data * self.fsdp * self.expert
 
     @classmethod
     def parse(cls, text: str) -> "Mesh":
@@ -104,12 +99,34 @@ class Mesh:
         return jax.sharding.AbstractMesh(self.shape, AXES)
 
     def _grid(self, devices: Sequence[jax.Device]) -> np.ndarray:
-        if devices[0].platform == "tpu":
-            # A size that is no product of sides of the torus takes parts of them.
-            return mesh_utils.create_device_mesh(
-                self.shape, devices, allow_split_physical_axes=True
+        if devices[0].platform != "tpu":
+            return np.array(devices).reshape(self.shape)
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        across = self.across(slices)
+        within = [size // ways for size, ways in zip(self.shape, across, strict=True)]
+        # A size that is no product of sides of the torus takes parts of them.
+        if slices == 1:
+            return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
+        return mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
+
+    def across(self, slices: int) -> tuple[int, ...]:
+        """How many ways each axis is split over slices, which only a slow network joins: the first
+        of AXES as far as possible, for their devices have the least to say to each other.
+
+        Raises Refused where the axes do not come to so many parts.
+        """
+        ways, left = [], slices
+        for size in self.shape:
+            ways.append(math.gcd(size, left))
+            left //= ways[-1]
+        if left > 1:
+            raise Refused(
+                f"mesh {self} does not divide over {slices} slices; "
+                f"choose mesh.data or mesh.pipe as a multiple of {slices}."
             )
-        return np.array(devices).reshape(self.shape)
+        return tuple(ways)
 
     def __str__(self) -> str:
         sizes = zip(AXES, self.shape, strict=True)
@@ -120,18 +137,42 @@ class Mesh:
 class Place:
     """A mesh and how to spend its memory.
 
-    `microbatches` per step; `remat` says which activations the backward pass computes anew:
-    'none' only element-wise work, 'dots' all but the products with weights, 'block' all but each
-    layer's input.
+    Args:
+      microbatches: into how many parts a step's batch is split. They are computed one after
+        another, their gradients added up; with mesh.pipe above 1 they are what passes through the
+        pipeline, and a multiple of mesh.pipe.
+      rounds: with mesh.pipe above 1, how often a micro-batch goes round the stages, each of which
+        holds so many groups of layers: 1 is GPipe; more (the circular schedule) divide the bubble.
+      context: with mesh.context above 1, how queries meet the keys and values of other devices:
+        'ring' passes them round, so that a device holds no more than two parts; 'gather' fetches
+        all of them first, as layers whose model.attention.sinks are FirstTokens always do.
+      remat: which activations the backward pass computes anew: 'none' only element-wise work,
+        'dots' all but the products with weights, 'block' all but each layer's input, 'stage' all
+        but the input of a pipeline stage's group of layers.
     """
 
     mesh: Mesh = Mesh()
     microbatches: int = 1
+    rounds: int = 1
+    context: str = "ring"
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        check_positive(**{"place.microbatches": self.microbatches})
+        numbers = {"microbatches": self.microbatches, "rounds": self.rounds}
+        check_positive(**{f"place.{name}": number for name, number in numbers.items()})
         check_name("place.remat", self.remat, REMAT)
+        check_name("place.context", self.context, CONTEXT)
+        if self.mesh.pipe > 1 and self.microbatches % self.mesh.pipe:
+            raise Refused(
+                f"place.microbatches={self.microbatches} must be a multiple of mesh.pipe="
+                f"{self.mesh.pipe}: micro-batches enter the pipeline in turns of as many."
+            )
+        if self.mesh.pipe == 1 and self.rounds > 1:
+            raise Refused(
+                f"place.rounds={self.rounds} is for pipelines; set mesh.pipe, or leave rounds out."
+            )
+        if self.mesh.pipe == 1 and self.remat == "stage":
+            raise Refused("place.remat='stage' is for pipelines; set mesh.pipe, or use 'block'.")
 
 
 def choose(
@@ -152,7 +193,15 @@ def choose(
         if name is None:
             raise Refused(_none_fits(places))
     place = places[name]
-    return name, place if mesh is None else dataclasses.replace(place, mesh=mesh)
+    return name, place if mesh is None else _with_mesh(place, mesh)
+
+
+def _with_mesh(place: Place, mesh: Mesh) -> Place:
+    """The place on another mesh, with as many micro-batches as its pipeline needs."""
+    changes: dict[str, Any] = {"microbatches": math.lcm(place.microbatches, mesh.pipe)}
+    if mesh.pipe == 1:
+        changes |= {"rounds": 1, "remat": "block" if place.remat == "stage" else place.remat}
+    return dataclasses.replace(place, mesh=mesh, **changes)
 
 
 def _fits(name: str, place: Place) -> bool:

@@ -234,6 +234,7 @@ class Program:
     place_name: str
     place: Place
     mesh: jax.sharding.Mesh
+    rules: sharding.Rules
     schedule: Any  # with every duration in steps
     transformation: Any
     shardings: training.State
@@ -243,7 +244,9 @@ class Program:
     def init(self) -> training.State:
         """The state before the first step, born sharded."""
         e = self.experiment
-        return training.init_state(e.model, self.transformation, e.precision, e.seed, self.mesh)
+        return training.init_state(
+            e.model, self.transformation, e.precision, e.seed, self.mesh, self.rules
+        )
 
     def abstract_batch(self) -> Batch:
         """Shapes, formats and places of a full batch, without any data."""
@@ -293,11 +296,11 @@ def assemble_at(
     """The program at this place, on `devices` (default: this machine's), which may be those of a
     machine that is only described."""
     experiment.check_place(place)
-    built = place.mesh.build(devices)
+    built, rules = place.mesh.build(devices), sharding.rules_at(place)
     e = experiment
     schedule = e.schedule.resolve(e.batch)
     transformation = e.optimizer.build(schedule.at, model.axes(e.model))
-    shardings = training.state_shardings(e.model, transformation, e.precision, built)
+    shardings = training.state_shardings(e.model, transformation, e.precision, built, rules)
     step = training.make_step(
         e.model,
         e.objective,
@@ -305,6 +308,7 @@ def assemble_at(
         schedule.at,
         e.precision,
         microbatches=place.microbatches,
+        rounds=place.rounds,
         remat=place.remat,
         seed=e.seed,
     )
@@ -313,11 +317,12 @@ def assemble_at(
         place_name=name,
         place=place,
         mesh=built,
+        rules=rules,
         schedule=schedule,
         transformation=transformation,
         shardings=shardings,
         abstract=training.abstract_state(e.model, transformation, e.precision, shardings),
-        step=training.compile_step(step, shardings, built),
+        step=training.compile_step(step, shardings, built, rules),
     )
 
 
@@ -469,7 +474,7 @@ def _logits(
     params: Any, tokens_bt: jax.Array, *, config: model.Config, mesh: jax.sharding.Mesh | None
 ) -> jax.Array:
     # A static mesh, for jit would not notice a change of the surrounding `use`.
-    with contextlib.nullcontext() if mesh is None else sharding.use(mesh):
+    with contextlib.nullcontext() if mesh is None else sharding.use(mesh, sharding.WHOLE_ROWS):
         hidden_btd = model.forward(config, params, tokens_bt).hidden_btd
         return model.logits(config, params, hidden_btd)
 

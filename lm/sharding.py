@@ -9,7 +9,7 @@ in one array, or a size that does not divide raises.
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,17 +18,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm import trees
 from lm.errors import Refused, check_name, nearest
-from lm.mesh import AXES, Mesh
+from lm.mesh import AXES, Mesh, Place
 
 MeshAxes = tuple[str, ...]
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 # fsdp splits weights along the model width; tensor splits heads, feed-forward width and vocabulary
-# (Megatron, arXiv:1909.08053).
+# (Megatron, arXiv:1909.08053). pipe splits a stack of layers, and the width of what is in none.
 WEIGHTS: Mapping[str, MeshAxes] = {
     "layers": ("pipe",),
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("pipe", "fsdp"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head": (),
@@ -37,9 +37,11 @@ WEIGHTS: Mapping[str, MeshAxes] = {
     "router": (),  # a router's output width: small, and read whole by every device
     "norm": (),  # vectors: too small to be worth gathering
 }
+# Outside the pipeline (embedding, head, single layers) pipe is one more way to split the batch.
 ACTIVATIONS: Mapping[str, MeshAxes] = {
-    "batch": ("data", "fsdp", "expert"),
+    "batch": ("pipe", "data", "fsdp", "expert"),
     "seq": ("context",),
+    "keys": ("context",),  # the sequence of keys and values, while queries meet them
     "embed": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -49,11 +51,13 @@ ACTIVATIONS: Mapping[str, MeshAxes] = {
     "expert": ("expert",),
     "router": (),
     "norm": (),
-    "group": ("data", "fsdp"),  # the batch, where the expert axis holds experts
+    "group": ("pipe", "data", "fsdp"),  # the batch, where the expert axis holds experts
     "capacity": (),
 }
 # With fewer key/value heads than tensor devices, each device keeps a copy of all of them.
 MAY_REPLICATE = ("kv_heads",)
+# Splits weights where their size allows it: the pipeline brings each stage what it needs.
+WHERE_POSSIBLE = "pipe"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +77,39 @@ class Rules:
         self, axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh, path: str = "weight"
     ) -> PartitionSpec:
         """The partition of a weight with these logical `axes` and this `shape`."""
-        return _spec(self.weights, axes, shape, mesh, path)
+        return _spec(self.weights, axes, shape, _sizes(mesh), path, optional=WHERE_POSSIBLE)
 
     def activation(self, axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
-        """The partition of an activation with these logical `axes` and this `shape`."""
-        return _spec(self.activations, axes, shape, mesh, "activation")
+        """The partition of an activation with these logical `axes` and this `shape`; inside a
+        shard_map, over the mesh axes that it leaves to the compiler."""
+        return _spec(self.activations, axes, shape, _sizes(mesh), "activation")
+
+
+def rules_at(place: Place) -> Rules:
+    """The rules of a place. A pipeline of several rounds needs layers from all over the stack on
+    each stage: there `pipe` splits the width of the stack's weights, and they are brought to their
+    stage in every step."""
+    weights, activations = WEIGHTS, ACTIVATIONS
+    if place.rounds > 1:
+        weights = {**WEIGHTS, "layers": ()}
+    if place.context == "gather":
+        activations = {**ACTIVATIONS, "keys": ()}
+    return Rules(weights=weights, activations=activations)
+
+
+# For rows of any length, as in generation: no sequence is split.
+WHOLE_ROWS = Rules(activations={**ACTIVATIONS, "seq": ()})
 
 
 def _spec(
     table: Mapping[str, MeshAxes],
     axes: Sequence[str],
     shape: Sequence[int],
-    mesh: AnyMesh,
+    sizes: Mapping[str, int],
     what: str,
+    optional: str | None = None,
 ) -> PartitionSpec:
+    """`sizes` are those of the mesh axes; `optional` is one that may be left out of a dimension."""
     if len(axes) != len(shape):
         raise Refused(
             f"{what} has shape {tuple(shape)} but axes {tuple(axes)}: "
@@ -95,7 +118,13 @@ def _spec(
     parts: list[MeshAxes | None] = []
     used: dict[str, str] = {}
     for axis, size in zip(axes, shape, strict=True):
-        mesh_axes = _mesh_axes(table, axis, size, mesh, what)
+        if axis not in table:
+            raise Refused(f"{what} has the unknown logical axis {axis!r}.{nearest(axis, table)}")
+        mesh_axes = tuple(name for name in table[axis] if sizes[name] > 1)
+        ways = math.prod(sizes[name] for name in mesh_axes)
+        if optional in mesh_axes and (optional in used or size % ways):
+            mesh_axes = tuple(name for name in mesh_axes if name != optional)
+        mesh_axes = _dividing(mesh_axes, axis, size, sizes, what)
         for name in mesh_axes:
             if name in used:
                 raise Refused(
@@ -106,19 +135,16 @@ def _spec(
     return PartitionSpec(*parts)
 
 
-def _mesh_axes(
-    table: Mapping[str, MeshAxes], axis: str, size: int, mesh: AnyMesh, what: str
+def _dividing(
+    mesh_axes: MeshAxes, axis: str, size: int, sizes: Mapping[str, int], what: str
 ) -> MeshAxes:
-    """The mesh axes of more than one device over which this logical axis is split."""
-    if axis not in table:
-        raise Refused(f"{what} has the unknown logical axis {axis!r}.{nearest(axis, table)}")
-    mesh_axes = tuple(name for name in table[axis] if mesh.shape[name] > 1)
-    ways = math.prod(mesh.shape[name] for name in mesh_axes)
+    """The mesh axes, over which `size` must divide."""
+    ways = math.prod(sizes[name] for name in mesh_axes)
     if size % ways == 0:
         return mesh_axes
     if axis in MAY_REPLICATE and ways % size == 0:
         return ()
-    on = " and ".join(f"{name}={mesh.shape[name]}" for name in mesh_axes)
+    on = " and ".join(f"{name}={sizes[name]}" for name in mesh_axes)
     raise Refused(
         f"{what}: {axis} of size {size} does not divide over mesh {on}; "
         f"choose a multiple of {ways}."
@@ -133,6 +159,11 @@ def weight_shardings(
     return trees.map_with_path(
         lambda path, a, s: NamedSharding(mesh, rules.weight(a, s.shape, mesh, path)), axes, shapes
     )
+
+
+def split_over(part: str | MeshAxes | None) -> MeshAxes:
+    """The mesh axes of one entry of a PartitionSpec, which writes a single one as a string."""
+    return (part,) if isinstance(part, str) else part or ()
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -155,13 +186,6 @@ def batch_ways(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"])
 
 
-def token_axes(mesh: AnyMesh, rules: Rules | None = None) -> tuple[str, ...]:
-    """The mesh axes, of several devices, over which tokens are split."""
-    rules = rules or Rules()
-    axes = rules.activations["batch"] + rules.activations["seq"]
-    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
-
-
 _active: contextvars.ContextVar[tuple[jax.sharding.Mesh, Rules] | None] = contextvars.ContextVar(
     "mesh_and_rules", default=None
 )
@@ -182,8 +206,7 @@ _ONE_DEVICE = Mesh().abstract()
 
 
 def active_mesh() -> jax.sharding.Mesh | None:
-    """The mesh of the surrounding `use`, for code that needs shard_map; None outside, where there
-    is one device."""
+    """The mesh of the surrounding `use`; None outside, where there is one device."""
     active = _active.get()
     return active[0] if active else None
 
@@ -194,6 +217,27 @@ def partition(shape: Sequence[int], *axes: str) -> PartitionSpec:
     return rules.activation(axes, shape, mesh)
 
 
+def many_devices() -> bool:
+    """Whether the mesh in use has more than one."""
+    mesh = active_mesh()
+    return mesh is not None and mesh.size > 1
+
+
+def stages() -> int:
+    """Devices along the pipe axis of the mesh in use."""
+    mesh = active_mesh()
+    return 1 if mesh is None else mesh.shape["pipe"]
+
+
+def row_parts() -> int:
+    """Into how many parts a sequence is split on the mesh in use."""
+    active = _active.get()
+    if active is None:
+        return 1
+    mesh, rules = active
+    return math.prod(mesh.shape[name] for name in rules.activations["seq"])
+
+
 def shard(x: jax.Array, *axes: str) -> jax.Array:
     """Constrains `x` to the mesh by the logical names of its axes.
 
@@ -201,19 +245,65 @@ def shard(x: jax.Array, *axes: str) -> jax.Array:
     """
     active = _active.get()
     if active is None:
-        _spec(ACTIVATIONS, axes, x.shape, _ONE_DEVICE, "activation")
+        _spec(ACTIVATIONS, axes, x.shape, _ONE_DEVICE.shape, "activation")
         return x
     mesh, rules = active
     spec = rules.activation(axes, x.shape, mesh)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return constrain(x, spec)
+
+
+def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """`x` partitioned in this way on the mesh in use."""
+    mesh, _ = _active.get()
+    return jax.lax.with_sharding_constraint(x, NamedSharding(_context(mesh), spec))
 
 
 def shard_weight(w: jax.Array, *axes: str) -> jax.Array:
     """As `shard`, to the parts in which a weight is kept."""
-    active = _active.get()
-    if active is None:
-        return w
-    mesh, rules = active
-    return jax.lax.with_sharding_constraint(
-        w, NamedSharding(mesh, rules.weight(axes, w.shape, mesh))
+    return w if _active.get() is None else constrain(w, weight_partition(axes, w.shape))
+
+
+def weight_partition(axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
+    """How a weight with these axes lies on the mesh in use, for the specs of `on_each_device`."""
+    mesh, rules = _active.get()
+    return rules.weight(axes, shape, mesh)
+
+
+def remaining(*mesh_axes: str) -> MeshAxes:
+    """Those of the mesh axes that no surrounding shard_map has taken into its own hands."""
+    return tuple(name for name in mesh_axes if name not in _manual_axes())
+
+
+def on_each_device(
+    function: Callable[..., Any],
+    in_specs: Sequence[PartitionSpec],
+    out_specs: Any,
+    axes: Sequence[str] = AXES,
+) -> Callable[..., Any]:
+    """jax.shard_map over these axes of the mesh in use; inside another shard_map, over the
+    `remaining` ones, of which alone the specs may speak."""
+    mesh = active_mesh()
+    if mesh is None:
+        raise ValueError("there are no devices to map over outside `sharding.use`")
+    return jax.shard_map(
+        function,
+        mesh=_context(mesh),
+        in_specs=tuple(in_specs),
+        out_specs=out_specs,
+        axis_names=set(remaining(*axes)),
     )
+
+
+def _sizes(mesh: AnyMesh) -> dict[str, int]:
+    manual = _manual_axes()
+    return {name: 1 if name in manual else size for name, size in mesh.shape.items()}
+
+
+def _manual_axes() -> frozenset[str]:
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _context(mesh: jax.sharding.Mesh) -> AnyMesh:
+    """The mesh as constraints and shard_map take it here: inside a shard_map, the one that says
+    so."""
+    return jax.sharding.get_abstract_mesh() if _manual_axes() else mesh

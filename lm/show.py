@@ -1,5 +1,6 @@
 """What an experiment comes to before it runs: declaration, parameters, FLOPs, tokens, memory."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from lm import model, optim, sharding, terminal, trees
 from lm.errors import Refused
 from lm.experiment import Experiment, describe, to_json
 from lm.mesh import Mesh, Place, choose
+from lm.pipeline import Schedule
 
 
 def facts(
@@ -22,7 +24,7 @@ def facts(
     e = experiment
     schedule = e.schedule.resolve(e.batch)
     axes, shapes = model.axes(e.model), model.shapes(e.model)
-    rules = sharding.Rules()
+    rules = sharding.rules_at(place)
     parameters = [
         {
             "path": path,
@@ -42,14 +44,22 @@ def facts(
         "experiment": to_json(e),
         "declaration": describe(e),
         "place": {"name": name, "mesh": str(place.mesh), "devices": place.mesh.size},
+        "pipeline": _pipeline(e.pipeline_at(place)),
         "parameters": parameters,
         "parameter_count": counts._asdict(),
         "flops_per_token": flops,
         "flops": flops * tokens,
         "steps": schedule.steps,
         "tokens": tokens,
-        "memory_bytes_per_device": memory(experiment, device_mesh),
+        "memory_bytes_per_device": memory(experiment, device_mesh, rules),
     }
+
+
+def _pipeline(schedule: Schedule | None) -> dict[str, Any] | None:
+    if schedule is None:
+        return None
+    derived = {name: getattr(schedule, name) for name in ("depth", "iterations", "bubble")}
+    return dataclasses.asdict(schedule) | derived
 
 
 def _place(experiment: Experiment, on: str | None, mesh: Mesh | None) -> tuple[str, Place]:
@@ -63,15 +73,18 @@ def _place(experiment: Experiment, on: str | None, mesh: Mesh | None) -> tuple[s
 
 def _partition(spec: jax.sharding.PartitionSpec) -> list[str]:
     """One entry per dimension: mesh axes joined by '+', or '' where every device has all of it."""
-    parts = [(part,) if isinstance(part, str) else part or () for part in spec]
-    return ["+".join(part) for part in parts]
+    return ["+".join(sharding.split_over(part)) for part in spec]
 
 
-def memory(experiment: Experiment, mesh: jax.sharding.AbstractMesh) -> dict[str, int]:
+def memory(
+    experiment: Experiment,
+    mesh: jax.sharding.AbstractMesh,
+    rules: sharding.Rules | None = None,
+) -> dict[str, int]:
     """Of what lives from step to step, and of the gradients; activations depend on the compiler."""
     e = experiment
     axes, shapes = model.axes(e.model), model.shapes(e.model)
-    where = sharding.weight_shardings(axes, shapes, mesh)
+    where = sharding.weight_shardings(axes, shapes, mesh, rules)
     schedule = e.schedule.resolve(e.batch)
     transformation = e.optimizer.build(schedule.at, axes)
     state = jax.eval_shape(transformation.init, shapes)
@@ -105,6 +118,12 @@ def text(shown: dict[str, Any]) -> str:
         )
         for row in shown["parameters"]
     ]
+    pipeline = shown["pipeline"]
+    stages = pipeline and (
+        f"Pipeline    {pipeline['stages']} stages of {pipeline['rounds']} x {pipeline['depth']} "
+        f"layers, {pipeline['microbatches']} micro-batches: {pipeline['iterations']} iterations, "
+        f"bubble {pipeline['bubble']:.1%}"
+    )
     sizes = ", ".join(f"{what} {terminal.size(nbytes)}" for what, nbytes in memory.items())
     return "\n".join(
         [
@@ -117,6 +136,7 @@ def text(shown: dict[str, Any]) -> str:
             f"backward; {shown['flops']:.3g} in all",
             f"Tokens      {shown['tokens']:,} in {shown['steps']:,} steps",
             f"Place       {place['name']}: mesh {place['mesh']}, {place['devices']} device(s)",
+            *([stages] if stages else []),
             f"Memory      per device: {sizes}; activations come on top",
         ]
     )

@@ -92,7 +92,6 @@ def test_a_mesh_is_read_and_written_the_same():
         ("data=0", "mesh.data=0 must be above zero"),
         ("data=2,data=4", "given twice"),
         ("", "mesh axis='' is not known"),
-        ("pipe=2", "mesh.pipe=2 is not available yet"),
     ],
 )
 def test_a_wrong_mesh_is_refused(text, sentence):

@@ -23,6 +23,7 @@ ORDER = (
     "precision",
     "mesh",
     "sharding",
+    "pipeline",
     "distributed",
     "hardware",
     "data",

@@ -138,6 +138,39 @@ def _backward(implementation, options, kept, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
+def gradients_of_part(
+    q_btnh: jax.Array,
+    k_bskh: jax.Array,
+    v_bskh: jax.Array,
+    out_btnh: jax.Array,
+    lse_btn: jax.Array,
+    dout_btnh: jax.Array,
+    dlse_btn: jax.Array,
+    *,
+    positions: jax.Array,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    alibi: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of queries, keys and values through a part of the keys, where `out_btnh` and
+    `lse_btn` are those of all keys: what each part gives adds up to the gradient."""
+    n, kv_heads = q_btnh.shape[2], k_bskh.shape[2]
+    extras = Extras(segment_ids, kv_segment_ids, None, positions, None, None, alibi)
+    scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(causal, window, 0, softcap, scale)
+
+    def by_group(x_btn: jax.Array) -> jax.Array:
+        x_btkg = x_btn.reshape(*x_btn.shape[:2], kv_heads, n // kv_heads)
+        return jnp.moveaxis(x_btkg, 1, 3)
+
+    kept = q_btnh, k_bskh, v_bskh, extras, out_btnh, by_group(lse_btn)
+    return _backward(None, options, kept, (dout_btnh, by_group(dlse_btn)))[:3]
+
+
 def _on_platform(implementation, direction, options, q_btnh, k_bskh, v_bskh, extras, *arrays):
     """`forward` or `backward` in the form that is asked for, or that of the platform."""
     in_blocks = getattr(blocked, direction)

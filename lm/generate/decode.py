@@ -227,7 +227,7 @@ def _bucket(size: int, smallest: int = SMALLEST) -> int:
 
 def _on(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[None]:
     # The mesh is a static argument, for jit would not notice a change of the surrounding `use`.
-    return contextlib.nullcontext() if mesh is None else sharding.use(mesh)
+    return contextlib.nullcontext() if mesh is None else sharding.use(mesh, sharding.WHOLE_ROWS)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "shape", "cache_dtype"))

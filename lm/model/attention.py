@@ -2,6 +2,7 @@
 `kernels_pallas.flash_attention`."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from lm.errors import Refused, check_name, check_positive
 from lm.model.norm import Norm
 from lm.model.param import Init, add_bias, einsum, param, zeros
 from lm.model.rope import ALiBi, NoPosition, RoPE, rotate
-from lm.sharding import active_mesh, partition, shard
+from lm.sharding import many_devices, on_each_device, partition, row_parts, shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,11 +234,17 @@ def _attend(
     of_tokens: dict[str, jax.Array | None],
     **options: Any,
 ) -> jax.Array:
-    """`kernels_pallas.flash_attention` of each device's own rows and heads: a TPU kernel is not
-    partitioned by the compiler."""
+    """Each device takes its own rows and heads, since a TPU kernel is not partitioned by the
+    compiler. Where rows are split, its queries meet the keys of the others too."""
     n, kv_heads = q_btnh.shape[2], k_bskh.shape[2]
     of_heads = {name: x for name, x in of_heads.items() if x is not None}
     of_tokens = {name: x for name, x in of_tokens.items() if x is not None}
+    attention = kernels_pallas.flash_attention
+    if row_parts() > 1:
+        stay = partition(k_bskh.shape, "batch", "keys", "kv_heads", "head")[1]
+        ring = stay and not options["sink_tokens"]
+        form = kernels_pallas.ring_attention if ring else kernels_pallas.gathered_attention
+        attention = partial(form, axis_name="context")
 
     def local(q_btnh, k_bskh, v_bskh, of_heads, of_tokens):
         if k_bskh.shape[2] * n != q_btnh.shape[2] * kv_heads:
@@ -246,12 +253,9 @@ def _attend(
             k_bskh, v_bskh = (
                 jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k_bskh, v_bskh)
             )
-        return kernels_pallas.flash_attention(
-            q_btnh, k_bskh, v_bskh, **of_heads, **of_tokens, **options
-        )
+        return attention(q_btnh, k_bskh, v_bskh, **of_heads, **of_tokens, **options)
 
-    mesh = active_mesh()
-    if mesh is None or mesh.size == 1:
+    if not many_devices():
         return local(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)
     q_spec = partition(q_btnh.shape, "batch", "seq", "heads", "head")
     kv_spec = partition(k_bskh.shape, "batch", "seq", "kv_heads", "head")
@@ -263,5 +267,5 @@ def _attend(
         dict.fromkeys(of_heads, PartitionSpec(heads)),
         dict.fromkeys(of_tokens, PartitionSpec(*q_spec[:2])),
     )
-    on_devices = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=q_spec)
-    return on_devices(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)
+    mapped = on_each_device(local, in_specs, q_spec)
+    return mapped(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)

@@ -4,7 +4,6 @@ no load."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +121,7 @@ class FeedForward(nnx.Module):
 
     def __call__(
         self, x_btd: jax.Array, mask_bt: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, Any], None]:
+    ) -> tuple[jax.Array, None]:
         h_btf = add_bias(einsum("btd,df->btf", x_btd, self.up), self.up_bias)
         if self.gate is None:
             h_btf = self.activation(h_btf)
@@ -130,4 +129,4 @@ class FeedForward(nnx.Module):
             gate_btf = add_bias(einsum("btd,df->btf", x_btd, self.gate), self.gate_bias)
             h_btf *= self.activation(gate_btf)
         h_btf = shard(h_btf, "batch", "seq", "mlp")
-        return add_bias(einsum("btf,fd->btd", h_btf, self.down), self.down_bias), {}, None
+        return add_bias(einsum("btf,fd->btd", h_btf, self.down), self.down_bias), None

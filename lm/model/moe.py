@@ -13,14 +13,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from kernels_pallas.grouped_matmul import grouped_matmul
+from kernels_pallas import grouped_matmul, placement
 from lm.errors import Refused, check_name, check_positive
 from lm.model.ffn import ACTIVATIONS, FeedForward
 from lm.model.param import Init, einsum, param, zeros
-from lm.sharding import active_mesh, shard
+from lm.sharding import many_devices, on_each_device, remaining, row_parts, shard, weight_partition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,15 +171,37 @@ class Routing(NamedTuple):
 
     chosen_btk: jax.Array  # int32
     weights_btk: jax.Array  # float32
-    losses: dict[str, jax.Array]  # float32 scalars, times their coefficients
-    load_e: jax.Array  # float32, each expert's share of the assignments
+    sums: "Sums"
+
+
+class Sums(NamedTuple):
+    """What a layer measures of its real tokens, in float32: added over the parts of a batch, it is
+    that of the batch. `measures` makes losses of it."""
+
+    tokens: jax.Array  # how many
+    choices_e: jax.Array  # of each expert
+    shares_e: jax.Array  # of the scores that each expert got
+    squares: jax.Array  # of the log-sum-exp of the logits
+
+
+def measures(config: "MoE", sums: Sums) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The side losses, which carry their coefficients, and the load: each expert's share of the
+    choices, [E]. With sums of several layers stacked, so are both."""
+    tokens = jnp.maximum(sums.tokens, 1)
+    load_e = sums.choices_e / (tokens * config.active)[..., None]
+    losses = {}
+    if isinstance(config.balance, LoadBalance):
+        share_e = sums.shares_e / tokens[..., None]
+        losses["balance"] = config.balance.weight * config.experts * (load_e * share_e).sum(-1)
+    if config.z_loss:
+        losses["router_z"] = config.z_loss * sums.squares / tokens
+    return losses, load_e
 
 
 class Module(nnx.Module):
     """Called with x [B, T, D] and, where there is padding, mask [B, T], true on real tokens.
 
-    Returns y [B, T, D], the losses (scalars that already carry their coefficients) and the load
-    [E], which sums to one. Masked tokens enter no expert and count in neither.
+    Returns y [B, T, D] and the Sums. Masked tokens enter no expert and count in no sum.
     """
 
     def __init__(self, config: MoE, dim: int, rngs: nnx.Rngs, init: Init):
@@ -195,7 +218,7 @@ class Module(nnx.Module):
 
     def __call__(
         self, x_btd: jax.Array, mask_bt: jax.Array | None = None
-    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    ) -> tuple[jax.Array, Sums]:
         config = self.config
         bias_e = None if self.bias is None else self.bias[...]
         mask_bt = jnp.ones(x_btd.shape[:2], bool) if mask_bt is None else mask_bt
@@ -208,7 +231,7 @@ class Module(nnx.Module):
             y_btd = _within_capacity(x_btd, routing, experts, slots)
         if self.shared is not None:
             y_btd += self.shared(x_btd)
-        return y_btd, routing.losses, routing.load_e
+        return y_btd, routing.sums
 
 
 class SharedExpert(nnx.Module):
@@ -223,7 +246,7 @@ class SharedExpert(nnx.Module):
         )
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
-        y_btd, _, _ = self.ffn(x_btd)
+        y_btd, _ = self.ffn(x_btd)
         if self.gate is None:
             return y_btd
         return y_btd * jax.nn.sigmoid(einsum("btd,de->bte", x_btd, self.gate))
@@ -231,14 +254,10 @@ class SharedExpert(nnx.Module):
 
 # Routing
 
-# The batch and sequence axes of the activations.
-_TOKENS = PartitionSpec(("data", "fsdp", "expert"), "context")
 
-
-def _many_devices() -> jax.sharding.Mesh | None:
-    """The mesh, where there is more than one device."""
-    mesh = active_mesh()
-    return None if mesh is None or mesh.size == 1 else mesh
+def _tokens() -> PartitionSpec:
+    """Of the batch and sequence axes of the activations."""
+    return PartitionSpec(remaining("pipe", "data", "fsdp", "expert"), "context")
 
 
 def router_logits(x_btd: jax.Array, w_de: jax.Array) -> jax.Array:
@@ -260,18 +279,15 @@ def route(
     weights_btk = config.router.weights(jnp.take_along_axis(scores_bte, chosen_btk, axis=-1))
     chosen_btk = jnp.where(mask_bt[..., None], chosen_btk, experts)
 
-    tokens = jnp.maximum(mask_bt.sum(), 1)
     mask_bt1 = mask_bt[..., None].astype(jnp.float32)
-    load_e = jax.nn.one_hot(chosen_btk, experts).sum((0, 1, 2)) / (tokens * config.active)
-    losses = {}
-    if isinstance(config.balance, LoadBalance):
-        share_bte = _normalized(scores_bte)
-        share_e = (mask_bt1 * share_bte).sum((0, 1)) / tokens
-        losses["balance"] = config.balance.weight * experts * (load_e * share_e).sum()
-    if config.z_loss:
-        squared_bt1 = jax.nn.logsumexp(logits_bte, axis=-1, keepdims=True) ** 2
-        losses["router_z"] = config.z_loss * (mask_bt1 * squared_bt1).sum() / tokens
-    return Routing(chosen_btk, weights_btk, losses, load_e)
+    squared_bt1 = jax.nn.logsumexp(logits_bte, axis=-1, keepdims=True) ** 2
+    sums = Sums(
+        tokens=mask_bt1.sum(),
+        choices_e=jax.nn.one_hot(chosen_btk, experts).sum((0, 1, 2)),
+        shares_e=(mask_bt1 * _normalized(scores_bte)).sum((0, 1)),
+        squares=(mask_bt1 * squared_bt1).sum(),
+    )
+    return Routing(chosen_btk, weights_btk, sums)
 
 
 def _choose(ranks_bte: jax.Array, active: int) -> jax.Array:
@@ -280,11 +296,10 @@ def _choose(ranks_bte: jax.Array, active: int) -> jax.Array:
     def choose(ranks_bte: jax.Array) -> jax.Array:
         return jax.lax.top_k(ranks_bte, active)[1]
 
-    mesh = _many_devices()
-    if mesh is None:
+    if not many_devices():
         return choose(ranks_bte)
     # By itself XLA gathers the whole batch on every device for a top-k.
-    return jax.shard_map(choose, mesh=mesh, in_specs=_TOKENS, out_specs=_TOKENS)(ranks_bte)
+    return on_each_device(choose, (_tokens(),), _tokens())(ranks_bte)
 
 
 def update_bias(bias_e: jax.Array, load_e: jax.Array, rate: float) -> jax.Array:
@@ -316,19 +331,16 @@ class Experts(NamedTuple):
         return self.gate_edf.shape[0]
 
 
-# The weights as they are stored.
-_WIDE = PartitionSpec("expert", "fsdp", "tensor")
-_NARROW = PartitionSpec("expert", "tensor", "fsdp")
-
-
 def _dropless(x_btd: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
-    mesh = _many_devices()
     chosen_btk, weights_btk = routing.chosen_btk, routing.weights_btk
-    if mesh is None:
+    if not many_devices():
         return _sorted_by_expert(x_btd, chosen_btk, weights_btk, experts)
     activation, *arrays = experts
+    wide = weight_partition(("expert", "embed", "mlp"), experts.gate_edf.shape)
+    narrow = weight_partition(("expert", "mlp", "embed"), experts.down_efd.shape)
+    embed = wide[1] or ()
 
-    def on_each_device(
+    def local(
         x_btd: jax.Array, chosen_btk: jax.Array, weights_btk: jax.Array, *arrays: jax.Array
     ) -> jax.Array:
         # Said here, the gradient is summed over `tensor` once a token and not once an assignment.
@@ -338,7 +350,7 @@ def _dropless(x_btd: jax.Array, routing: Routing, experts: Experts) -> jax.Array
             jax.lax.all_gather(a, "expert", tiled=True) for a in (x_btd, chosen_btk, weights_btk)
         )
         gate_edf, up_edf, down_efd = (
-            jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+            jax.lax.all_gather(w, embed, axis=axis, tiled=True)
             for w, axis in zip(arrays, (1, 1, 2), strict=True)
         )
         mine = Experts(activation, gate_edf, up_edf, down_efd)
@@ -348,12 +360,9 @@ def _dropless(x_btd: jax.Array, routing: Routing, experts: Experts) -> jax.Array
         y_btd = _sorted_by_expert(x_btd, chosen_btk, weights_btk, mine)
         return jax.lax.psum(jax.lax.psum_scatter(y_btd, "expert", tiled=True), "tensor")
 
-    return jax.shard_map(
-        on_each_device,
-        mesh=mesh,
-        in_specs=(_TOKENS, _TOKENS, _TOKENS, _WIDE, _WIDE, _NARROW),
-        out_specs=_TOKENS,
-    )(x_btd, chosen_btk, weights_btk, *arrays)
+    tokens = _tokens()
+    mapped = on_each_device(local, (tokens, tokens, tokens, wide, wide, narrow), tokens)
+    return mapped(x_btd, chosen_btk, weights_btk, *arrays)
 
 
 def _sorted_by_expert(
@@ -377,7 +386,9 @@ def _within_capacity(x_btd: jax.Array, routing: Routing, experts: Experts, slots
     chosen_btk, weights_btk = routing.chosen_btk, routing.weights_btk
     b, t, d = x_btd.shape
     e, k = experts.count, chosen_btk.shape[-1]
-    fill = jax.vmap(lambda chosen_m: _fill_slots(chosen_m, e, slots))
+    # Where rows are split, tokens do not lie in the order of the sequence.
+    index_t = placement(t, row_parts()) if row_parts() > 1 else np.arange(t)
+    fill = jax.vmap(lambda chosen_m: _fill_slots(chosen_m, np.repeat(index_t, k), e, slots))
     source_bs, slot_bm = fill(chosen_btk.reshape(b, t * k))
     move = jax.vmap(_move)
 
@@ -395,13 +406,16 @@ def _within_capacity(x_btd: jax.Array, routing: Routing, experts: Experts, slots
     return _combine(move(y_bsd, slot_bm, source_bs), weights_btk)
 
 
-def _fill_slots(chosen_m: jax.Array, experts: int, slots: int) -> tuple[jax.Array, jax.Array]:
-    """Expert e's slots are e * slots and following; its first assignments in the sequence get them.
+def _fill_slots(
+    chosen_m: jax.Array, index_m: np.ndarray, experts: int, slots: int
+) -> tuple[jax.Array, jax.Array]:
+    """Expert e's slots are e * slots and following; its first assignments in the sequence, by the
+    `index` of their tokens, get them.
 
     Returns the assignment in each slot [E * slots], M where it is empty, and the slot of each
     assignment [M], E * slots where it has none.
     """
-    order_m = jnp.argsort(chosen_m)
+    order_m = jnp.lexsort((index_m, chosen_m))
     sizes_e = _count(chosen_m, experts)
     starts_e = jnp.cumsum(sizes_e) - sizes_e
     places_ec = jnp.arange(slots) + starts_e[:, None]

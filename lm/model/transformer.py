@@ -12,22 +12,36 @@ repeats; they run as one scan, so that the compiled program does not grow with t
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+import kernels_pallas
 from lm import trees
 from lm.errors import Refused, check_name
 from lm.mesh import REMAT
+from lm.model import moe
 from lm.model.attention import Cache, Positions
 from lm.model.config import Block, Config
 from lm.model.moe import BiasBalance, update_bias
 from lm.model.param import normal, param
 from lm.model.rope import RoPE
-from lm.sharding import active_mesh, batch_sharding, shard, token_axes
+from lm.pipeline import Schedule, pipeline
+from lm.sharding import (
+    many_devices,
+    on_each_device,
+    partition,
+    row_parts,
+    shard,
+    split_over,
+    stages,
+    weight_partition,
+)
 
 Params = dict[str, Any]
 Losses = dict[str, jax.Array]
@@ -68,15 +82,15 @@ class Layer(nnx.Module):
 
     def __call__(
         self, x_btd: jax.Array, positions: Positions, cache: Cache | None, key: jax.Array | None
-    ) -> tuple[jax.Array, Cache | None, Losses, jax.Array | None]:
+    ) -> tuple[jax.Array, Cache | None, moe.Sums | None]:
         keys = (None, None) if key is None else jax.random.split(key)
         h_btd = x_btd if self.attention_norm is None else self.attention_norm(x_btd)
         h_btd, cache = self.attention(h_btd, positions, cache)
         x_btd = self._add(x_btd, h_btd, self.attention_out_norm, keys[0])
         h_btd = x_btd if self.ffn_norm is None else self.ffn_norm(x_btd)
-        h_btd, losses, load_e = self.ffn(h_btd, positions.mask_bt)
+        h_btd, sums = self.ffn(h_btd, positions.mask_bt)
         x_btd = self._add(x_btd, h_btd, self.ffn_out_norm, keys[1])
-        return shard(x_btd, "batch", "seq", "embed"), cache, losses, load_e
+        return shard(x_btd, "batch", "seq", "embed"), cache, sums
 
     def _add(
         self, x_btd: jax.Array, h_btd: jax.Array, norm: Callable | None, key: jax.Array | None
@@ -112,23 +126,22 @@ def _look_up(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
     """x_btd. Each device looks up its part of the width for the tokens of all the devices that
     share the table, and they exchange what they found: tokens and activations travel, which are
     small beside the table and its gradient."""
-    mesh = active_mesh()
-    if mesh is None or mesh.shape["fsdp"] == 1:
+    if not many_devices():
         return table_vd[tokens_bt]
+    kept = split_over(weight_partition(("vocab", "embed"), table_vd.shape)[1])
+    rows = partition(tokens_bt.shape, "batch", "seq")
+    if not kept or not set(kept) <= set(split_over(rows[0])):
+        return shard(table_vd, "vocab", "embed")[tokens_bt]
 
-    def on_each_device(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
-        tokens_bt = jax.lax.all_gather(tokens_bt, "fsdp", axis=0, tiled=True)
-        return jax.lax.all_to_all(table_vd[tokens_bt], "fsdp", 0, 2, tiled=True)
+    def local(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+        tokens_bt = jax.lax.all_gather(tokens_bt, kept, axis=0, tiled=True)
+        return jax.lax.all_to_all(table_vd[tokens_bt], kept, 0, 2, tiled=True)
 
-    tokens = batch_sharding(mesh).spec
-    return jax.shard_map(
-        on_each_device,
-        mesh=mesh,
-        # Only those of several devices: XLA refuses to mix automatic axes with manual ones of one.
-        axis_names=set(token_axes(mesh)),
-        in_specs=(PartitionSpec(None, "fsdp"), tokens),
-        out_specs=tokens,
-    )(table_vd, tokens_bt)
+    # Only the axes of several devices: XLA refuses to mix automatic axes with manual ones of one.
+    axes = [name for part in rows for name in split_over(part)]
+    return on_each_device(local, (PartitionSpec(None, kept), rows), rows, axes=axes)(
+        table_vd, tokens_bt
+    )
 
 
 class Unembedding(nnx.Module):
@@ -227,6 +240,9 @@ def forward(
     cache: dict[str, Any] | None = None,
     dropout_key: jax.Array | None = None,
     remat: str = "none",
+    microbatches: int | None = None,
+    rounds: int = 1,
+    accumulate: str = "float32",
 ) -> Output:
     """Hidden states of the tokens; computes in the dtype of `params`.
 
@@ -240,7 +256,10 @@ def forward(
         position.
       dropout_key: a jax.random.key; None turns dropout off.
       remat: what the backward pass computes anew: 'none' only what is element-wise; 'dots' all but
-        matrix products with weights; 'block' all but each layer's input.
+        matrix products with weights; 'block' all but each layer's input; 'stage' all but the input
+        of each pipeline stage's layers.
+      microbatches, rounds, accumulate: of the pipeline, where the mesh has one (see lm.pipeline);
+        None: as many micro-batches as there are stages.
     """
     check_name("remat", remat, REMAT)
     if cache is not None and segments_bt is not None:
@@ -249,9 +268,16 @@ def forward(
     if positions_bt is None:
         rows = 1 if cache is None else tokens_bt.shape[0]
         positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), (rows, tokens_bt.shape[1]))
-    slots_bt = None if cache is None else positions_bt
-    mask_bt = None if segments_bt is None else segments_bt != 0
-    positions = Positions(segments_bt, slots_bt, mask_bt, _rope_tables(config, positions_bt))
+
+    parts = row_parts()
+    if parts > 1:
+        # Placed so that causal attention is as much work for each device.
+        order = kernels_pallas.placement(tokens_bt.shape[1], parts)
+        tokens_bt, segments_bt, positions_bt = (
+            None if x is None else x[:, order] for x in (tokens_bt, segments_bt, positions_bt)
+        )
+    documents = Documents(segments_bt, positions_bt)
+    positions = _positions(config, documents, cached=cache is not None)
 
     def apply(layer, x_btd, layer_cache, number, in_scan):
         run = _remat(lambda *a: a[0](a[1], positions, *a[2:]), remat, in_scan)
@@ -259,25 +285,61 @@ def forward(
 
     x_btd = _dropout(model.embed(tokens_bt), config.dropout, _fold(dropout_key, 0))
     x_btd = shard(x_btd, "batch", "seq", "embed")
-    sides, caches, number = {}, {}, 0
+    sums, caches, number = {}, {}, 0
     for name, run in (("prefix", _one_by_one), ("blocks", _scan), ("suffix", _one_by_one)):
         if layers := tuple(getattr(model, name)):
             given = {} if cache is None else cache[name]
-            x_btd, new, sides[name] = run(apply, layers, x_btd, given, number)
+            if name == "blocks" and cache is None and stages() > 1:
+                schedule = Schedule(
+                    layers=config.layout.repeats,
+                    stages=stages(),
+                    rounds=rounds,
+                    microbatches=microbatches or stages(),
+                )
+                options = {"accumulate": accumulate, "policy": _policy_of_stages(remat)}
+                x_btd, sums[name] = _in_stages(
+                    config, layers, x_btd, documents, dropout_key, number, schedule, **options
+                )
+            else:
+                x_btd, new, sums[name] = run(apply, layers, x_btd, given, number)
+                if cache is not None:
+                    caches[name] = new
             number += len(layers) * (config.layout.repeats if name == "blocks" else 1)
-            if cache is not None:
-                caches[name] = new
-    sides = {f"{name}/{i}/ffn": side for name, part in sides.items() for i, side in part.items()}
+    losses, load = _measures(config, sums)
+    if model.final_norm is not None:
+        x_btd = model.final_norm(x_btd)
+    if parts > 1:
+        rows = PartitionSpec(None, "context")
+        in_order = partial(kernels_pallas.in_order, axis_name="context")
+        x_btd = on_each_device(in_order, (rows,), rows, axes=("context",))(x_btd)
     return Output(
-        hidden_btd=x_btd if model.final_norm is None else model.final_norm(x_btd),
-        losses=_total([losses for losses, _ in sides.values()]),
-        load={path: load for path, (_, load) in sides.items() if load is not None},
+        hidden_btd=x_btd,
+        losses=losses,
+        load=load,
         cache=caches or None,
     )
 
 
+class Documents(NamedTuple):
+    """Of each token: which document of its row, and which place in it; [1, T] where all rows have
+    the same places."""
+
+    segments_bt: jax.Array | None
+    positions_bt: jax.Array
+
+
+def _positions(config: Config, documents: Documents, cached: bool) -> Positions:
+    segments_bt, positions_bt = documents
+    return Positions(
+        segments_bt=segments_bt,
+        slots_bt=positions_bt if cached else None,
+        mask_bt=None if segments_bt is None else segments_bt != 0,
+        tables=_rope_tables(config, positions_bt),
+    )
+
+
 Caches = dict[str, Any]
-Sides = dict[str, tuple[Losses, jax.Array | None]]
+Sums = dict[str, moe.Sums | None]
 
 
 def _one_by_one(
@@ -287,33 +349,86 @@ def _one_by_one(
     caches: Caches,
     first: int | jax.Array,
     repeat: jax.Array | None = None,
-) -> tuple[jax.Array, Caches, Sides]:
+) -> tuple[jax.Array, Caches, Sums]:
     """Layers one after another, numbered from `first`; inside a scan `repeat` tells their place in
     stacked caches."""
-    sides = {}
+    sums = {}
     for i, layer in enumerate(layers):
         cache = Cache(**caches[str(i)], layer=repeat) if caches else None
-        x_btd, cache, *side = apply(layer, x_btd, cache, first + i, repeat is not None)
-        sides[str(i)] = tuple(side)
+        x_btd, cache, sums[str(i)] = apply(layer, x_btd, cache, first + i, repeat is not None)
         if cache is not None:
             caches = caches | {str(i): {"k": cache.k, "v": cache.v}}
-    return x_btd, caches, sides
+    return x_btd, caches, sums
 
 
 def _scan(
     apply: Callable, layers: tuple[Layer, ...], x_btd: jax.Array, caches: Caches, first: int
-) -> tuple[jax.Array, Caches, Sides]:
+) -> tuple[jax.Array, Caches, Sums]:
     """The repeated pattern, with stacked weights. Caches are carried, so that each step writes its
     keys in place."""
 
     def repeat(carry, xs):
         i, group = xs
-        *carry, sides = _one_by_one(apply, group, *carry, first + i * len(group), i)
-        return tuple(carry), sides
+        *carry, sums = _one_by_one(apply, group, *carry, first + i * len(group), i)
+        return tuple(carry), sums
 
     repeats = jax.tree.leaves(layers)[0].shape[0]
-    carry, sides = jax.lax.scan(repeat, (x_btd, caches), (jnp.arange(repeats), layers))
-    return *carry, sides
+    carry, sums = jax.lax.scan(repeat, (x_btd, caches), (jnp.arange(repeats), layers))
+    return *carry, sums
+
+
+def _in_stages(
+    config: Config,
+    layers: tuple[Layer, ...],
+    x_btd: jax.Array,
+    documents: Documents,
+    dropout_key: jax.Array | None,
+    first: int,
+    schedule: Schedule,
+    **options: Any,
+) -> tuple[jax.Array, Sums]:
+    """The repeated pattern, in stages on several devices."""
+    rows = x_btd.shape[0]
+    same = Documents(*(a if a is not None and a.shape[0] < rows else None for a in documents))
+    along = Documents(*(a if b is None else None for a, b in zip(documents, same, strict=True)))
+
+    def begin(along, microbatch):
+        documents = Documents(*(b if a is None else a for a, b in zip(along, same, strict=True)))
+        positions = _positions(config, documents, cached=False)
+        key = _fold(dropout_key, -1 - microbatch)
+
+        def apply(layer, x_btd, cache, number, in_scan):
+            x_btd = checkpoint_name(x_btd, _LAYER)
+            return layer(x_btd, positions, cache, _fold(key, 1 + number))
+
+        def layer(group, x_btd, repeat):
+            x_btd, _, sums = _one_by_one(
+                apply, group, x_btd, {}, first + repeat * len(group), repeat
+            )
+            return x_btd, sums
+
+        return layer
+
+    partitions = [
+        weight_partition(("layers", *weight.get_metadata()["axes"]), weight.shape)
+        for weight in jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    ]
+    return pipeline(begin, layers, x_btd, along, schedule, partitions=partitions, **options)
+
+
+def _measures(config: Config, sums: dict[str, Sums]) -> tuple[Losses, dict[str, jax.Array]]:
+    """The side losses, summed over layers, and the load of each MoE."""
+    layout = config.layout
+    blocks = {"prefix": layout.prefix, "blocks": layout.pattern, "suffix": layout.suffix}
+    total: Losses = {}
+    loads = {}
+    for name, part in sums.items():
+        for i, measured in part.items():
+            if measured is not None:
+                losses, load = moe.measures(blocks[name][int(i)].ffn, measured)
+                loads[f"{name}/{i}/ffn"] = load
+                total |= {name: total.get(name, 0.0) + x.sum() for name, x in losses.items()}
+    return total, loads
 
 
 # What costs less to compute anew than to write and read back.
@@ -321,18 +436,36 @@ _ELEMENTWISE = {
     "add", "sub", "mul", "div", "neg", "max", "min", "square", "integer_pow", "sqrt", "rsqrt",
     "exp", "log", "tanh", "erf", "logistic", "cos", "sin", "select_n", "convert_element_type",
     "broadcast_in_dim", "reshape", "transpose", "squeeze", "concatenate", "slice", "split",
-    "reduce_sum", "sharding_constraint",
+    "reduce_sum", "sharding_constraint", "dynamic_slice",
 }  # fmt: skip
 
 
+_LAYER = "layer"  # the name of what enters a layer, for policies of stages
+
+
+def _policy(remat: str) -> Callable[..., bool] | None:
+    """Of jax.checkpoint around a layer, whose inputs are kept whatever it says."""
+    if remat in ("none", "stage"):
+        return lambda primitive, *_, **__: primitive.name not in _ELEMENTWISE
+    if remat == "dots":
+        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return None
+
+
+def _policy_of_stages(remat: str) -> Callable[..., bool] | None:
+    """Of jax.checkpoint around a stage's layers: the same, but 'stage' keeps nothing."""
+    if remat == "stage":
+        return None
+    inputs = jax.checkpoint_policies.save_only_these_names(_LAYER)
+    policy = _policy(remat)
+    if policy is None:
+        return inputs
+    return jax.checkpoint_policies.save_from_both_policies(inputs, policy)
+
+
 def _remat(function: Callable, name: str, in_scan: bool) -> Callable:
-    policy = {
-        "none": lambda primitive, *_, **__: primitive.name not in _ELEMENTWISE,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "block": None,
-    }[name]
     # A scan already keeps the two passes apart; elsewhere XLA would merge them and undo the saving.
-    return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+    return jax.checkpoint(function, policy=_policy(name), prevent_cse=not in_scan)
 
 
 def _fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
@@ -346,14 +479,6 @@ def _rope_tables(config: Config, positions_bt: jax.Array) -> dict[Any, Any]:
         for position, head_dim in used
         if isinstance(position, RoPE)
     }
-
-
-def _total(losses: list[Losses]) -> Losses:
-    """Summed over layers, by name."""
-    total: Losses = {}
-    for one in losses:
-        total |= {name: total.get(name, 0.0) + jnp.sum(value) for name, value in one.items()}
-    return total
 
 
 def unembedding(config: Config, params: Params) -> jax.Array:

@@ -55,9 +55,10 @@ class NextToken:
         batch: Batch,
         *,
         dropout_key: jax.Array | None = None,
-        remat: str = "none",
+        **how: Any,
     ) -> Loss:
-        """The loss of `batch`, whose weights say how much each target counts."""
+        """The loss of `batch`, whose weights say how much each target counts; `how` it is computed
+        is for `model.forward`."""
         output = model.forward(
             config,
             params,
@@ -65,7 +66,7 @@ class NextToken:
             segments_bt=batch.segments,
             positions_bt=batch.positions,
             dropout_key=dropout_key,
-            remat=remat,
+            **how,
         )
         total, nll = self._cross_entropy(
             output.hidden_btd,
@@ -91,40 +92,38 @@ class NextToken:
         compute = functools.partial(
             kernels_pallas.cross_entropy, softcap=softcap, z_loss=self.z_loss, chunk=self.chunk
         )
-        mesh = sharding.active_mesh()
-        split = () if mesh is None else sharding.token_axes(mesh)
+        if not sharding.many_devices():
+            return compute(x_btd, w_dv, *rest)
+        tokens = sharding.partition(x_btd.shape[:2], "batch", "seq")
+        split = tuple(name for part in tokens for name in sharding.split_over(part))
         if not split:
             return compute(x_btd, w_dv, *rest)
+        kept = sharding.split_over(sharding.weight_partition(("embed", "vocab"), w_dv.shape)[0])
 
-        def on_each_device(x_btd: jax.Array, w_dv: jax.Array, *rest: jax.Array) -> Any:
-            # Said here, the gradient is summed over the other axes after fsdp has split it.
-            others = tuple(axis for axis in split if axis != "fsdp")
+        def local(x_btd: jax.Array, w_dv: jax.Array, *rest: jax.Array) -> Any:
+            # Said here, the gradient is summed over the other axes after it has been split.
+            others = tuple(axis for axis in split if axis not in kept)
             w_dv = jax.lax.pcast(w_dv, others, to="varying") if others else w_dv
-            if "fsdp" in split:
-                w_dv = _collected(w_dv)
+            w_dv = _collected(kept, w_dv) if kept else w_dv
             return jax.lax.psum(compute(x_btd, w_dv, *rest), split)
 
-        tokens = sharding.batch_sharding(mesh).spec
-        return jax.shard_map(
-            on_each_device,
-            mesh=mesh,
-            axis_names=set(split),
-            in_specs=(tokens, PartitionSpec("fsdp" if "fsdp" in split else None), tokens, tokens),
-            out_specs=PartitionSpec(),
-        )(x_btd, w_dv, *rest)
+        in_specs = (tokens, PartitionSpec(kept or None), tokens, tokens)
+        mapped = sharding.on_each_device(local, in_specs, PartitionSpec(), axes=split)
+        return mapped(x_btd, w_dv, *rest)
 
 
-@jax.custom_vjp
-def _collected(w_dv: jax.Array) -> jax.Array:
-    """The parts of all fsdp devices, inside shard_map; the gradient is summed into the parts."""
-    return jax.lax.all_gather(w_dv, "fsdp", axis=0, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collected(axes: tuple[str, ...], w_dv: jax.Array) -> jax.Array:
+    """The parts of all devices along these axes, inside shard_map; the gradient is summed into the
+    parts."""
+    return jax.lax.all_gather(w_dv, axes, axis=0, tiled=True)
 
 
-def _collected_backward(_: None, dw_dv: jax.Array) -> tuple[jax.Array]:
-    dw_dv = jax.lax.psum_scatter(dw_dv, "fsdp", scatter_dimension=0, tiled=True)
+def _collected_backward(axes: tuple[str, ...], _: None, dw_dv: jax.Array) -> tuple[jax.Array]:
+    dw_dv = jax.lax.psum_scatter(dw_dv, axes, scatter_dimension=0, tiled=True)
     # XLA on TPU fails to move this sum out of the loop over micro-batches, where it would cost a
     # whole gradient on every device; it must not try.
     return (jax.lax.optimization_barrier(dw_dv),)
 
 
-_collected.defvjp(lambda w_dv: (_collected(w_dv), None), _collected_backward)
+_collected.defvjp(lambda axes, w_dv: (_collected(axes, w_dv), None), _collected_backward)

@@ -38,12 +38,14 @@ def make_step(
     precision: Precision,
     *,
     microbatches: int = 1,
+    rounds: int = 1,
     remat: str = "none",
     seed: int = 0,
 ) -> Step:
     """The pure function step(state, batch) -> (state, metrics), for `compile_step`.
 
-    schedule(step) is the learning rate, `seed` drives dropout. An update whose loss or gradient is
+    schedule(step) is the learning rate, `seed` drives dropout; `microbatches`, `rounds` and `remat`
+    are those of lm.mesh.Place. An update whose loss or gradient is
     not finite leaves parameters and optimizer state as they are, counts in `skipped`, and takes its
     step of the schedule.
 
@@ -53,12 +55,13 @@ def make_step(
     1), and loss_scale where there is one.
     """
     transformation = optimizer.build(schedule, model.axes(config))
+    options = {"remat": remat, "rounds": rounds}
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         compute = precision.to_compute(state.params)
         gradient = _gradient(
-            config, objective, compute, batch, state.loss_scale, key, microbatches, remat
+            config, objective, compute, batch, state.loss_scale, key, microbatches, options
         )
         loss = gradient.loss
         share = 1 / jnp.where(loss.weight > 0, loss.weight, 1)  # an empty batch has no gradient
@@ -138,18 +141,21 @@ def _gradient(
     scaling: ScaleState | None,
     key: jax.Array,
     microbatches: int,
-    remat: str,
+    options: dict[str, Any],
 ) -> Gradient:
-    """Summed over the batch, one micro-batch at a time."""
+    """Summed over the batch, one micro-batch at a time, or all on their way through a pipeline."""
     # A float16 gradient of a sum over many tokens would overflow: scale the mean over token slots
     # instead of the sum.
     times = jnp.float32(1) if scaling is None else scaling.scale / batch.tokens.size
 
     def scaled(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Loss]:
-        loss = objective.loss(config, params, batch, dropout_key=key, remat=remat)
+        loss = objective.loss(config, params, batch, dropout_key=key, **options)
         return loss.total * times, loss
 
     differentiate = jax.grad(scaled, has_aux=True)
+    if sharding.stages() > 1:
+        options = {**options, "microbatches": microbatches}
+        microbatches = 1
     if microbatches == 1:
         grads, loss = differentiate(params, batch, jax.random.fold_in(key, 0))
         return Gradient(grads, times, loss)

@@ -19,6 +19,7 @@ from lm.model.moe import (
     Shared,
     SigmoidRouter,
     SoftmaxRouter,
+    measures,
     route,
     router_logits,
     update_bias,
@@ -47,7 +48,11 @@ def written_out(module, x_btd, mask_bt, logits_bte=None):
     y = jnp.einsum("btef,efd,bte->btd", h, module.down[...], weights)
     if module.shared is not None:
         y += module.shared(x_btd)
-    return y, routing.losses, routing.load_e
+    return y, routing.sums
+
+
+def measured(config, logits_bte, bias_e, mask_bt):
+    return measures(config, route(config, logits_bte, bias_e, mask_bt).sums)
 
 
 @jax.jit
@@ -62,7 +67,8 @@ def values_and_gradients_written_out(module, x_btd, mask_bt):
 
 def _values_and_gradients(function, module, x_btd, mask_bt):
     def loss(module, x_btd):
-        y, losses, load = function(module, x_btd, mask_bt)
+        y, sums = function(module, x_btd, mask_bt)
+        losses, load = measures(module.config, sums)
         return jnp.sin(y).sum() + sum(losses.values(), 0.0), (y, losses, load)
 
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(module, x_btd)
@@ -101,9 +107,10 @@ def test_dropless_and_ample_capacity_equal_the_sum_over_experts(config):
 
 def test_masked_tokens_neither_route_nor_count():
     module = build(dataclasses.replace(PLAIN, balance=LoadBalance(weight=1.0), z_loss=1.0))
-    y, losses, load = apply(module, X, MASK)
+    y, sums = apply(module, X, MASK)
+    _, load = measures(module.config, sums)
     elsewhere = jnp.where(MASK[..., None], X, 100.0)
-    assert_close(apply(module, elsewhere, MASK), (y, losses, load))
+    assert_close(apply(module, elsewhere, MASK), (y, sums))
     np.testing.assert_array_equal(y[~MASK], 0)
     np.testing.assert_allclose(load.sum(), 1, rtol=1e-6)
     alone = apply(module, X[:1])
@@ -169,7 +176,7 @@ def test_load_balance_is_its_weight_at_the_uniform_load_and_more_when_skewed():
 
     def balance(logits_bte):
         mask_bt = jnp.ones(logits_bte.shape[:2], bool)
-        return route(config, logits_bte, None, mask_bt).losses["balance"]
+        return measured(config, logits_bte, None, mask_bt)[0]["balance"]
 
     even = 3 * jnp.stack([jnp.roll(jnp.eye(E)[0] + jnp.eye(E)[1], i) for i in range(E)])[None]
     np.testing.assert_allclose(balance(even), 0.3, rtol=1e-6)
@@ -182,7 +189,7 @@ def test_load_balance_is_its_weight_at_the_uniform_load_and_more_when_skewed():
 def test_z_loss_is_the_mean_squared_log_of_the_partition():
     config = dataclasses.replace(PLAIN, z_loss=0.01)
     z = np.log(np.exp(np.asarray(LOGITS, np.float64)).sum(-1))
-    got = route(config, LOGITS, None, MASK).losses["router_z"]
+    got = measured(config, LOGITS, None, MASK)[0]["router_z"]
     np.testing.assert_allclose(got, 0.01 * np.mean(z[np.asarray(MASK)] ** 2), rtol=1e-5)
 
 
@@ -205,9 +212,7 @@ def test_the_bias_gets_no_gradient():
 def test_updates_of_the_bias_balance_a_skewed_router():
     config = dataclasses.replace(PLAIN, router=SigmoidRouter(), balance=BiasBalance())
     logits = jax.random.normal(jax.random.key(3), (8, 32, E)) + jnp.linspace(0, 3, E)
-    step = jax.jit(
-        lambda bias: route(config, logits, bias, jnp.ones(logits.shape[:2], bool)).load_e
-    )
+    step = jax.jit(lambda bias: measured(config, logits, bias, jnp.ones(logits.shape[:2], bool))[1])
     bias = jnp.zeros(E)
     first = load = step(bias)
     assert first.max() > 0.3
@@ -236,7 +241,8 @@ def test_stacked_layers_run_in_a_checkpointed_scan():
     def scanned(stacked, x_btd):
         @jax.checkpoint
         def layer(x_btd, module):
-            y_btd, losses, load_e = module(x_btd, MASK)
+            y_btd, sums = module(x_btd, MASK)
+            losses, load_e = measures(module.config, sums)
             return x_btd + y_btd, (losses["balance"], load_e)
 
         x_btd, (balance, load_le) = jax.lax.scan(layer, x_btd, stacked)
@@ -246,7 +252,8 @@ def test_stacked_layers_run_in_a_checkpointed_scan():
     def unrolled(stacked, x_btd):
         total = 0.0
         for module in (jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(2)):
-            y_btd, losses, _ = written_out(module, x_btd, MASK)
+            y_btd, sums = written_out(module, x_btd, MASK)
+            losses, _ = measures(module.config, sums)
             x_btd, total = x_btd + y_btd, total + losses["balance"]
         return jnp.sin(x_btd).sum() + total
 
@@ -262,7 +269,8 @@ def test_stacked_layers_run_in_a_checkpointed_scan():
 def test_bfloat16_weights_route_in_float32():
     module = build(dataclasses.replace(PLAIN, z_loss=0.1))
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), module)
-    y, losses, load = apply(half, X.astype(jnp.bfloat16))
+    y, sums = apply(half, X.astype(jnp.bfloat16))
+    losses, load = measures(half.config, sums)
     assert y.dtype == jnp.bfloat16
     assert losses["router_z"].dtype == load.dtype == jnp.float32
     logits = router_logits(X.astype(jnp.bfloat16), half.router[...])

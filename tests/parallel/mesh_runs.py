@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from lm import checkpoint, data, distributed, model, optim, run, trees
 from lm.data.batch import Batch
 from lm.experiment import Experiment
-from lm.mesh import Mesh
+from lm.mesh import Mesh, Place
 
 SEQUENCES, LENGTH, VOCAB = 8, 16, 64
 STEPS, SAVED = 25, 5
@@ -96,8 +96,8 @@ def batch(step: int) -> Batch:
 class Play:
     """An experiment's program on one mesh."""
 
-    def __init__(self, experiment: Experiment, mesh: str) -> None:
-        self.program = run.assemble(experiment, mesh=Mesh.parse(mesh))
+    def __init__(self, experiment: Experiment, place: Place) -> None:
+        self.program = run.assemble(replace(experiment, places={"here": place}), "here")
 
     def begin(self) -> Any:
         return self.program.init()
@@ -157,7 +157,7 @@ def main(folder: Path, name: str, meshes: list[str]) -> None:
     run.use_compilation_cache()
     save = checkpoint.Save(every=SAVED)
     for mesh in meshes:
-        play = Play(RUNS[name], mesh)
+        play = Play(RUNS[name], Place(mesh=Mesh.parse(mesh)))
         with checkpoint.Store(folder / f"saved-{mesh}", save) as store:
             out = uninterrupted(play, store)
         for saved in sorted(folder.glob("saved-*")):

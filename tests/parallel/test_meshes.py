@@ -29,8 +29,10 @@ ONE_STEP, TWENTY_STEPS = 1e-5, 1e-4
 Numbers = Mapping[str, np.ndarray]
 
 
-def start(folder: Path, run: str, meshes: Sequence[str], **environment: str) -> subprocess.Popen:
-    command = [sys.executable, str(WORKER), str(folder), run, *meshes]
+def start(
+    folder: Path, run: str, meshes: Sequence[str], worker: Path = WORKER, **environment: str
+) -> subprocess.Popen:
+    command = [sys.executable, str(worker), str(folder), run, *meshes]
     pipe = subprocess.PIPE
     environment = {"PYTHONPATH": str(ROOT), **environment}
     return subprocess.Popen(
@@ -80,21 +82,21 @@ def two_processes(dense, dense_folder) -> dict[str, Numbers]:
     for saved in dense_folder.glob("saved-*"):
         if saved.name.removeprefix("saved-") not in TWO_PROCESSES:
             (folder / saved.name).symlink_to(saved)
+    wait(*(start(folder, "dense", TWO_PROCESSES, **one) for one in environments(processes=2)))
+    return results(folder, TWO_PROCESSES)
+
+
+def environments(processes: int) -> list[dict[str, str]]:
+    """Of processes that share 8 virtual devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    shared = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
         "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_PROCESSES": str(processes),
     }
-    wait(
-        *(
-            start(folder, "dense", TWO_PROCESSES, **environment, JAX_PROCESS_ID=str(index))
-            for index in range(2)
-        )
-    )
-    return results(folder, TWO_PROCESSES)
+    return [shared | {"JAX_PROCESS_ID": str(index)} for index in range(processes)]
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:

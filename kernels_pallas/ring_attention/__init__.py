@@ -1,0 +1,6 @@
+"""Attention of a sequence that is split over devices."""
+
+from kernels_pallas.ring_attention.op import gathered_attention, ring_attention
+from kernels_pallas.ring_attention.placement import in_order, placement
+
+__all__ = ["gathered_attention", "in_order", "placement", "ring_attention"]

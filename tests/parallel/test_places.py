@@ -1,0 +1,119 @@
+"""At every place the loss and the whole gradient are those of one device: pairs and triples of
+axes, both schedules of the pipeline, documents packed into rows.
+
+The programs are in place_runs.py, many of them in one process with 8 virtual CPU devices.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from place_runs import RUNS, place
+from test_meshes import ALONE, ONE_STEP, Numbers, differences, environments, results, start, wait
+
+from lm import show
+
+WORKER = Path(__file__).with_name("place_runs.py")
+EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+QUICK = (
+    "pipe=2,data=2,tensor=2",
+    "pipe=2 rounds=2 microbatches=4",
+    "context=4,data=2",
+    "context=2,pipe=2,fsdp=2 context=gather",
+)
+DENSE = (
+    # pairs
+    "data=2,fsdp=2",
+    "data=2,tensor=2",
+    "data=2,pipe=2",
+    "fsdp=2,tensor=2",
+    "fsdp=2,pipe=2",
+    "tensor=2,pipe=2",
+    "data=2,context=2",
+    "fsdp=2,context=2",
+    "tensor=2,context=2",
+    "pipe=2,context=2",
+    # triples, and more of the pipeline
+    "data=2,fsdp=2,pipe=2 rounds=2",
+    "fsdp=2,tensor=2,pipe=2",
+    "data=2,tensor=2,context=2",
+    "fsdp=2,tensor=2,context=2 context=gather",
+    "pipe=2,tensor=2,context=2 rounds=2 microbatches=4",
+    "pipe=2,fsdp=2,context=2",
+    "context=8 remat=block",
+    "pipe=4 microbatches=8",
+    "pipe=4,data=2 microbatches=4 remat=stage",
+    "pipe=2,tensor=4 rounds=2 microbatches=4 remat=block",
+    "pipe=2 microbatches=8 remat=dots",
+)
+UNEVEN = ("pipe=2", "pipe=4 microbatches=8", "pipe=2,fsdp=2,data=2 rounds=2")
+MOE = (
+    "expert=2,data=2",
+    "expert=2,fsdp=2",
+    "expert=2,tensor=2",
+    "expert=2,pipe=2",
+    "expert=2,context=2",
+    "expert=2,context=2,data=2 context=gather",
+    "expert=2,context=2,pipe=2",
+    "expert=2,pipe=2,data=2 rounds=2",
+    "expert=2,pipe=2,fsdp=2",
+    "expert=2,pipe=2,tensor=2 remat=block",
+    "expert=2,fsdp=2,tensor=2",
+)
+
+
+def at_places(folder: Path, run: str, places: tuple[str, ...]) -> dict[str, Numbers]:
+    wait(start(folder, run, (ALONE, *places), worker=WORKER, **EIGHT))
+    return results(folder, (ALONE, *places))
+
+
+def check(at: Numbers, alone: Numbers) -> None:
+    gradients = differences(at, alone, "gradient")
+    print(
+        f"loss {abs(at['loss'] / alone['loss'] - 1):.1e}, gradients {max(gradients.values()):.1e}"
+    )
+    assert abs(at["loss"] / alone["loss"] - 1) <= ONE_STEP
+    assert max(gradients.values()) <= ONE_STEP, gradients
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> dict[str, Numbers]:
+    return at_places(tmp_path_factory.mktemp("quick"), "dense", QUICK)
+
+
+@pytest.mark.parametrize("text", QUICK)
+def test_a_few_places_agree_with_one_device(quick, text):
+    check(quick[text], quick[ALONE])
+
+
+def test_the_bubble_shown_is_that_of_the_compiled_loop(quick):
+    """Four micro-batches go twice round two stages, so that each works in eight iterations."""
+    changed = replace(RUNS["dense"], places={"here": place(QUICK[1])})
+    shown = show.facts(changed, "here")["pipeline"]
+    trips = list(quick[QUICK[1]]["trips"])
+    assert trips.count(shown["iterations"]) == 2, "forward and backward"
+    assert shown["bubble"] == pytest.approx(1 - 4 * 2 / shown["iterations"])
+    assert "9 iterations, bubble 11.1%" in show.text(show.facts(changed, "here"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "places"),
+    [("dense", DENSE), ("uneven", UNEVEN), ("dropless", MOE), ("capacity", MOE)],
+)
+def test_all_places_agree_with_one_device(tmp_path, run, places):
+    found = at_places(tmp_path, run, places)
+    for text in places:
+        check(found[text], found[ALONE])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_agree_with_one_device(tmp_path, processes):
+    alone = at_places(tmp_path, "dense", ())[ALONE]
+    places = ("pipe=2,data=2,tensor=2", "pipe=4,fsdp=2 microbatches=4")
+    each = environments(processes)
+    wait(*(start(tmp_path, "dense", places, worker=WORKER, **one) for one in each))
+    for at in results(tmp_path, places).values():
+        check(at, alone)
