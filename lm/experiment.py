@@ -17,6 +17,7 @@ from lm.data import AnySource, BatchShape, Mixture, SentencePiece, Shards, Token
 from lm.errors import Refused, nearest
 from lm.evals import Perplexity
 from lm.mesh import Mesh, Place
+from lm.model import Capacity
 from lm.optim import Optimizer
 from lm.optim import Schedule as LearningRate
 from lm.pipeline import Schedule
@@ -129,6 +130,14 @@ class Experiment:
             raise Refused(
                 f"batch.length={self.batch.length} must be a multiple of {2 * parts}: each of "
                 f"mesh.context={parts} devices holds two parts of a sequence."
+            )
+
+        # XLA's partitioner, of jax 0.10, ends the process over the exchange of tokens there.
+        dispatches = [getattr(block.ffn, "dispatch", None) for block in self.model.layout.blocks]
+        if place.mesh.pipe > 1 and any(isinstance(one, Capacity) for one in dispatches):
+            raise Refused(
+                f"mesh {place.mesh} cannot have both pipe and context with "
+                "model.ffn.dispatch=Capacity(...); use Dropless(), or one of the two axes."
             )
 
     def pipeline_at(self, place: Place) -> Schedule | None:

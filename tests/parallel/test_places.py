@@ -12,6 +12,7 @@ from place_runs import RUNS, place
 from test_meshes import ALONE, ONE_STEP, Numbers, differences, environments, results, start, wait
 
 from lm import show
+from lm.errors import Refused
 
 WORKER = Path(__file__).with_name("place_runs.py")
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
@@ -55,7 +56,6 @@ MOE = (
     "expert=2,pipe=2",
     "expert=2,context=2",
     "expert=2,context=2,data=2 context=gather",
-    "expert=2,context=2,pipe=2",
     "expert=2,pipe=2,data=2 rounds=2",
     "expert=2,pipe=2,fsdp=2",
     "expert=2,pipe=2,tensor=2 remat=block",
@@ -97,10 +97,24 @@ def test_the_bubble_shown_is_that_of_the_compiled_loop(quick):
     assert "9 iterations, bubble 11.1%" in show.text(show.facts(changed, "here"))
 
 
+def test_places_that_cannot_be_are_refused():
+    with pytest.raises(Refused, match=r"batch.length=16 must be a multiple of 24"):
+        RUNS["dense"].check_place(place("context=12"))
+    with pytest.raises(Refused, match=r"pipe=8 times place.rounds=1 is more than the 4 repeats"):
+        RUNS["dense"].check_place(place("pipe=8"))
+    with pytest.raises(Refused, match=r"cannot have both pipe and context"):
+        RUNS["capacity"].check_place(place("pipe=2,context=2"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "places"),
-    [("dense", DENSE), ("uneven", UNEVEN), ("dropless", MOE), ("capacity", MOE)],
+    [
+        ("dense", DENSE),
+        ("uneven", UNEVEN),
+        ("dropless", (*MOE, "expert=2,context=2,pipe=2")),
+        ("capacity", MOE),
+    ],
 )
 def test_all_places_agree_with_one_device(tmp_path, run, places):
     found = at_places(tmp_path, run, places)
