@@ -70,8 +70,8 @@ def flash_attention(
       alibi: slope per query head [N]; adds -slope * (t - s) to the scores (arXiv:2108.12409).
       scale: factor on the scores; H ** -0.5 when None.
       return_lse: also return the natural log of each softmax's denominator.
-      implementation: "tpu", the Mosaic kernel (which has no `alibi`), or "reference", plain JAX in
-        blocks; None takes that of the platform for which the program is lowered.
+      implementation: "tpu", the Mosaic kernel (bfloat16 or float32, no `alibi`), or "reference",
+        plain JAX in blocks; None takes that of the platform for which the program is lowered.
 
     Returns:
       out_btnh in the dtype of q; the softmax is in float32. With `return_lse`, (out_btnh, lse_btn),
@@ -95,9 +95,10 @@ def flash_attention(
     extras = Extras(segment_ids, kv_segment_ids, ranks_bs, positions, prefix, sinks, alibi)
     scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
     options = Options(causal, window, sink_tokens, softcap, scale)
-    if alibi is not None and implementation == "tpu":
-        raise ValueError("implementation='tpu' has no alibi; leave implementation out.")
-    _announce(implementation, alibi is not None)
+    lacks = tpu.lacks(q_btnh, k_bskh, v_bskh, extras)
+    if lacks and implementation == "tpu":
+        raise ValueError(f"implementation='tpu' has no {lacks}; leave implementation out.")
+    _announce(implementation, lacks)
     arrays, tree = jax.tree.flatten((q_btnh, k_bskh, v_bskh, extras))
     out_btnh, lse_bkgt = _attention(
         implementation, options, *jax.tree.unflatten(tree, varying_alike(*arrays))
@@ -108,9 +109,10 @@ def flash_attention(
 
 
 @functools.cache
-def _announce(implementation: str | None, alibi: bool) -> None:
+def _announce(implementation: str | None, lacks: str | None) -> None:
     """Says once what was chosen."""
-    chosen = implementation or ("reference" if alibi else "tpu on TPUs, reference elsewhere")
+    by_platform = f"reference, for no {lacks} on TPU" if lacks else "tpu on TPUs, else reference"
+    chosen = implementation or by_platform
     log.info("flash_attention: implementation %s", chosen)
 
 
@@ -177,7 +179,9 @@ def _on_platform(implementation, direction, options, q_btnh, k_bskh, v_bskh, ext
     return on_platform(
         implementation,
         *(q_btnh, k_bskh, v_bskh, extras, *arrays),
-        tpu=partial(getattr(tpu, direction), options=options) if extras.alibi_n is None else None,
+        tpu=None
+        if tpu.lacks(q_btnh, k_bskh, v_bskh, extras)
+        else partial(getattr(tpu, direction), options=options),
         cpu=partial(in_blocks, options=options, block=BLOCK["cpu"]),
         reference=partial(in_blocks, options=options, block=BLOCK["default"]),
     )

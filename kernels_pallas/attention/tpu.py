@@ -17,6 +17,21 @@ LOG2E = math.log2(math.e)
 # Scores whose size is proven to be at most this, in powers of two, need no maximum taken off before
 # the exponential: float32 holds 2**126, and their sums over a million keys.
 BOUND = 80.0
+# Wider heads do not fit beside their blocks.
+MOST_WIDTH = 256
+
+
+def lacks(q_btnh, k_bskh, v_bskh, extras: Extras) -> str | None:
+    """What these arrays ask for that the kernels have not, in words."""
+    if extras.alibi_n is not None:
+        return "alibi"
+    if not q_btnh.dtype == k_bskh.dtype == v_bskh.dtype:
+        return f"queries in {q_btnh.dtype} for keys in {k_bskh.dtype}, values in {v_bskh.dtype}"
+    if q_btnh.dtype not in (jnp.bfloat16, jnp.float32):
+        return str(q_btnh.dtype)
+    if _width(q_btnh, v_bskh) > MOST_WIDTH:
+        return f"heads wider than {MOST_WIDTH}"
+    return None
 
 
 def forward(q_btnh, k_bskh, v_bskh, extras: Extras, *, options: Options):

@@ -205,6 +205,9 @@ def test_under_vmap_and_checkpoint():
         ({"q_btnh": np.zeros((B, 17, 3, H))}, "3 query heads do not divide into 2"),
         ({"q_btnh": np.zeros((B, 5, 4, H))}, "give positions"),
         ({"q_btnh": np.zeros((B, 17, 4, 4))}, "head width"),
+        ({"implementation": "tpu", "alibi": np.ones(4)}, "'tpu' has no alibi"),
+        ({"implementation": "tpu", "q_btnh": np.zeros((B, 17, 4, H), np.float16)}, "in float16"),
+        ({"implementation": "mosaic"}, "implementation='mosaic' is not one of"),
     ],
 )  # fmt: skip
 def test_refuses_in_words(change, words):
