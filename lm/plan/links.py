@@ -137,17 +137,26 @@ def _executed(program: Program) -> Iterator[tuple[str, Instruction, int, bool]]:
         yield kind, each, times, each.op.endswith("-start") or "async" in computation
 
 
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]*)\](?:T\(([\d,]*)\))?\))? \{([^}]*)\}"
+)
+
+
 def replica_groups(attributes: str, devices: int) -> np.ndarray:
     """[groups, members] from any of the forms in which HLO writes them; one group of all when it
     writes none."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:<=\S+)? ?\{([^}]*)\}", attributes):
-        sizes = {name: int(n) for name, n in re.findall(r"'?([\w.]+)'?=(\d+)", found.group(1))}
-        names, over = list(sizes), re.findall(r"'?([A-Za-z_][\w.]*)'?(?=[,'\s]|$)", found.group(2))
-        ids = np.arange(math.prod(sizes.values())).reshape([sizes[n] for n in names])
-        kept = [i for i, n in enumerate(names) if n not in over]
-        moved = [names.index(n) for n in over]
-        members = math.prod(sizes[n] for n in over)
-        return ids.transpose(kept + moved).reshape(-1, members)
+    if found := _MESH_GROUPS.search(attributes):
+        written, dims, order, over = found.groups()
+        sizes = {name: int(n) for name, n in re.findall(r"'([\w.]+)'=(\d+)", written)}
+        ids = np.arange(math.prod(sizes.values()))
+        if dims:
+            ids = ids.reshape(_numbers(dims)).transpose(_numbers(order) or None)
+        names, moved = list(sizes), re.findall(r"'([\w.]+)'", over)
+        kept = [i for i, name in enumerate(names) if name not in moved]
+        last = [names.index(name) for name in moved]
+        members = math.prod(sizes[name] for name in moved)
+        return ids.reshape(list(sizes.values())).transpose(kept + last).reshape(-1, members)
     if found := re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
     ):
