@@ -42,7 +42,6 @@ DENSE = (
     "fsdp=2,tensor=2,context=2 context=gather",
     "pipe=2,tensor=2,context=2 rounds=2 microbatches=4",
     "pipe=2,fsdp=2,context=2",
-    "context=8 remat=block",
     "pipe=4 microbatches=8",
     "pipe=4,data=2 microbatches=4 remat=stage",
     "pipe=2,tensor=4 rounds=2 microbatches=4 remat=block",
