@@ -314,9 +314,10 @@ def test_differences_are_readable():
 
 def test_description_names_every_value():
     lines = describe(BASE).splitlines()
-    assert lines[:6] == [
+    assert lines[:7] == [
         "name: 'small'",
         "seed: 0",
+        "start: none",
         "model: Config",
         "  vocab: 512",
         "  dim: 16",
