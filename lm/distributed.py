@@ -21,6 +21,10 @@ def initialize() -> None:
     """
     if jax.distributed.is_initialized():
         return
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":  # JAX sets it where there is no TPU
+        # A libtpu that is here only to plan with prints a page for want of these.
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     if any(name in os.environ for name in _BY_HAND):
         address, count, index = _by_hand()
         if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):

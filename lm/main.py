@@ -264,10 +264,15 @@ def _import(options: argparse.Namespace) -> None:
     distributed.initialize()
     mesh = Mesh.parse(options.mesh) if options.mesh else None
     made = exchange.import_run(options.source, options.run, mesh=mesh)
-    if distributed.is_main():
-        print(f"Imported {options.source} as {made.folder}. What can be done with it:")
-        print(f'  python -m lm generate {made.folder} --prompt "The"')
-        print(f"  python -m lm eval {made.folder} --data FILE")
+    if not distributed.is_main():
+        return
+    print(f"Imported {options.source} as {made.folder}.", end=" ")
+    if made.tokenizer is None:
+        print("It came without a tokenizer: copy tokenizer.json into it to generate and evaluate.")
+        return
+    print("What can be done with it:")
+    print(f'  python -m lm generate {made.folder} --prompt "The"')
+    print(f"  python -m lm eval {made.folder} --data FILE")
 
 
 def _add_export(parser: Parser) -> None:
