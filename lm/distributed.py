@@ -3,6 +3,7 @@
 import glob
 import importlib.util
 import os
+import sys
 
 import jax
 import numpy as np
@@ -29,9 +30,21 @@ def initialize() -> None:
         address, count, index = _by_hand()
         if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            _keep_standard_output_ours()
         jax.distributed.initialize(address, count, index)
     elif _in_cluster() or _on_tpu_pod():
         jax.distributed.initialize()
+
+
+def _keep_standard_output_ours() -> None:
+    """From here on only Python writes to standard output: Gloo, in C++, greets there in pieces."""
+    if sys.stdout is not sys.__stdout__:  # a notebook's or a test's, which is not the process's
+        return
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    line_by_line = 1 if sys.stdout.isatty() else -1
+    sys.stdout = os.fdopen(ours, "w", buffering=line_by_line, encoding=sys.stdout.encoding)
 
 
 def _by_hand() -> tuple[str, int, int]:
