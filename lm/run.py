@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -708,8 +709,21 @@ def _next_commands(run: Run) -> list[str]:
 
 
 def _this_command() -> str:
+    """As it was typed, but for the run's length and name."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name}" if spec else "python -m experiments.NAME"
+    if spec is None:  # a notebook
+        return "python -m experiments.NAME"
+    typed = sys.argv[1:]
+    kept = [
+        word
+        for word, after in zip(typed, [*typed[1:], ""], strict=True)
+        if not _names_this_run(word) and not (word == "--set" and _names_this_run(after))
+    ]
+    return shlex.join(["python", "-m", spec.name, *kept])
+
+
+def _names_this_run(word: str) -> bool:
+    return word.removeprefix("--set=").startswith(("schedule.steps=", "name="))
 
 
 def _say_complete(run: Run, steps: int) -> Run:

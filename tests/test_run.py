@@ -1,9 +1,11 @@
 """Training through `lm.train`, and what `lm.load` gives back."""
 
+import importlib.util
 import json
 import math
 import os
 import shutil
+import sys
 from dataclasses import replace
 
 import jax
@@ -135,6 +137,16 @@ def test_finished_run_is_not_trained_again(tiny, capsys):
     assert again.step == STEPS
     assert "is complete at step 8 of 8" in said
     assert "python -m lm generate" in said and "delete" in said
+
+
+def test_next_command_is_the_one_typed_with_twice_the_steps(tiny, capsys, monkeypatch):
+    spec = importlib.util.spec_from_loader("experiments.mine", loader=None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    typed = ["--set", "data.path=my books/*.txt", "--set=schedule.steps=8", "--set", "name=one"]
+    monkeypatch.setattr(sys, "argv", ["mine.py", *typed, "--mesh", "data=2"])
+    lm.train(tiny.declare(), workdir=tiny.home / "runs")
+    command = "python -m experiments.mine --set 'data.path=my books/*.txt' --mesh data=2"
+    assert f"{command} --set schedule.steps={2 * STEPS}\n" in capsys.readouterr().out
 
 
 def test_plot_that_was_not_drawn_is_drawn_by_the_next_call(tiny, tmp_path):

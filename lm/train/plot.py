@@ -49,10 +49,11 @@ def plot_loss(
     sources = _held_out(evaluations, measure)
     for colour, (source, results) in zip(itertools.cycle(_OTHERS), sources.items()):
         at, value, spread = (_column(results, key) for key in ("step", "value", "stderr"))
+        spread = np.nan_to_num(spread)
         axes.errorbar(
             at,
             value,
-            np.nan_to_num(spread),
+            spread,
             color=colour,
             label=source,
             linewidth=1.2,
@@ -60,7 +61,7 @@ def plot_loss(
             markeredgecolor="white",
             capsize=2.5,
         )
-        shown.append(value)
+        shown += [value - spread, value + spread]
     right.plot(steps, rates, color=_GREY, linewidth=0.8, label="learning rate")
     right.fill_between(steps, rates, color=_GREY, alpha=0.06, linewidth=0)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm import trees
 from lm.checkpoint import Save, Store
 from lm.train.guard import Stopper
 from lm.train.loop import Evaluator, Outcome, Rates, loop
@@ -56,7 +57,7 @@ def _update(state: State, batch: jax.Array) -> tuple[State, dict[str, jax.Array]
     loss, grads = jax.value_and_grad(_loss)(state.params, batch)
     updates, opt_state = OPTIMIZER.update(grads, state.opt_state)
     params = optax.apply_updates(state.params, updates)
-    norm = optax.global_norm(grads)
+    norm = trees.global_norm(grads)
     metrics = {"loss": loss, "grad_norm": norm, "skipped": jnp.float32(~jnp.isfinite(norm))}
     return State(state.step + 1, params, opt_state), metrics
 
