@@ -20,14 +20,14 @@ def on_platform(
     cpu: Callable[..., Any] | None = None,
 ) -> Any:
     """Calls one form with `arrays` (pytrees): the platform's, where it has none `reference`, or
-    whatever the platform the one that `implementation` names.
+    whatever the platform the one that `implementation` names. "gpu" is CUDA.
 
     Raises:
       ValueError: for an unknown name, or that of a form which this kernel does not have.
     """
     forms = {"tpu": tpu, "gpu": gpu, "reference": reference}
     if implementation is None:
-        platforms = {"tpu": tpu, "cuda": gpu, "rocm": gpu, "cpu": cpu}
+        platforms = {"tpu": tpu, "cuda": gpu, "cpu": cpu}
         own = {platform: form for platform, form in platforms.items() if form is not None}
         return jax.lax.platform_dependent(*arrays, default=reference, **own)
     if forms.get(implementation) is None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention import blocked, tpu
+from kernels_pallas.attention import blocked, cudnn, tpu
 from kernels_pallas.attention.blocked import Extras, Options
 from kernels_pallas.attention.reference import ranks_in_documents
 from kernels_pallas.dispatch import on_platform
@@ -70,8 +70,10 @@ def flash_attention(
       alibi: slope per query head [N]; adds -slope * (t - s) to the scores (arXiv:2108.12409).
       scale: factor on the scores; H ** -0.5 when None.
       return_lse: also return the natural log of each softmax's denominator.
-      implementation: "tpu", the Mosaic kernel (bfloat16 or float32, no `alibi`), or "reference",
-        plain JAX in blocks; None takes that of the platform for which the program is lowered.
+      implementation: "tpu", the Mosaic kernel (bfloat16 or float32, no `alibi`); "gpu", cuDNN's
+        (`causal`, `window` and `scale` alone, bfloat16 or float16, on a machine that has it); or
+        "reference", plain JAX in blocks. None takes that of the platform for which the program is
+        lowered, where it has what is asked for, else plain JAX in blocks.
 
     Returns:
       out_btnh in the dtype of q; the softmax is in float32. With `return_lse`, (out_btnh, lse_btn),
@@ -95,25 +97,48 @@ def flash_attention(
     extras = Extras(segment_ids, kv_segment_ids, ranks_bs, positions, prefix, sinks, alibi)
     scale = q_btnh.shape[-1] ** -0.5 if scale is None else scale
     options = Options(causal, window, sink_tokens, softcap, scale)
-    lacks = tpu.lacks(q_btnh, k_bskh, v_bskh, extras)
-    if lacks and implementation == "tpu":
-        raise ValueError(f"implementation='tpu' has no {lacks}; leave implementation out.")
-    _announce(implementation, lacks)
+    tpu_lacks = tpu.lacks(q_btnh, k_bskh, v_bskh, extras)
+    gpu_lacks = cudnn.lacks(q_btnh, k_bskh, v_bskh, extras, options, return_lse)
+    lacks = {"tpu": tpu_lacks, "gpu": gpu_lacks}.get(implementation)
+    if lacks:
+        raise ValueError(
+            f"implementation={implementation!r} has no {lacks}; leave implementation out."
+        )
+    _announce(implementation, tpu_lacks, gpu_lacks)
     arrays, tree = jax.tree.flatten((q_btnh, k_bskh, v_bskh, extras))
-    out_btnh, lse_bkgt = _attention(
-        implementation, options, *jax.tree.unflatten(tree, varying_alike(*arrays))
-    )
+    arrays = jax.tree.unflatten(tree, varying_alike(*arrays))
+    if not gpu_lacks and implementation in (None, "gpu"):
+        return _with_cudnn(implementation, options, *arrays)
+    out_btnh, lse_bkgt = _attention(implementation, options, *arrays)
     if not return_lse:
         return out_btnh
     return out_btnh, jnp.moveaxis(lse_bkgt, 3, 1).reshape(q_btnh.shape[:3])
 
 
 @functools.cache
-def _announce(implementation: str | None, lacks: str | None) -> None:
+def _announce(implementation: str | None, tpu_lacks: str | None, gpu_lacks: str | None) -> None:
     """Says once what was chosen."""
-    by_platform = f"reference, for no {lacks} on TPU" if lacks else "tpu on TPUs, else reference"
-    chosen = implementation or by_platform
-    log.info("flash_attention: implementation %s", chosen)
+    plain = "plain JAX in blocks"
+    on_tpu = f"{plain} (no {tpu_lacks})" if tpu_lacks else "the Mosaic kernel"
+    on_gpu = f"{plain} (no {gpu_lacks})" if gpu_lacks else "cuDNN"
+    by_platform = f"on TPUs {on_tpu}, on GPUs {on_gpu}, else {plain}"
+    log.info("flash_attention: %s", implementation or by_platform)
+
+
+def _with_cudnn(implementation, options, q_btnh, k_bskh, v_bskh, extras):
+    """The choice lies around both directions, since what cuDNN keeps for its backward pass is its
+    own: with `SAVED` alone saved, its forward pass runs twice."""
+    q_btnh, k_bskh, v_bskh = checkpoint_name((q_btnh, k_bskh, v_bskh), SAVED)
+
+    def plain(q_btnh, k_bskh, v_bskh):
+        return _attention(None, options, q_btnh, k_bskh, v_bskh, extras)[0]
+
+    return on_platform(
+        implementation,
+        *(q_btnh, k_bskh, v_bskh),
+        gpu=partial(cudnn.attention, options=options),
+        reference=plain,
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
