@@ -22,6 +22,7 @@ class Chip:
     links, link    of TPUs that lm.plan knows: connections to other chips, and bytes through one of
                    them in one direction
     dims           of the torus; a dimension closes to a ring when it is a multiple of `ring`
+    network        of the same: bytes between slices, from or to a chip
     cores          what the number in a slice's name counts, per chip
     mxu            side of the matrix unit: a product with a shorter side leaves part of it idle
     """
@@ -35,31 +36,32 @@ class Chip:
     link: float = 0.0
     dims: int = 0
     ring: int = 0
+    network: float = 0.0
     cores: int = 1
     mxu: int = 128
 
 
 # The one table of chips. FLOP/s, memory and links from docs.cloud.google.com/tpu/docs (links are
-# quoted there for both directions together) and nvidia.com, November 2026; usable memory from
+# quoted there for both directions together, the network between slices in bits) and nvidia.com, November 2026; usable memory from
 # libtpu 0.0.42's own refusals; rings from the same pages: dimensions of a multiple of 4 chips on
 # v5p and tpu7x, of 16 on v5e and v6e.
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(kinds=("TPU v4",), flops=275e12, hbm_bandwidth=1228e9, hbm=32e9),
     "v5e": Chip(
         kinds=("TPU v5 lite", "TPU v5e"), flops=197e12, hbm_bandwidth=819e9, hbm=15.75 * GIB,
-        links=4, link=50e9, dims=2, ring=16,
+        links=4, link=50e9, dims=2, ring=16, network=3.125e9,
     ),
     "v5p": Chip(
         kinds=("TPU v5p", "TPU v5"), flops=459e12, hbm_bandwidth=2765e9, hbm=95.74 * GIB,
-        links=6, link=100e9, dims=3, ring=4, cores=2,
+        links=6, link=100e9, dims=3, ring=4, network=6.25e9, cores=2,
     ),
     "v6e": Chip(
         kinds=("TPU v6 lite", "TPU v6e"), flops=918e12, hbm_bandwidth=1638e9, hbm=31.25 * GIB,
-        links=4, link=100e9, dims=2, ring=16, mxu=256,
+        links=4, link=100e9, dims=2, ring=16, network=12.5e9, mxu=256,
     ),
     "tpu7x": Chip(
         kinds=("TPU7x",), flops=2307e12, hbm_bandwidth=7380e9, hbm=94.75 * GIB, devices=2,
-        links=6, link=100e9, dims=3, ring=4, cores=2, mxu=256,
+        links=6, link=100e9, dims=3, ring=4, network=12.5e9, cores=2, mxu=256,
     ),
     "A100": Chip(kinds=("NVIDIA A100",), flops=312e12, hbm_bandwidth=2039e9, hbm=80e9),
     "H100": Chip(kinds=("NVIDIA H100",), flops=989e12, hbm_bandwidth=3352e9, hbm=80e9),

@@ -20,7 +20,7 @@ AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
 CONTEXT = ("ring", "gather")
 REMAT = ("none", "dots", "block", "stage")
 
-_TPU_PLACE = re.compile(r"(v\d+[a-z]*|tpu\d+x)-\d+")
+_TPU_PLACE = re.compile(r"(\d+x)?(v\d+[a-z]*|tpu\d+x)-\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +180,8 @@ def choose(
 ) -> tuple[str, Place]:
     """The place called `on`, or else the first that fits this machine; `mesh` replaces its mesh.
 
-    A place named after a TPU slice ('v5p-64') fits only TPUs and only the whole of them; any other
-    fits wherever there are enough devices.
+    A place named after a TPU slice ('v5p-64', or '4xv5p-64' for four of them) fits only TPUs and
+    only the whole of them; any other fits wherever there are enough devices.
     """
     if on is not None:
         check_name("--on", on, places)

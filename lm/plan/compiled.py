@@ -66,12 +66,15 @@ def available() -> bool:
 
 
 def describe(where: Slice) -> list[Any]:
-    """The devices of the slice, as far as a compiler needs them."""
+    """The devices of the slice, or slices, as far as a compiler needs them."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name=where.topology).devices
+    several = {"num_slices": where.count} if where.count > 1 else {}
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=where.topology, **several
+    ).devices
 
 
 def step(experiment: Experiment, name: str, place: Place, where: Slice) -> Compiled:

@@ -17,7 +17,8 @@ _LINKS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collectiv
 
 
 class Work(NamedTuple):
-    """flops      of matrix products, those inside kernels included where they say how many
+    """flops      of matrix products, without those inside kernels: what these do depends on what
+               they are given
     nbytes     read from and written to main memory
     seconds    every instruction at the speed of what binds it, products or memory, in a row
     kernels    {name: times} of custom kernels
@@ -54,9 +55,6 @@ def _flops(program: Program, computation: str, each: Instruction) -> float:
             for called in each.called
             for inner in program.computations.get(called, [])
         )
-    if each.op == "custom-call":
-        found = re.search(r'"flops":"?(\d+)', each.rest)
-        return float(found.group(1)) if found else 0.0
     if each.op not in ("convolution", "dot"):
         return 0.0
     known = program.by_name[computation]

@@ -9,9 +9,9 @@ the same for every chip and model.
 import math
 from typing import NamedTuple
 
-from lm import model, show
+from lm import model, sharding, show
 from lm.experiment import Experiment
-from lm.mesh import Place
+from lm.mesh import AXES, Place
 from lm.plan import links
 from lm.plan.slices import Slice
 
@@ -25,13 +25,16 @@ TILE = 1024
 # products: norms, rotations, residuals (of the model's width), the gate (of the feed-forward's).
 WIDE, HIDDEN = 10, 4
 
-FORWARDS = {"none": 0.0, "dots": 0.0, "block": 1.0}  # forward passes' products computed anew
+# Which share of the forward pass the backward pass computes anew, besides element-wise work: of the
+# products with weights, and of attention, whose kernels are no such products.
+FORWARDS = {"none": (0.0, 0.0), "dots": (0.0, 1.0), "block": (1.0, 1.0), "stage": (1.0, 1.0)}
 
 
 class Estimate(NamedTuple):
     """Per device: bytes, and seconds of a step.
 
-    compute is products and memory together, one after the other; links is all collectives.
+    compute is products and memory together, one after the other, without the waits of a pipeline,
+    of which `bubble` is the share while its layers run, `layers` seconds; links is all collectives.
     """
 
     parameters: int
@@ -40,6 +43,7 @@ class Estimate(NamedTuple):
     activations: int
     working: int
     compute: float
+    layers: float
     links: float
     exposed: float
     bubble: float
@@ -56,8 +60,9 @@ class Estimate(NamedTuple):
     def seconds(self) -> float:
         """With the gathering of weights and the summing of gradients behind the products, and
         `exposed` collectives, which products wait for, in the open."""
+        waiting = self.layers * self.bubble / (1 - self.bubble)
         hidden = self.links - self.exposed
-        return (max(self.compute, hidden) + self.exposed) / (1 - self.bubble)
+        return max(self.compute + waiting, hidden) + self.exposed
 
 
 class _Sizes(NamedTuple):
@@ -73,27 +78,49 @@ class _Sizes(NamedTuple):
     keys: float
 
 
-def estimate(e: Experiment, place: Place, where: Slice, again: float | None = None) -> Estimate:
-    """Of a step at this place of this slice; `again` is the share of the forward pass's products
-    that the backward pass computes anew (default: what the place's remat says)."""
+def state_at(e: Experiment, place: Place) -> dict[str, int]:
+    """Bytes per device of parameters, gradients and optimizer, the same for all places of a mesh
+    and a number of rounds."""
+    return show.memory(e, place.mesh.abstract(), sharding.rules_at(place))
+
+
+def estimate(
+    e: Experiment,
+    place: Place,
+    where: Slice,
+    *,
+    again: float | None = None,
+    state: dict[str, int] | None = None,
+) -> Estimate:
+    """Of a step at this place of this slice.
+
+    Args:
+        again: the share of the forward pass that the backward pass computes anew (default: what
+            the place's remat says).
+        state: what `state_at` says of the place, where it is known already.
+    """
     mesh = place.mesh
     layers = [_sizes(e, block) for block in e.model.layout.blocks]
     ways = mesh.data * mesh.fsdp * mesh.expert * mesh.context
     tokens = e.batch.sequences * e.batch.length / ways  # through each stage of a pipeline
     part = tokens / place.microbatches
-    state = show.memory(e, mesh.abstract())
-    again = FORWARDS.get(place.remat, 1.0) if again is None else again
-    on_links, exposed = _links(e, place, where, layers, part, again)
+    state = state or state_at(e, place)
+    schedule = e.pipeline_at(place)
+    again = FORWARDS[place.remat] if again is None else (again, again)
+    gradients = state["gradients"] // (2 if place.microbatches == 1 and _half(e) else 1)
+    compute, in_layers = _compute(e, place, where, layers, part, again, state["parameters"])
+    on_links, exposed = _links(e, place, where, layers, part, again[0], gradients)
     return Estimate(
         parameters=state["parameters"],
         optimizer=state["optimizer"],
-        gradients=state["gradients"] // (2 if place.microbatches == 1 and _half(e) else 1),
+        gradients=gradients,
         activations=int(_saved(e, place, layers, part)),
         working=int(_working(e, place, layers, part) + _copies(state["parameters"], e)),
-        compute=_compute(e, place, where, layers, part, again, state["parameters"]),
+        compute=compute,
+        layers=in_layers,
         links=on_links,
         exposed=exposed,
-        bubble=bubble(place),
+        bubble=schedule.bubble if schedule else 0.0,
     )
 
 
@@ -103,10 +130,11 @@ def _compute(
     where: Slice,
     layers: list[_Sizes],
     part: float,
-    again: float,
+    again: tuple[float, float],
     parameters: int,
-) -> float:
-    """Seconds of products, memory and the optimizer, for `part` tokens in each micro-batch."""
+) -> tuple[float, float]:
+    """Seconds of products, memory and the optimizer, and those of them in layers, for `part` tokens
+    in each micro-batch."""
     chip, dim, tensor = where.chip, e.model.dim, place.mesh.tensor
     flops, hbm = MATMUL * chip.flops / chip.devices, HBM * chip.hbm_bandwidth / chip.devices
     seconds = 0.0
@@ -114,15 +142,16 @@ def _compute(
         products = 2 * part * layer.active / tensor
         tiles = products * 2 / TILE  # bytes: both operands, two a number
         traffic = 2 * part * (WIDE * dim + HIDDEN * layer.hidden / tensor)
-        seconds += (3 + again) * (max(products / flops, tiles / hbm) + traffic / hbm)
+        seconds += (3 + again[0]) * max(products / flops, tiles / hbm) + 4 * traffic / hbm
         # The backward pass of attention computes the scores anew: five products for two. They have
         # the head's width for a side, which may be less than the matrix unit's.
-        attention = (3.5 + again) * 4 * part * layer.heads * layer.keys / tensor
+        attention = (3.5 + again[1]) * 4 * part * layer.heads * layer.keys / tensor
         seconds += attention / flops / min(1, layer.head_dim / chip.mxu)
-    seconds /= place.mesh.pipe
-    seconds += 3 * 2 * part * dim * e.model.vocab / tensor / flops
+    seconds *= place.microbatches / place.mesh.pipe
+    tokens = place.microbatches * part / place.mesh.pipe
+    vocabulary = 3 * 2 * tokens * dim * e.model.vocab / tensor / flops
     # The optimizer reads and writes float32 weight and moments and reads a gradient.
-    return place.microbatches * seconds + 28 * parameters / 4 / hbm
+    return seconds + vocabulary + 28 * parameters / 4 / hbm, seconds
 
 
 def _working(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> float:
@@ -136,17 +165,18 @@ def _working(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> 
     return max(layer, vocabulary if place.mesh.size > 1 else 0)
 
 
-def bubble(place: Place) -> float:
-    """The share of a step in which a pipeline's stages wait: (stages - 1) of as many turns as there
-    are micro-batches and waits together (GPipe, arXiv:1811.06965)."""
-    stages = place.mesh.pipe
-    return (stages - 1) / (place.microbatches + stages - 1)
-
-
 def attention_flops(e: Experiment) -> float:
     """Of scores and values, forward, per token: 4 heads head_dim keys in every layer."""
     layers = (_sizes(e, block) for block in e.model.layout.blocks)
     return sum(4 * layer.heads * layer.keys for layer in layers)
+
+
+def grouped_flops(e: Experiment) -> float:
+    """Of one product of an MoE's chosen experts, per token."""
+    ffns = (block.ffn for block in e.model.layout.blocks)
+    return max(
+        (2 * f.active * e.model.dim * f.hidden for f in ffns if hasattr(f, "active")), default=0
+    )
 
 
 def _half(e: Experiment) -> bool:
@@ -199,48 +229,61 @@ def _saved(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> fl
 
 
 def _links(
-    e: Experiment, place: Place, where: Slice, layers: list[_Sizes], part: float, again: float
+    e: Experiment,
+    place: Place,
+    where: Slice,
+    layers: list[_Sizes],
+    part: float,
+    again: float,
+    gradients: int,
 ) -> tuple[float, float]:
-    """(seconds on the links in all, those of them that products wait for)."""
-    mesh = place.mesh
-    size = 2 if _half(e) else 4
-    parallel = {axis: n for axis, n in _used(place).items() if n > 1}
-    if not parallel:
-        return 0.0, 0.0
-
-    bits = sum(math.log2(n) for n in parallel.values())
-    directions = 2 if all(where.rings()) else 1
-
-    def rate(axis: str) -> float:
-        """The dimensions of the torus are shared out over the axes of the mesh by the logarithm of
-        their sizes, as a mesh is laid over a torus; an axis has one at least."""
-        dims = max(where.chip.dims * math.log2(parallel[axis]) / bits, 1)
-        return directions * dims * where.chip.link / where.chip.devices
-
+    """(seconds of all collectives, those of them that products wait for)."""
+    mesh, size = place.mesh, 2 if _half(e) else 4
+    torus = _Torus(place, where)
     total = exposed = 0.0
     for layer in layers:
+        # Gathered forward and backward, and their gradients summed.
         weights = size * layer.weights / mesh.tensor / mesh.expert / mesh.pipe
-        if mesh.fsdp > 1:
-            moved = (2 + 1) * weights * (mesh.fsdp - 1) / mesh.fsdp * place.microbatches
-            total += moved / rate("fsdp")
+        total += 3 * place.microbatches * torus.gather("fsdp", weights)
         stream = size * part * e.model.dim * place.microbatches / mesh.pipe
-        if mesh.tensor > 1:
-            ways = (mesh.tensor - 1) / mesh.tensor
-            seconds = (4 + 2 * again) * 2 * stream * ways / rate("tensor")
-            total, exposed = total + seconds, exposed + seconds
-        if mesh.expert > 1:
-            seconds = (4 + 2 * again) * stream * (mesh.expert - 1) / rate("expert")
-            total, exposed = total + seconds, exposed + seconds
-        if mesh.context > 1:
-            seconds = (3 + again) * size * part * layer.kv * 2 * mesh.context / rate("context")
-            total, exposed = total + seconds, exposed + seconds / 2
-    if mesh.data > 1:
-        gradients = show.memory(e, mesh.abstract())["gradients"] / (2 if size == 2 else 1)
-        total += 2 * gradients / rate("data")
-    return total + links.HOP * len(layers), exposed
+        tensor = (4 + 2 * again) * 2 * torus.gather("tensor", stream)
+        expert = (4 + 2 * again) * torus.gather("expert", stream * mesh.expert)
+        # Keys and values go round, and backward with their gradients.
+        keys = size * part * 2 * layer.kv / mesh.tensor * place.microbatches / mesh.pipe
+        context = (3 + again) * torus.gather("context", keys * mesh.context)
+        total += tensor + expert + context
+        exposed += tensor + expert + context / 2
+    if schedule := e.pipeline_at(place):
+        # Forward and backward, what passes to the next stage and what waits; the first is awaited.
+        packets = 2 * schedule.iterations * torus.permute("pipe", size * part * e.model.dim)
+        total, exposed = total + 2 * packets, exposed + packets
+    total += 2 * torus.gather("data", gradients)
+    return total + (links.HOP * len(layers) if mesh.size > 1 else 0), exposed
 
 
-def _used(place: Place) -> dict[str, int]:
-    return {
-        axis: getattr(place.mesh, axis) for axis in ("data", "fsdp", "tensor", "expert", "context")
-    }
+class _Torus:
+    """How fast the axes of a mesh are. The dimensions of a slice's torus are shared out over them
+    by the logarithm of their sizes, as a mesh is laid over a torus, but an axis has one at least;
+    what lies between slices goes through the network."""
+
+    def __init__(self, place: Place, where: Slice):
+        chip, across = where.chip, place.mesh.across(where.count)
+        self._across = dict(zip(AXES, across, strict=True))
+        self._within = {a: getattr(place.mesh, a) // self._across[a] for a in AXES}
+        bits = math.log2(math.prod(self._within.values())) or 1
+        directions = 2 if all(where.rings()) else 1
+        self._network = chip.network / chip.devices
+        self._link = {
+            axis: directions * max(chip.dims * math.log2(n) / bits, 1) * chip.link / chip.devices
+            for axis, n in self._within.items()
+        }
+
+    def gather(self, axis: str, nbytes: float) -> float:
+        """Seconds until every device along the axis has all of an array, or its sum in parts."""
+        n, slices = self._within[axis], self._across[axis]
+        between = nbytes / n * (slices - 1) / slices / self._network
+        return nbytes * (n - 1) / n / self._link[axis] + between
+
+    def permute(self, axis: str, nbytes: float) -> float:
+        """Seconds to give an array to the next device along the axis."""
+        return nbytes / (self._network if self._across[axis] > 1 else self._link[axis])

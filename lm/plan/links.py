@@ -37,10 +37,17 @@ class Collective(NamedTuple):
 
 
 class Layout:
-    """Where the devices of a mesh sit on the torus: `grid` holds them by mesh coordinates."""
+    """Where the devices of a mesh sit on the torus: `grid` holds them by mesh coordinates. Of
+    several slices, the first: `across` is how many ways each axis is split over them."""
 
-    def __init__(self, grid: np.ndarray, axes: Sequence[str], where: Slice):
-        self.axes, self.shape, self.slice = tuple(axes), grid.shape, where
+    def __init__(
+        self, grid: np.ndarray, axes: Sequence[str], where: Slice, across: Sequence[int] = ()
+    ):
+        self.axes, self.slice = tuple(axes), where
+        self.across = tuple(across) or (1,) * grid.ndim
+        within = [n // ways for n, ways in zip(grid.shape, self.across, strict=True)]
+        grid = grid[tuple(slice(n) for n in within)]
+        self.shape = grid.shape
         self.coords = np.array([device.coords for device in grid.flat])
 
     def crossed(self, groups: np.ndarray) -> str:
@@ -48,6 +55,10 @@ class Layout:
         places = np.stack(np.unravel_index(groups[0], self.shape))
         differ = (places != places[:, :1]).any(axis=1)
         return "+".join(a for a, d in zip(self.axes, differ, strict=True) if d)
+
+    def between_slices(self) -> str:
+        """The axes that are split over slices."""
+        return "+".join(a for a, n in zip(self.axes, self.across, strict=True) if n > 1)
 
     def sides(self, group: np.ndarray) -> list[tuple[int, bool]]:
         """For each dimension of the torus in which a group extends: how many places it takes, and
@@ -89,43 +100,53 @@ def seconds(kind: str, nbytes: int, sides: Sequence[tuple[int, bool]], link: flo
     return passes * (latency + nbytes * (n - 1) / n / rate)
 
 
+def _between_slices(kind: str, nbytes: int, where: Slice) -> float:
+    """Seconds of a collective that every device of a slice has with its peers in all others."""
+    passes = 2 if kind == "all-reduce" else 1
+    network = where.chip.network / where.chip.devices
+    return passes * nbytes * (where.count - 1) / where.count / network
+
+
 def collectives(program: Program, layout: Layout) -> list[Collective]:
     """Those of a step, the slowest first."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for kind, each, times, early in _executed(program):
-        link = layout.slice.chip.link
+        axes, nbytes, one = _one(kind, each, layout)
+        if not axes:
+            continue
         # The start of an asynchronous one lists its operand beside its result.
-        array = max(each.arrays, key=lambda a: a.nbytes)
-        if kind == "collective-permute":
-            pairs = np.array(_numbers(each.attribute("source_target_pairs"))).reshape(-1, 2)
-            hops = max(layout.hops(pairs), 1) if len(pairs) else 0
-            if not hops:
-                continue
-            axes = layout.crossed(pairs)
-            nbytes = sum(a.nbytes for a in each.arrays[: max(1, len(each.operands))])
-            one = hops * (HOP + nbytes / link)
-        else:
-            groups = replica_groups(each.rest, len(layout.coords))
-            if groups.shape[1] < 2:
-                continue
-            axes = layout.crossed(groups)
-            tuples = (
-                each.arrays[len(each.operands) :] if each.op.endswith("-start") else each.arrays
-            )
-            nbytes = sum(a.nbytes for a in tuples) or array.nbytes
-            one = max(seconds(kind, nbytes, layout.sides(g), link) for g in groups[:1])
-        total = found.setdefault((kind, axes, array.dtype), [0, 0, 0.0, 0.0])
+        dtype = max(each.arrays, key=lambda a: a.nbytes).dtype
+        total = found.setdefault((kind, axes, dtype), [0, 0, 0.0, 0.0])
         for i, amount in enumerate((1, nbytes, one, one if early else 0.0)):
             total[i] += times * amount
     rows = [Collective(*key, int(n), int(b), s, h) for key, (n, b, s, h) in found.items()]
     return sorted(rows, key=lambda row: -row.seconds)
 
 
+def _one(kind: str, each: Instruction, layout: Layout) -> tuple[str, int, float]:
+    """(axes, bytes, seconds) of one collective; no axes where it goes nowhere."""
+    link = layout.slice.chip.link
+    if each.op == "recv":
+        nbytes = each.arrays[0].nbytes
+        return layout.between_slices(), nbytes, _between_slices(kind, nbytes, layout.slice)
+    if kind == "collective-permute":
+        pairs = np.array(_numbers(each.attribute("source_target_pairs"))).reshape(-1, 2)
+        hops = max(layout.hops(pairs), 1) if len(pairs) else 0
+        nbytes = sum(a.nbytes for a in each.arrays[: max(1, len(each.operands))])
+        return layout.crossed(pairs) if hops else "", nbytes, hops * (HOP + nbytes / link)
+    groups = replica_groups(each.rest, len(layout.coords))
+    if groups.shape[1] < 2:
+        return "", 0, 0.0
+    results = each.arrays[len(each.operands) :] if each.op.endswith("-start") else each.arrays
+    nbytes = sum(a.nbytes for a in results) or max(a.nbytes for a in each.arrays)
+    return layout.crossed(groups), nbytes, seconds(kind, nbytes, layout.sides(groups[0]), link)
+
+
 def _executed(program: Program) -> Iterator[tuple[str, Instruction, int, bool]]:
     """(kind, instruction, times, whether started early). A TPU's reduce-scatter is an all-reduce in
     a fusion of that name; an early all-gather is a pair of fusions, of which the first counts."""
     for each, computation, times, _ in program.executed():
-        kind = _OPS.get(each.op)
+        kind = _OPS.get(each.op) or _transfer(each)
         if (
             kind is None
             or "collective-done" in computation
@@ -134,7 +155,17 @@ def _executed(program: Program) -> Iterator[tuple[str, Instruction, int, bool]]:
             continue
         if kind == "all-reduce" and "reduce-scatter" in computation:
             kind = "reduce-scatter"
-        yield kind, each, times, each.op.endswith("-start") or "async" in computation
+        early = each.op == "recv" or each.op.endswith("-start") or "async" in computation
+        yield kind, each, times, early
+
+
+def _transfer(each: Instruction) -> str | None:
+    """The kind of collective between slices of which this is the receiving end."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', each.rest)
+    if each.op != "recv" or not found:
+        return None
+    kind = found.group(1).lower().replace("_", "-")
+    return kind if kind in KINDS else "collective-permute"
 
 
 _MESH_GROUPS = re.compile(

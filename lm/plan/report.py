@@ -9,7 +9,7 @@ from lm.errors import Refused, nearest
 from lm.experiment import Experiment
 from lm.mesh import AXES, Mesh, Place
 from lm.plan import compiled, compute, links, slices
-from lm.plan.estimate import HBM, MATMUL, Estimate, attention_flops, bubble, estimate
+from lm.plan.estimate import HBM, MATMUL, Estimate, attention_flops, estimate, grouped_flops
 from lm.plan.slices import Slice
 
 LARGEST = 8  # arrays that are named
@@ -109,7 +109,7 @@ def facts(
         optimizer_bytes_per_device=guess.optimizer,
         gradient_bytes_per_device=guess.gradients,
         state_bytes_per_device=guess.state,
-        pipeline_bubble=bubble(place),
+        pipeline_bubble=guess.bubble,
         estimate=_estimated(guess, int(chip.hbm)),
         compiled=compile and compiled.available(),
     )
@@ -166,7 +166,8 @@ def _compiled(e: Experiment, name: str, place: Place, where: Slice) -> dict[str,
         return told | {"collectives": None, "step_seconds": None}
     rates = MATMUL * chip.flops / chip.devices, HBM * chip.hbm_bandwidth / chip.devices
     done = compute.work(result.program, *rates)
-    layout = links.Layout(result.mesh.devices, AXES, where)
+    across = place.mesh.across(where.count)
+    layout = links.Layout(result.mesh.devices, AXES, where, across)
     rows = links.collectives(result.program, layout)
     on_links, hidden = sum(row.seconds for row in rows), sum(row.hidden for row in rows)
     kernels = _in_kernels(e, place, done.kernels)
@@ -186,14 +187,19 @@ def _compiled(e: Experiment, name: str, place: Place, where: Slice) -> dict[str,
 
 
 def _in_kernels(e: Experiment, place: Place, kernels: dict[str, int]) -> float:
-    """FLOPs per device of attention's kernels, which do not say how much they multiply: two
-    products forward, as often as they run, and five backward."""
-    backward = sum(n for name, n in kernels.items() if "attention_backward" in name)
-    forward = sum(n for name, n in kernels.items() if "attention_forward" in name)
-    if not backward:
-        return 0.0
+    """FLOPs per device of kernels whose work depends on what they are given.
+
+    Attention: two products forward, as often as it runs, and five backward. Grouped products: those
+    of a balanced load, since rows that are nobody's are not multiplied.
+    """
+    forward, backward, grouped = (
+        sum(n for name, n in kernels.items() if part in name)
+        for part in ("attention_forward", "attention_backward", "grouped_matmul")
+    )
     tokens = e.batch.sequences * e.batch.length / place.mesh.size
-    return tokens * attention_flops(e) * (forward / backward + 2.5)
+    flops = tokens * attention_flops(e) * (forward / backward + 2.5) if backward else 0.0
+    part = tokens * place.mesh.pipe / place.microbatches
+    return flops + grouped * part * grouped_flops(e)
 
 
 def _made_forward(live: Sequence[compiled.Live]) -> int:

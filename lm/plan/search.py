@@ -9,13 +9,16 @@ from typing import NamedTuple
 from lm import terminal
 from lm.errors import Refused
 from lm.experiment import Experiment
-from lm.mesh import Mesh, Place
+from lm.mesh import REMAT, Mesh, Place
 from lm.plan import report, slices
-from lm.plan.estimate import estimate
+from lm.plan.estimate import Estimate, estimate, state_at
 from lm.plan.slices import Slice
 
 ROOM = 1.25  # an estimate of memory may be so far above capacity and still be tried
-AXES = ("data", "fsdp", "tensor", "expert", "context")
+AXES = ("data", "fsdp", "tensor", "expert", "context", "pipe")
+MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
+# A shorter part of a sequence is less than attention's kernels take at once.
+PART = 2048
 
 
 class Found(NamedTuple):
@@ -28,60 +31,83 @@ class Found(NamedTuple):
     def code(self) -> str:
         """To paste into an experiment."""
         mesh = str(self.place.mesh).replace(",", ", ")
-        rest = f", microbatches={self.place.microbatches}" if self.place.microbatches > 1 else ""
+        numbers = {"microbatches": self.place.microbatches, "rounds": self.place.rounds}
+        rest = "".join(f", {name}={number}" for name, number in numbers.items() if number > 1)
         return f'Place(mesh=Mesh({mesh}){rest}, remat="{self.place.remat}")'
 
 
 def search(
     experiment: Experiment, on: str | None = None, *, compile: bool = True, few: int = 3
 ) -> list[Found]:
-    """The places that fit, the fastest first. The experiment's own place on that slice, where it
-    has one, is among those that are compiled."""
+    """The places that fit, the fastest first: of the best by estimate, one after another is
+    compiled until `few` have been found to fit (or twice as many have been tried). The experiment's
+    own place on that slice, where it has one, is compiled too. Raises Refused where nothing fits.
+    """
     name = on or next((n for n in experiment.places if slices.NAME.fullmatch(n)), None)
     if name is None:
         raise Refused(f"{experiment.name} has no place on TPUs; give one, as in --on v5e-16.")
     where = slices.find(name)
-    tried = sorted(
-        ((guess.seconds, place) for place, guess in _candidates(experiment, where)),
-        key=lambda pair: (pair[0], str(pair[1])),
-    )
-    if not tried:
+    own = experiment.places.get(name)
+    given = [own] if own is not None and own.mesh.size == where.devices else []
+    found: list[Found] = []
+    for place in [*given, *_ranked(experiment, where)[: 2 * few]]:
+        if sum(each.place not in given for each in found) == few:
+            break
+        if place in [each.place for each in found]:
+            continue
+        told = report.facts(experiment, name, place, where, compile=compile)
+        if told["fits"]:
+            found.append(Found(place, told))
+    if not found:
         raise Refused(
-            f"no mesh of {name} divides {experiment.name} and comes near its memory of "
+            f"no mesh of {name} both divides {experiment.name} and fits its memory of "
             f"{where.chip.hbm / 1e9:.0f} GB per device; take a larger slice or a smaller batch."
         )
-    chosen = [place for _, place in tried[:few]]
-    own = experiment.places.get(name)
-    if own is not None and own not in chosen and own.mesh.size == where.devices:
-        chosen.append(own)
-    found = [
-        Found(place, report.facts(experiment, name, place, where, compile=compile))
-        for place in chosen
-    ]
-    fitting = [each for each in found if each.plan["fits"]]
-    return sorted(fitting, key=lambda each: each.plan["step_seconds"])
+    return sorted(found, key=lambda each: each.plan["step_seconds"])
 
 
-def _candidates(e: Experiment, where: Slice) -> Iterator[tuple[Place, object]]:
+def _ranked(e: Experiment, where: Slice) -> list[Place]:
+    """The fastest first, by estimate; of each mesh and remat the best number of micro-batches: of
+    those that come out equal the smallest, since each gathers the weights anew."""
+
+    def rank(candidate: tuple[Place, Estimate]) -> tuple[float, ...]:
+        place, guess = candidate
+        return guess.seconds, guess.links, place.microbatches
+
+    best: dict[tuple[Mesh, str], Place] = {}
+    for place, _ in sorted(_candidates(e, where), key=rank):
+        best.setdefault((place.mesh, place.remat), place)
+    return list(best.values())
+
+
+def _candidates(e: Experiment, where: Slice) -> Iterator[tuple[Place, Estimate]]:
+    """Places that divide the experiment and come near to fitting."""
+    most = ROOM * where.chip.hbm
     for mesh in _meshes(e, where.devices):
-        most = max(e.batch.sequences // mesh.batch_size, 1)
-        for microbatches, remat in itertools.product((1, 2, 4, 8), ("none", "dots", "block")):
-            if microbatches > most:
-                continue
-            place = Place(mesh=mesh, microbatches=microbatches, remat=remat)
-            try:
-                report.check(e, where.name, place, where)
-            except Refused:
-                continue
-            guess = estimate(e, place, where)
-            if guess.peak <= ROOM * where.chip.hbm:
-                yield place, guess
+        for rounds in (1, 2) if mesh.pipe > 1 else (1,):
+            state = None
+            for microbatches, remat in itertools.product(MICROBATCHES, REMAT):
+                try:
+                    place = Place(mesh=mesh, microbatches=microbatches, rounds=rounds, remat=remat)
+                    report.check(e, where.name, place, where)
+                except Refused:
+                    continue
+                if state is None:
+                    state = state_at(e, place)
+                guess = estimate(e, place, where, state=state)
+                if guess.peak <= most:
+                    yield place, guess
 
 
 def _meshes(e: Experiment, devices: int) -> Iterator[Mesh]:
     """Every way to share out the devices over the axes that this model has a use for."""
     experts = max((getattr(b.ffn, "experts", 1) for b in e.model.layout.blocks), default=1)
-    most = {"tensor": 16, "expert": experts, "context": 1}
+    most = {
+        "tensor": 16,
+        "expert": experts,
+        "context": max(e.batch.length // PART, 1),
+        "pipe": min(16, e.model.layout.repeats),
+    }
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     for sizes in itertools.product(
         *([n for n in divisors if n <= most.get(a, devices)] for a in AXES[1:])

@@ -1,4 +1,5 @@
-"""TPU slices by name: 'v5p-64' is 32 chips in a torus of 2 x 4 x 4."""
+"""TPU slices by name: 'v5p-64' is 32 chips in a torus of 2 x 4 x 4, '4xv5p-64' are four of these,
+joined by a network."""
 
 import itertools
 import math
@@ -8,18 +9,19 @@ from dataclasses import dataclass
 from lm import hardware
 from lm.errors import Refused
 
-NAME = re.compile(r"(v\d+[a-z]*|tpu\d+x)-(\d+)")
+NAME = re.compile(r"(?:(\d+)x)?(v\d+[a-z]*|tpu\d+x)-(\d+)")
 KNOWN = {name: chip for name, chip in hardware.CHIPS.items() if chip.dims}
 HOST = 4  # chips on the smallest host that takes part in a slice
 
 
 @dataclass(frozen=True)
 class Slice:
-    """`shape` in chips; `devices` as jax counts them."""
+    """`count` slices, each of `shape` in chips; `devices` as jax counts them."""
 
     name: str
     generation: str
     shape: tuple[int, ...]
+    count: int = 1
 
     @property
     def chip(self) -> hardware.Chip:
@@ -27,7 +29,7 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape)
+        return self.count * math.prod(self.shape)
 
     @property
     def devices(self) -> int:
@@ -35,7 +37,7 @@ class Slice:
 
     @property
     def topology(self) -> str:
-        """As libtpu calls it: 'v5p:2x4x4'."""
+        """Of one slice, as libtpu calls it: 'v5p:2x4x4'."""
         return f"{self.generation}:{'x'.join(map(str, self.shape))}"
 
     def rings(self) -> tuple[bool, ...]:
@@ -45,24 +47,25 @@ class Slice:
 
 def find(name: str) -> Slice:
     """The slice of a name as Google Cloud gives it: the number counts cores on v5p and tpu7x, two
-    to a chip, and chips on v5e and v6e. Raises Refused where there is none."""
+    to a chip, and chips on v5e and v6e; '4x' before it stands for four such slices. Raises Refused
+    where there is none."""
     found = NAME.fullmatch(name)
-    if not found or found.group(1) not in KNOWN:
+    if not found or found.group(2) not in KNOWN:
         raise Refused(
             f"--on {name!r} is not a TPU slice that can be planned for; name one as in v5e-256, "
             "v5p-64, v6e-256 or tpu7x-128."
         )
-    generation, number = found.group(1), int(found.group(2))
+    count, generation, number = int(found.group(1) or 1), found.group(2), int(found.group(3))
     chip = KNOWN[generation]
     shape = _shape(number // chip.cores, chip) if number % chip.cores == 0 else None
-    if shape is None:
+    if shape is None or not count:
         near = min(_numbers(chip), key=lambda n: abs(n - number))
         counted = "cores, two to a chip" if chip.cores == 2 else "chips"
         raise Refused(
             f"--on {name!r}: there is no such slice; the number counts {counted}. "
             f"The nearest is {generation}-{near}."
         )
-    return Slice(name, generation, shape)
+    return Slice(name, generation, shape, count)
 
 
 def _shape(chips: int, chip: hardware.Chip) -> tuple[int, ...] | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -9,7 +10,7 @@ from experiments import llama3_8b
 from lm import plan
 from lm.experiment import override
 from lm.mesh import Mesh, Place
-from lm.plan import compiled
+from lm.plan import compiled, slices
 
 pytestmark = pytest.mark.skipif(not compiled.available(), reason="libtpu is not installed")
 
@@ -60,3 +61,32 @@ def test_a_search_compiles_the_best_and_the_declared():
     assert all(each.plan["compiled"] and each.plan["fits"] for each in found)
     assert declared in [each.place for each in found]
     assert found[0].plan["step_seconds"] <= found[-1].plan["step_seconds"]
+
+
+@pytest.mark.slow
+def test_the_bubble_is_that_of_the_compiled_loops():
+    place = Place(mesh=Mesh(data=2, fsdp=2, pipe=4), microbatches=8, rounds=2, remat="block")
+    e = override(small(places={"v5e-16": place}), ["model.layers=8"])
+    program = compiled.step(e, "v5e-16", place, slices.find("v5e-16")).program
+    loops = [each for each, *_ in program.executed() if each.op == "while"]
+    bodies = {each: re.search(r"body=%([\w.\-]+)", each.rest).group(1) for each in loops}
+    # Those through which micro-batches pass on, forward and backward.
+    passing = [
+        program.trips(loop)
+        for loop, body in bodies.items()
+        if any(i.op.startswith("collective-permute") for i in program.computations[body])
+    ]
+    assert len(passing) == 2 and len(set(passing)) == 1
+    work = place.microbatches * place.rounds
+    told = plan.plan(e, "v5e-16", compile=False)
+    assert told["pipeline_bubble"] == pytest.approx(1 - work / passing[0])
+
+
+@pytest.mark.slow
+def test_what_passes_between_slices_is_counted():
+    mesh = Mesh(data=2, fsdp=4)
+    told = plan.plan(small(places={"2xv5p-8": Place(mesh=mesh, remat="block")}), "2xv5p-8")
+    between = [row for row in told["collectives"] if row["axes"] == "data"]
+    assert between and all(row["kind"] == "all-reduce" for row in between)
+    # The gradients of what is split, once, in the format of the products.
+    assert sum(row["nbytes"] for row in between) >= told["gradient_bytes_per_device"] / 2

@@ -7,14 +7,15 @@ import json
 import pytest
 
 import lm
-from experiments import llama3_8b, mixtral_8x7b
+from experiments import llama3_8b, long_context_8b, mixtral_8x7b
 from lm import model, plan, show
 from lm.errors import Refused
 from lm.mesh import Mesh, Place
 from lm.plan import compiled, slices
-from lm.plan.estimate import bubble, estimate
+from lm.plan.estimate import estimate
 
 LLAMA, MIXTRAL = llama3_8b.experiment(), mixtral_8x7b.experiment()
+LONG = long_context_8b.experiment()
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_state_is_what_show_says():
     assert told["state_bytes_per_device"] == shown["parameters"] + shown["optimizer"]
 
 
-@pytest.mark.parametrize("e", [LLAMA, MIXTRAL], ids=lambda e: e.name)
+@pytest.mark.parametrize("e", [LLAMA, MIXTRAL, LONG], ids=lambda e: e.name)
 def test_every_declared_place_is_a_slice_and_fits_by_estimate(e):
     for name in e.places:
         told = plan.plan(e, name, compile=False)
@@ -98,8 +99,58 @@ def test_a_step_takes_at_least_its_products():
     assert guess.seconds > least
 
 
-def test_the_bubble_is_that_of_gpipe():
-    assert bubble(Place(mesh=Mesh(fsdp=4), microbatches=3)) == 0
+def on_v5p_64(place):
+    return estimate(LLAMA, place, slices.find("v5p-64"))
+
+
+def test_a_pipeline_waits_as_long_as_its_schedule_says():
+    mesh = Mesh(fsdp=8, pipe=4)
+    plain, gpipe, circular = (
+        on_v5p_64(Place(mesh=mesh, microbatches=8, rounds=rounds, remat="block"))
+        if rounds
+        else on_v5p_64(Place(mesh=Mesh(fsdp=32), microbatches=8, remat="block"))
+        for rounds in (0, 1, 2)
+    )
+    assert (plain.bubble, gpipe.bubble) == (0, pytest.approx(3 / 11))
+    assert circular.bubble == pytest.approx(3 / 19)
+    assert circular.seconds < gpipe.seconds
+    # The same products, of which the stages wait for those in layers.
+    assert gpipe.compute == pytest.approx(plain.compute, rel=0.02)
+    assert gpipe.seconds > gpipe.compute + gpipe.layers * 3 / 8
+    # 32 layers in 12 groups: the last one is short, and waits for the others.
+    uneven = on_v5p_64(Place(mesh=mesh, microbatches=8, rounds=3, remat="block"))
+    assert uneven.bubble == pytest.approx(1 - 8 * 32 / (4 * 27 * 3))
+
+
+def test_state_follows_the_rules_of_the_place():
+    # Several rounds keep the layers together and split their width instead: as much for a device.
+    one, two = (
+        on_v5p_64(Place(mesh=Mesh(fsdp=8, pipe=4), microbatches=8, rounds=rounds, remat="block"))
+        for rounds in (1, 2)
+    )
+    assert one.state == pytest.approx(two.state, rel=1e-3)
+
+
+def test_slices_are_joined_by_a_slower_network():
+    mesh, one, four = Mesh(data=4, fsdp=32), slices.find("v5p-256"), slices.find("4xv5p-64")
+    assert one.devices == four.devices == 128
+    place = Place(mesh=mesh, remat="block")
+    within, between = estimate(LLAMA, place, one), estimate(LLAMA, place, four)
+    assert between.compute == within.compute
+    # Each chip sends and receives 3 of 4 parts of its gradients, there and back.
+    network = 2 * between.gradients * 3 / 4 / four.chip.network
+    assert between.links > network > within.links / 2
+    told = plan.plan(LLAMA, "4xv5p-64", mesh=mesh, compile=False)
+    assert told["chips"] == 128 and told["topology"] == "v5p:2x4x4"
+
+
+def test_a_longer_ring_sends_more_and_keeps_as_much():
+    short, long = (
+        estimate(LONG, Place(mesh=mesh, remat="block"), slices.find("v5p-64"))
+        for mesh in (Mesh(data=2, fsdp=4, context=4), Mesh(fsdp=4, context=8))
+    )
+    assert (short.state, short.activations) == (long.state, long.activations)
+    assert 0 < short.exposed < long.exposed
 
 
 def test_a_search_without_the_compiler_ranks_what_fits():

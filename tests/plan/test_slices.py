@@ -18,6 +18,8 @@ from lm.plan import slices
         ("v6e-128", "v6e:8x16", 128, 128),
         ("tpu7x-8", "tpu7x:2x2x1", 4, 8),
         ("tpu7x-128", "tpu7x:4x4x4", 64, 128),
+        ("4xv5e-16", "v5e:4x4", 64, 64),
+        ("2xtpu7x-8", "tpu7x:2x2x1", 8, 16),
     ],
 )
 def test_a_name_is_a_torus(name, topology, chips, devices):
@@ -29,6 +31,7 @@ def test_a_name_is_a_torus(name, topology, chips, devices):
     ("name", "says"),
     [
         ("v5p-63", "The nearest is v5p-64."),
+        ("0xv5p-64", "there is no such slice"),
         ("v5e-512", "The nearest is v5e-256."),
         ("v5p-100", "cores, two to a chip"),
         ("cpu", "name one as in v5e-256"),
