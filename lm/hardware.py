@@ -41,10 +41,10 @@ class Chip:
     mxu: int = 128
 
 
-# The one table of chips. FLOP/s, memory and links from docs.cloud.google.com/tpu/docs (links are
-# quoted there for both directions together, the network between slices in bits) and nvidia.com, November 2026; usable memory from
-# libtpu 0.0.42's own refusals; rings from the same pages: dimensions of a multiple of 4 chips on
-# v5p and tpu7x, of 16 on v5e and v6e.
+# The one table of chips. FLOP/s, memory, links and network from docs.cloud.google.com/tpu/docs
+# (links are quoted there for both directions together, the network in bits and on some pages for a
+# whole pod) and nvidia.com, November 2026; usable memory from libtpu 0.0.42's own refusals; rings
+# from the same pages: dimensions of a multiple of 4 chips on v5p and tpu7x, of 16 on v5e and v6e.
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(kinds=("TPU v4",), flops=275e12, hbm_bandwidth=1228e9, hbm=32e9),
     "v5e": Chip(
