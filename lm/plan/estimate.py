@@ -160,9 +160,10 @@ def _working(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> 
     widest = max(layer.hidden for layer in layers) / tensor
     largest = max(layer.weights for layer in layers) / tensor / place.mesh.expert
     layer = 2 * part * (7 * widest + 8 * dim) + 3 * 2 * largest
-    # The output matrix in bfloat16, its gradient in float32, and the logits of a chunk.
-    vocabulary = 6 * dim * e.model.vocab / tensor + 8 * 2**27
-    return max(layer, vocabulary if place.mesh.size > 1 else 0)
+    # Of a chunk of words: logits and the matrix's gradient in float32, both in bfloat16 too; and the
+    # gradient of the hidden states, in float32.
+    vocabulary = 12 * 2**27 + 4 * part * dim
+    return max(layer, vocabulary)
 
 
 def attention_flops(e: Experiment) -> float:

@@ -36,17 +36,19 @@ class NextToken:
     """Cross-entropy of the next token plus z_loss * logsumexp**2 (PaLM, arXiv:2204.02311) plus the
     model's own side losses.
 
-    `chunk` is the number of positions whose logits exist at a time; None lets the kernel choose.
+    `chunk` positions and `vocab_chunk` words have logits at a time. One of them alone leaves the
+    other whole; None for both lets the kernel choose.
     """
 
     z_loss: float = 0.0
     chunk: int | None = None
+    vocab_chunk: int | None = None
 
     def __post_init__(self) -> None:
         if self.z_loss < 0:
             raise Refused(f"objective.z_loss={self.z_loss!r} must be zero or above.")
-        if self.chunk is not None:
-            check_positive(**{"objective.chunk": self.chunk})
+        sizes = {"objective.chunk": self.chunk, "objective.vocab_chunk": self.vocab_chunk}
+        check_positive(**{name: size for name, size in sizes.items() if size is not None})
 
     def loss(
         self,
@@ -86,44 +88,31 @@ class NextToken:
     def _cross_entropy(
         self, x_btd: jax.Array, w_dv: jax.Array, *rest: jax.Array, softcap: float | None
     ) -> tuple[jax.Array, jax.Array]:
-        """(loss, nll), summed. Each device adds up its own tokens, with the output matrix collected
-        once before and its gradient summed over devices once after; under automatic sharding both
-        would happen for every chunk."""
+        """(loss, nll), summed. Each device adds up its own tokens, collecting the output matrix and
+        summing its gradient over devices as little at a time as the kernel says; under automatic
+        sharding both would happen for every chunk of positions."""
         compute = functools.partial(
-            kernels_pallas.cross_entropy, softcap=softcap, z_loss=self.z_loss, chunk=self.chunk
+            kernels_pallas.cross_entropy,
+            softcap=softcap,
+            z_loss=self.z_loss,
+            chunk=self.chunk,
+            vocab_chunk=self.vocab_chunk,
         )
         if not sharding.many_devices():
             return compute(x_btd, w_dv, *rest)
         tokens = sharding.partition(x_btd.shape[:2], "batch", "seq")
+        rows, words = sharding.weight_partition(("embed", "vocab"), w_dv.shape)
         split = tuple(name for part in tokens for name in sharding.split_over(part))
-        if not split:
+        kept = tuple(name for name in sharding.split_over(rows) if name in split)
+        divided = sharding.split_over(words)
+        if not (split or divided):
             return compute(x_btd, w_dv, *rest)
-        kept = sharding.split_over(sharding.weight_partition(("embed", "vocab"), w_dv.shape)[0])
 
-        def local(x_btd: jax.Array, w_dv: jax.Array, *rest: jax.Array) -> Any:
-            # Said here, the gradient is summed over the other axes after it has been split.
-            others = tuple(axis for axis in split if axis not in kept)
-            w_dv = jax.lax.pcast(w_dv, others, to="varying") if others else w_dv
-            w_dv = _collected(kept, w_dv) if kept else w_dv
-            return jax.lax.psum(compute(x_btd, w_dv, *rest), split)
+        def local(*arrays: jax.Array) -> Any:
+            (vocab_axis,) = divided or (None,)
+            sums = compute(*arrays, vocab_axis=vocab_axis, embed_axes=kept)
+            return jax.lax.psum(sums, split) if split else sums
 
-        in_specs = (tokens, PartitionSpec(kept or None), tokens, tokens)
-        mapped = sharding.on_each_device(local, in_specs, PartitionSpec(), axes=split)
+        in_specs = (tokens, PartitionSpec(kept or None, divided or None), tokens, tokens)
+        mapped = sharding.on_each_device(local, in_specs, PartitionSpec(), axes=split + divided)
         return mapped(x_btd, w_dv, *rest)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collected(axes: tuple[str, ...], w_dv: jax.Array) -> jax.Array:
-    """The parts of all devices along these axes, inside shard_map; the gradient is summed into the
-    parts."""
-    return jax.lax.all_gather(w_dv, axes, axis=0, tiled=True)
-
-
-def _collected_backward(axes: tuple[str, ...], _: None, dw_dv: jax.Array) -> tuple[jax.Array]:
-    dw_dv = jax.lax.psum_scatter(dw_dv, axes, scatter_dimension=0, tiled=True)
-    # XLA on TPU fails to move this sum out of the loop over micro-batches, where it would cost a
-    # whole gradient on every device; it must not try.
-    return (jax.lax.optimization_barrier(dw_dv),)
-
-
-_collected.defvjp(lambda axes, w_dv: (_collected(axes, w_dv), None), _collected_backward)

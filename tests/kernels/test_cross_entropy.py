@@ -1,5 +1,7 @@
-"""The chunked cross-entropy equals whole logits, values and gradients, and never holds them."""
+"""Cross-entropy in chunks of positions and words equals whole logits, values and gradients, and
+never holds them."""
 
+import re
 from functools import partial
 
 import jax
@@ -22,20 +24,21 @@ def inputs(b=B, t=T, d=D, v=V):
     return x, w, targets, weights
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 4, 11, 50])
+ALL = {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2}
+CHUNKS = [(None, None), (1, None), (4, None), (50, None), (None, 8), (4, 10), (2, 29)]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("chunks", "options"),
     [
-        {},
-        {"softcap": 3.0},
-        {"z_loss": 0.1},
-        {"label_smoothing": 0.2},
-        {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2},
+        *((chunks, options) for chunks in CHUNKS for options in ({}, ALL)),
+        *(((4, size), {name: ALL[name]}) for size in (None, 10) for name in ALL),
     ],
     ids=str,
 )
-def test_equals_whole_logits(chunk, options):
+def test_equals_whole_logits(chunks, options):
     x, w, targets, weights = inputs()
+    chunked = partial(cross_entropy, chunk=chunks[0], vocab_chunk=chunks[1])
 
     @partial(jax.jit, static_argnums=0)
     def both(function, x, w, weights):
@@ -45,7 +48,7 @@ def test_equals_whole_logits(chunk, options):
 
         return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, w, weights)
 
-    (_, got), got_gradients = both(partial(cross_entropy, chunk=chunk), x, w, weights)
+    (_, got), got_gradients = both(chunked, x, w, weights)
     (_, want), want_gradients = both(reference.cross_entropy, x, w, weights)
     # Sums over 29 words and 33 tokens of numbers below 100, in float32 and another order.
     np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -54,10 +57,10 @@ def test_equals_whole_logits(chunk, options):
     np.testing.assert_allclose(got_gradients[2], want_gradients[2], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
-def test_token_losses(chunk):
+@pytest.mark.parametrize(("chunk", "vocab_chunk"), [(None, None), (4, None), (4, 10)])
+def test_token_losses(chunk, vocab_chunk):
     x, w, targets, weights = inputs()
-    got = token_losses(x, w, targets, softcap=3.0, chunk=chunk)
+    got = token_losses(x, w, targets, softcap=3.0, chunk=chunk, vocab_chunk=vocab_chunk)
     np.testing.assert_allclose(got, reference.token_losses(x, w, targets, softcap=3.0), rtol=1e-5)
     nll_sum = cross_entropy(x, w, targets, weights, softcap=3.0)[1]
     np.testing.assert_allclose(jnp.sum(got * weights), nll_sum, rtol=1e-5)
@@ -74,18 +77,31 @@ def test_the_gradient_without_grad_is_the_same_sum():
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_another_platform_takes_larger_chunks(monkeypatch):
+def test_another_platform_takes_other_chunks(monkeypatch):
     """What a TPU would run, lowered for this machine."""
     x, w, targets, weights = inputs()
 
-    def losses(minimum):
-        monkeypatch.setattr(op, "MIN_CHUNK", {"cpu": minimum, "default": T})
-        monkeypatch.setattr(op, "CHUNK_LOGITS", {"cpu": 1, "default": 1})
+    def losses(form):
+        monkeypatch.setattr(op, "_on_cpu", form)
+        monkeypatch.setattr(op, "_elsewhere", lambda *sizes: op.Chunk(T, V))
         grad = jax.value_and_grad(lambda x, w: cross_entropy(x, w, targets, weights)[0], (0, 1))
         return jax.jit(grad)(x, w), token_losses(x, w, targets)
 
-    for a, b in zip(jax.tree.leaves(losses(2)), jax.tree.leaves(losses(T)), strict=True):
+    one, other = (
+        losses(lambda *sizes, form=form: form) for form in [op.Chunk(2, V), op.Chunk(T, 8)]
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_chosen_for_accelerators():
+    """Neither logits nor the gradient of the unembedding are many numbers at a time, unless a
+    product would become too small."""
+    assert op._elsewhere(4, 4096, 4096, 128_256) == op.Chunk(4096, 8064)
+    assert op._elsewhere(1, 512, 8192, 128_256) == op.Chunk(512, 16_128)
+    assert op._elsewhere(1, 131_072, 4096, 128_256) == op.Chunk(16_644, 8064)
+    assert op._elsewhere(8, 1024, 768, 16_000) == op.Chunk(1024, 16_000)
+    assert op._elsewhere(1024, 4096, 4096, 128_256) == op.Chunk(128, 8064)
 
 
 def test_bfloat16():
@@ -105,6 +121,23 @@ def test_bfloat16():
         assert a.dtype == jnp.bfloat16
         # dz and the result are each rounded to 8 bits.
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-6 * float(jnp.abs(b).max()))
+
+
+def test_with_words_in_chunks_the_gradient_of_the_unembedding_is_never_whole():
+    b, t, d, v = 1, 32, 64, 4096
+    x, w, targets, weights = inputs(b, t, d, v)
+    low = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+
+    def products(vocab_chunk):
+        def loss(x, w):
+            return cross_entropy(x, w, targets, weights, chunk=t, vocab_chunk=vocab_chunk)[0]
+
+        text = jax.jit(jax.grad(loss, (0, 1))).lower(*low).as_text()
+        return re.findall(r"dot_general.*-> tensor<(.*)>", text)
+
+    assert f"{d}x{v}xf32" in products(None)
+    assert f"{d}x{v}xf32" not in products(512)
+    assert f"{d}x512xf32" in products(512)
 
 
 def test_whole_logits_are_never_alive():
@@ -131,7 +164,9 @@ def test_whole_logits_are_never_alive():
         ({"softcap": -1.0}, "softcap=-1.0 must be above zero"),
         ({"label_smoothing": 1.5}, "label_smoothing=1.5 must lie between 0 and 1"),
         ({"vocab_axis": "tensor"}, "vocab_axis='tensor' is no axis of a shard_map"),
+        ({"embed_axes": ("fsdp",)}, "embed_axes=.'fsdp',. is no axis of a shard_map"),
         ({"chunk": 0}, "chunk=0 must be at least 1"),
+        ({"vocab_chunk": 0}, "vocab_chunk=0 must be at least 1"),
     ],
 )
 def test_refuses_in_words(change, words):

@@ -98,6 +98,23 @@ for options in ({}, {"softcap": 3.0, "z_loss": 0.1, "label_smoothing": 0.2}):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     program = jax.jit(jax.grad(lambda *a: divided(*a)[0], (0, 1))).lower(x, w, targets, weights)
     assert "all-gather" not in program.compile().as_text()
+
+# The rows divided too, between devices with tokens of their own.
+for chunks in ({"chunk": 32}, {"chunk": 32, "vocab_chunk": 10}):
+
+    def local(x, w, targets, weights):
+        call = {"vocab_axis": "tensor", "embed_axes": ("data",), "z_loss": 0.1, **chunks}
+        return jax.lax.psum(kernels_pallas.cross_entropy(x, w, targets, weights, **call), "data")
+
+    specs = P("data"), P("data", "tensor"), P("data"), P("data")
+    divided = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    forms = divided, lambda *a: kernels_pallas.cross_entropy(*a, z_loss=0.1)
+    one, other = (
+        jax.jit(jax.value_and_grad(form, (0, 1, 3), has_aux=True))(x, w, targets, weights)
+        for form in forms
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 """
 
 

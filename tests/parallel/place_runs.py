@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from mesh_runs import DENSE, SEQUENCES, Play, batch, first_moment, whole
 
-from lm import distributed, model, run
+from lm import distributed, model, run, train
 from lm.data.batch import Batch
 from lm.mesh import Mesh, Place
 
@@ -28,6 +28,12 @@ DENSE = replace(
 )
 RUNS = {
     "dense": DENSE,
+    # The loss as it is on TPUs, with words in chunks, of which a device's do not make whole ones.
+    "words": replace(
+        DENSE,
+        model=replace(DENSE.model, layers=2, pattern=(), prefix=(), tied=True),
+        objective=train.NextToken(z_loss=0.01, chunk=4, vocab_chunk=12),
+    ),
     # Five layers do not divide over stages.
     "uneven": replace(DENSE, model=replace(DENSE.model, layers=5, pattern=(), prefix=())),
     "dropless": replace(

@@ -48,6 +48,13 @@ DENSE = (
     "pipe=2 microbatches=8 remat=dots",
 )
 UNEVEN = ("pipe=2", "pipe=4 microbatches=8", "pipe=2,fsdp=2,data=2 rounds=2")
+WORDS = (
+    "fsdp=2",
+    "tensor=2",
+    "fsdp=2,tensor=2,data=2",
+    "fsdp=2,tensor=2,context=2",
+    "fsdp=2,pipe=2,tensor=2",
+)
 MOE = (
     "expert=2,data=2",
     "expert=2,fsdp=2",
@@ -111,6 +118,7 @@ def test_places_that_cannot_be_are_refused():
     [
         ("dense", DENSE),
         ("uneven", UNEVEN),
+        ("words", WORDS),
         ("dropless", (*MOE, "expert=2,context=2,pipe=2")),
         ("capacity", MOE),
     ],

@@ -31,7 +31,7 @@ def plain(config, params, data, z_loss):
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
 def test_equals_the_plain_computation(config):
     params, data = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0)), batch()
-    objective = train.NextToken(z_loss=0.01, chunk=3)
+    objective = train.NextToken(z_loss=0.01, chunk=3, vocab_chunk=20)
 
     @jax.jit
     def both(params):
@@ -88,3 +88,5 @@ def test_a_bad_field_is_named():
         train.NextToken(z_loss=-1)
     with pytest.raises(Refused, match=r"objective\.chunk=0"):
         train.NextToken(chunk=0)
+    with pytest.raises(Refused, match=r"objective\.vocab_chunk=-2"):
+        train.NextToken(vocab_chunk=-2)
