@@ -26,13 +26,8 @@ STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 476,837
 # layer under remat "block", 5.4 GB in all.
 PLACES = {
     "v5p-512": Place(mesh=Mesh(fsdp=256), microbatches=2, remat="block"),  # 2 sequences each
-    "v5p-64": Place(mesh=Mesh(fsdp=32), microbatches=16, remat="block"),  # debugging: 27 GB
-    "v5p-2048": Place(mesh=Mesh(fsdp=1024), remat="block"),  # 1 each
-    "v5p-4096": Place(mesh=Mesh(data=2, fsdp=512, tensor=2), remat="block"),
     "v5e-256": Place(mesh=Mesh(fsdp=64, tensor=4), microbatches=16, remat="block"),
-    "v6e-128": Place(mesh=Mesh(fsdp=128), microbatches=8, remat="block"),  # 6.6 GB of state
     "v6e-256": Place(mesh=Mesh(fsdp=256), microbatches=2, remat="block"),
-    "tpu7x-64": Place(mesh=Mesh(fsdp=64), microbatches=8, remat="block"),  # 32 chips
     "tpu7x-512": Place(mesh=Mesh(fsdp=512), remat="block"),  # 256 chips, 2 each
 }
 

@@ -29,13 +29,10 @@ STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 238,419
 PLACES = {
     "v5p-64": Place(mesh=Mesh(fsdp=32), microbatches=8, remat="block"),  # 4 each
     "v5p-8": Place(mesh=Mesh(fsdp=4), microbatches=64, remat="block"),  # debugging: 24 GB of state
-    "v5p-512": Place(mesh=Mesh(fsdp=256), remat="block"),  # 4 each
     "v5p-2048": Place(mesh=Mesh(data=4, fsdp=256), remat="dots"),  # 1 each
-    "v5e-16": Place(mesh=Mesh(fsdp=16), microbatches=64, remat="block"),  # 6 GB of state
     "v5e-256": Place(mesh=Mesh(fsdp=256), microbatches=2, remat="block"),  # 2 each
-    "v6e-8": Place(mesh=Mesh(fsdp=8), microbatches=64, remat="block"),  # 12 GB of state
+    "2xv5e-256": Place(mesh=Mesh(data=2, fsdp=256), remat="block"),  # 2 each; a network between
     "v6e-256": Place(mesh=Mesh(fsdp=256), remat="block"),  # 4 each
-    "tpu7x-8": Place(mesh=Mesh(fsdp=8), microbatches=16, remat="block"),  # 4 chips, 8 devices
     "tpu7x-128": Place(mesh=Mesh(fsdp=128), microbatches=2, remat="block"),  # 64 chips
 }
 

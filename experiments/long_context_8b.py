@@ -33,11 +33,7 @@ STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 4,768
 # Sequences per chip and micro-batch: 32 / fsdp / microbatches.
 PLACES = {
     "v5p-64": Place(mesh=Mesh(fsdp=8, context=4), microbatches=4, remat="block"),  # 12 GB of state
-    "v5p-16": Place(mesh=Mesh(fsdp=4, context=2), microbatches=8, remat="block"),  # debugging
-    "v5p-512": Place(mesh=Mesh(fsdp=32, context=8), remat="block"),  # 16,384 tokens a device
-    "v5p-2048": Place(mesh=Mesh(fsdp=32, context=32), remat="block"),  # 4,096 tokens a device
     "v5e-256": Place(mesh=Mesh(fsdp=32, context=8), remat="block"),  # 3 GB of state
-    "v6e-64": Place(mesh=Mesh(fsdp=16, context=4), microbatches=2, remat="block"),
     "v6e-256": Place(mesh=Mesh(fsdp=32, context=8), remat="block"),
     "tpu7x-128": Place(mesh=Mesh(fsdp=16, context=8), microbatches=2, remat="block"),  # 64 chips
 }

@@ -27,11 +27,8 @@ STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 476,837
 # gathered from fewer devices: over fsdp=8 of 64, not over 64.
 PLACES = {
     "v5p-128": Place(mesh=Mesh(fsdp=8, expert=8), microbatches=4, remat="block"),  # 2 each
-    "v5p-32": Place(mesh=Mesh(fsdp=2, expert=8), microbatches=32, remat="block"),  # debugging
-    "v5p-512": Place(mesh=Mesh(fsdp=32, expert=8), microbatches=2, remat="block"),
     "v5e-256": Place(mesh=Mesh(fsdp=32, expert=8), microbatches=2, remat="block"),
     "v6e-256": Place(mesh=Mesh(fsdp=32, expert=8), microbatches=2, remat="block"),
-    "tpu7x-16": Place(mesh=Mesh(fsdp=2, expert=8), microbatches=16, remat="block"),  # 8 chips
     "tpu7x-128": Place(mesh=Mesh(fsdp=16, expert=8), microbatches=4, remat="block"),
 }
 

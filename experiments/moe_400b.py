@@ -29,9 +29,6 @@ STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 596,046
 # layer's experts are 13 GB in bfloat16 and are never gathered whole: 32 ways leave 0.4 GB.
 PLACES = {
     "v5p-2048": Place(mesh=Mesh(fsdp=32, expert=32), microbatches=2, remat="block"),  # 1 each
-    "v5p-512": Place(mesh=Mesh(fsdp=8, expert=32), microbatches=8, remat="block"),  # 15 GB
-    "v5p-4096": Place(mesh=Mesh(fsdp=64, expert=32), remat="block"),
-    "tpu7x-512": Place(mesh=Mesh(fsdp=16, expert=32), microbatches=4, remat="block"),
     "tpu7x-2048": Place(mesh=Mesh(fsdp=64, expert=32), remat="block"),
 }
 

@@ -86,6 +86,8 @@ def main(declare: Callable[[], Experiment], arguments: Sequence[str] | None = No
     )
     parser.add_argument("--json", action="store_true", help="show, plan: one JSON object on stdout")
     parser.add_argument("--search", action="store_true", help="plan: find a place on the slice")
+    parser.add_argument("--weak", metavar="SLICES", help="plan: as much work per chip on each")
+    parser.add_argument("--estimate", action="store_true", help="plan: do not compile")
     parser.add_argument("--price", type=float, help="plan: of a chip for an hour")
     options = parser.parse_args(arguments)
     with _sentences(program):
@@ -116,13 +118,19 @@ def _plan(declare: Callable[[], Experiment], options: argparse.Namespace) -> Non
 
     experiment = override(declare(), options.set)
     mesh = Mesh.parse(options.mesh) if options.mesh else None
+    compile = not options.estimate
+    if options.weak:
+        rows = plan.scaling(experiment, options.weak.split(","), mesh, compile=compile)
+        plans = [{**row.plan, "efficiency": row.efficiency} for row in rows]
+        print(json.dumps(plans) if options.json else plan.scaling_text(rows))
+        return
     if not options.search:
-        told = plan.plan(experiment, options.on, mesh=mesh, price=options.price)
+        told = plan.plan(experiment, options.on, mesh=mesh, price=options.price, compile=compile)
         print(json.dumps(told) if options.json else plan.text(told))
         return
     if mesh is not None:
         raise Refused("--search chooses the mesh; leave out --mesh, or --search.")
-    found = plan.search(experiment, options.on)
+    found = plan.search(experiment, options.on, compile=compile)
     if options.json:
         print(json.dumps([{"place": each.code, **each.plan} for each in found]))
     else:

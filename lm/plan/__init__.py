@@ -7,6 +7,7 @@
     compute     its products and bytes
     links       its collectives, and what they cost on the torus
     search      tries meshes, micro-batches and remat
+    scaling     the same work per chip on growing slices
     report      a plan as text
 
 In a notebook `lm.plan(experiment(), on="v5p-64")` plans: this room can be called as `plan`.
@@ -17,10 +18,12 @@ from types import ModuleType
 from typing import Any
 
 from lm.plan.report import Plan, plan, text
+from lm.plan.scaling import scaling
+from lm.plan.scaling import text as scaling_text
 from lm.plan.search import search
 from lm.plan.search import text as search_text
 
-__all__ = ["Plan", "plan", "search", "search_text", "text"]
+__all__ = ["Plan", "plan", "scaling", "scaling_text", "search", "search_text", "text"]
 
 
 class _Room(ModuleType):

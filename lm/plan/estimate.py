@@ -66,16 +66,30 @@ class Estimate(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Of one layer, before any split: weights, and those that a token meets; widths of queries, of
-    a head, of keys, of what stands between the feed-forward's matrices; keys that a query sees."""
+    """Of one layer, before any split.
 
-    weights: float
+    weights, active    all that are not experts', and those that a token meets
+    experts, routed    the routed experts' weights, and those that a token meets
+    rows               how many experts a token goes to
+    heads, kv          widths of queries, and of keys or values; head_dim that of one head
+    hidden, chosen     what stands between the matrices of the feed-forward, and of chosen experts
+    keys               that a query sees
+    """
+
     active: float
+    experts: float
+    routed: float
+    rows: int
     heads: int
     head_dim: int
     kv: int
     hidden: float
+    chosen: float
     keys: float
+
+    @property
+    def weights(self) -> float:
+        return self.active + self.experts
 
 
 def state_at(e: Experiment, place: Place) -> dict[str, int]:
@@ -135,20 +149,24 @@ def _compute(
 ) -> tuple[float, float]:
     """Seconds of products, memory and the optimizer, and those of them in layers, for `part` tokens
     in each micro-batch."""
-    chip, dim, tensor = where.chip, e.model.dim, place.mesh.tensor
+    mesh, chip, dim, tensor = place.mesh, where.chip, e.model.dim, place.mesh.tensor
     flops, hbm = MATMUL * chip.flops / chip.devices, HBM * chip.hbm_bandwidth / chip.devices
     seconds = 0.0
     for layer in layers:
-        products = 2 * part * layer.active / tensor
+        products = 2 * part * layer.active / tensor * (3 + again[0])
+        # Where experts lie on other devices, the backward pass fetches rows anew in any case.
+        routed = max(again) if mesh.expert == 1 else 1.0
+        products += 2 * part * layer.routed / tensor * (3 + routed)
         tiles = products * 2 / TILE  # bytes: both operands, two a number
-        traffic = 2 * part * (WIDE * dim + HIDDEN * layer.hidden / tensor)
-        seconds += (3 + again[0]) * max(products / flops, tiles / hbm) + 4 * traffic / hbm
+        hidden = HIDDEN * (layer.hidden + layer.chosen) / tensor
+        traffic = 2 * part * ((WIDE + 2 * layer.rows) * dim + hidden)
+        seconds += max(products / flops, tiles / hbm) + 4 * traffic / hbm
         # The backward pass of attention computes the scores anew: five products for two. They have
         # the head's width for a side, which may be less than the matrix unit's.
         attention = (3.5 + again[1]) * 4 * part * layer.heads * layer.keys / tensor
         seconds += attention / flops / min(1, layer.head_dim / chip.mxu)
-    seconds *= place.microbatches / place.mesh.pipe
-    tokens = place.microbatches * part / place.mesh.pipe
+    seconds *= place.microbatches / mesh.pipe
+    tokens = place.microbatches * part / mesh.pipe
     vocabulary = 3 * 2 * tokens * dim * e.model.vocab / tensor / flops
     # The optimizer reads and writes float32 weight and moments and reads a gradient.
     return seconds + vocabulary + 28 * parameters / 4 / hbm, seconds
@@ -157,8 +175,8 @@ def _compute(
 def _working(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> float:
     """Bytes that one layer's backward pass, or the vocabulary's, needs for a while."""
     dim, tensor = e.model.dim, place.mesh.tensor
-    widest = max(layer.hidden for layer in layers) / tensor
-    largest = max(layer.weights for layer in layers) / tensor / place.mesh.expert
+    widest = max(layer.hidden + layer.chosen for layer in layers) / tensor
+    largest = max(layer.active + layer.experts / place.mesh.expert for layer in layers) / tensor
     layer = 2 * part * (7 * widest + 8 * dim) + 3 * 2 * largest
     # Of a chunk of words: logits and the matrix's gradient in float32, both in bfloat16 too; and the
     # gradient of the hidden states, in float32.
@@ -197,36 +215,47 @@ def _sizes(e: Experiment, block: model.Block) -> _Sizes:
     if a.causal:
         window = min(a.window or keys, keys)
         keys = window * (1 - window / (2 * keys))
-    experts, chosen = getattr(ffn, "experts", 1), getattr(ffn, "active", 1)
     matrices = 3 if isinstance(ffn, model.MoE | model.SwiGLU | model.GeGLU) else 2
-    shared = getattr(ffn, "shared", None)
-    common = 3 * dim * shared.hidden if shared else 0
-    one = matrices * dim * ffn.hidden
-    hidden = chosen * ffn.hidden + (shared.hidden if shared else 0)
+    one, rows, hidden = matrices * dim * ffn.hidden, 0, ffn.hidden
+    if isinstance(ffn, model.MoE):
+        rows, hidden = ffn.active, ffn.shared.hidden if ffn.shared else 0
     return _Sizes(
-        weights=attention + experts * one + common,
-        active=attention + chosen * one + common,
+        active=attention + matrices * dim * hidden,
+        experts=ffn.experts * one if rows else 0,
+        routed=rows * one,
+        rows=rows,
         heads=heads,
         head_dim=a.head_dim,
         kv=kv,
         hidden=hidden,
+        chosen=rows * ffn.hidden,
         keys=keys,
     )
 
 
 def _saved(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> float:
-    """Bytes kept for the backward pass."""
+    """Bytes kept for the backward pass. A pipeline keeps them of every iteration."""
     size, tensor, dim = (2 if _half(e) else 4), place.mesh.tensor, e.model.dim
-    total = 0.0
-    for layer in layers:
-        width = dim
-        if place.remat != "block":
-            width += (2 * layer.heads + 2 * layer.kv + 2 * layer.hidden) / tensor + dim
-        if place.remat == "none":
-            width += (layer.heads + layer.hidden) / tensor + 2 * dim
-        total += size * part * width
-    in_flight = min(place.microbatches, place.mesh.pipe) if place.mesh.pipe > 1 else 1
-    return total / place.mesh.pipe * in_flight
+    stream = dim / tensor
+
+    def width(layer: _Sizes, remat: str) -> float:
+        kept = stream
+        if remat in ("dots", "none"):
+            kept += (2 * layer.heads + 2 * layer.kv + 2 * layer.hidden) / tensor + stream
+        if remat == "none":
+            kept += (layer.heads + layer.hidden) / tensor + 2 * stream + layer.rows * dim
+            kept += 3 * layer.chosen / tensor if place.mesh.expert == 1 else 0
+        return kept
+
+    total = size * part * sum(width(layer, place.remat) for layer in layers)
+    schedule = e.pipeline_at(place)
+    if schedule is None:
+        return total
+    if place.remat != "stage":
+        return total * schedule.depth * schedule.iterations / schedule.layers
+    # The input of a group in each iteration, and for a while all of one group's layers.
+    group = max(width(layer, "none") for layer in layers) * schedule.depth
+    return size * part * (stream * schedule.iterations + group)
 
 
 def _links(
@@ -244,11 +273,12 @@ def _links(
     total = exposed = 0.0
     for layer in layers:
         # Gathered forward and backward, and their gradients summed.
-        weights = size * layer.weights / mesh.tensor / mesh.expert / mesh.pipe
+        weights = size * (layer.active + layer.experts / mesh.expert) / mesh.tensor / mesh.pipe
         total += 3 * place.microbatches * torus.gather("fsdp", weights)
         stream = size * part * e.model.dim * place.microbatches / mesh.pipe
         tensor = (4 + 2 * again) * 2 * torus.gather("tensor", stream)
-        expert = (4 + 2 * again) * torus.gather("expert", stream * mesh.expert)
+        # To the experts and back; backward there, with gradients, and those back.
+        expert = 5 * torus.exchange("expert", stream * layer.rows)
         # Keys and values go round, and backward with their gradients.
         keys = size * part * 2 * layer.kv / mesh.tensor * place.microbatches / mesh.pipe
         context = (3 + again) * torus.gather("context", keys * mesh.context)
@@ -272,18 +302,24 @@ class _Torus:
         self._across = dict(zip(AXES, across, strict=True))
         self._within = {a: getattr(place.mesh, a) // self._across[a] for a in AXES}
         bits = math.log2(math.prod(self._within.values())) or 1
-        directions = 2 if all(where.rings()) else 1
+        self._dims = {a: max(chip.dims * math.log2(n) / bits, 1) for a, n in self._within.items()}
+        link, rings = chip.link / chip.devices, all(where.rings())
         self._network = chip.network / chip.devices
-        self._link = {
-            axis: directions * max(chip.dims * math.log2(n) / bits, 1) * chip.link / chip.devices
-            for axis, n in self._within.items()
-        }
+        self._link = {a: (2 if rings else 1) * dims * link for a, dims in self._dims.items()}
+        self._middle = (8 if rings else 4) * link
 
     def gather(self, axis: str, nbytes: float) -> float:
         """Seconds until every device along the axis has all of an array, or its sum in parts."""
         n, slices = self._within[axis], self._across[axis]
         between = nbytes / n * (slices - 1) / slices / self._network
         return nbytes * (n - 1) / n / self._link[axis] + between
+
+    def exchange(self, axis: str, nbytes: float) -> float:
+        """Seconds until every device along the axis has sent an array, a part to each of them: what
+        crosses the middle of the torus takes longest."""
+        n, slices = self._within[axis], self._across[axis]
+        between = nbytes * (slices - 1) / slices / self._network
+        return nbytes * (n ** (1 / self._dims[axis]) if n > 1 else 0) / self._middle + between
 
     def permute(self, axis: str, nbytes: float) -> float:
         """Seconds to give an array to the next device along the axis."""

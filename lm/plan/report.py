@@ -244,10 +244,12 @@ def text(told: Plan) -> str:
         f"{size(told['temp_bytes_per_device'])}",
     ]
     if not told["compiled"]:
-        lines.append(
-            "            estimated: libtpu, which would compile the step, is not installed"
-        )
-        lines.append('            (pip install "jax[tpu]"; no TPU is needed)')
+        lines.append("            estimated: the step was not compiled")
+        if not compiled.available():
+            lines.append(
+                "            (libtpu, which would, is not installed: "
+                'pip install "jax[tpu]"; no TPU is needed)'
+            )
     lines += _memory_lines(told) + _work_lines(told) + _link_lines(told) + _time_lines(told)
     return "\n".join(lines)
 

@@ -1,8 +1,10 @@
-"""Declared places, compiled: memory and collectives as text that is kept. Each takes a minute or
-several, so that only some are kept here.
+"""Declared places, compiled: each fits, and its memory and collectives are text that is kept. Each
+takes a minute or several.
 
     python tests/aot/test_places.py --write llama3_8b:v6e-256     compiles, and keeps the text
     python tests/aot/test_places.py --write                       all places of all experiments
+
+Both print the rows of the table in experiments/README.md.
 """
 
 import importlib
@@ -35,15 +37,37 @@ def experiment(name: str) -> Experiment:
     return importlib.import_module(f"experiments.{name}").experiment()
 
 
+def row(told: plan.Plan) -> str:
+    """Of the table: what takes a hundredth of the time on the links, or more, by name."""
+    size = terminal.size
+    everything = sum(each["seconds"] for each in told["collectives"])
+    collectives = "; ".join(
+        f"{each['kind']} {each['axes']} {each['count']:,} x, {size(each['nbytes'])}"
+        for each in told["collectives"]
+        if each["seconds"] > 0.01 * everything
+    )
+    cells = (
+        f"{told['experiment']} {told['place']}",
+        f"{told['mesh']}; {told['microbatches']}; {told['remat']}",
+        f"{size(told['peak_bytes_per_device'])} of {size(told['capacity_bytes_per_device'])}",
+        collectives,
+        terminal.duration(told["step_seconds"]),
+        f"{100 * told['model_flops_utilization']:.0f} %",
+        terminal.duration(told["compile_seconds"]),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
 def kept_text(told: plan.Plan) -> str:
-    """What must not change unseen: whether it fits, peak and arguments, collectives."""
+    """What must not change unseen: that it fits, peak and arguments, modelled time, collectives."""
     lines = [
         f"libtpu {version('libtpu')}",
         f"{told['experiment']} on {told['place']}: mesh {told['mesh']}, "
         f"{told['microbatches']} micro-batches, remat {told['remat']}",
-        f"fits {told['fits']}",
         f"peak {terminal.size(told['peak_bytes_per_device'])}",
         f"arguments {terminal.size(told['argument_bytes_per_device'])}",
+        f"step {terminal.duration(told['step_seconds'])}",
+        f"MFU {100 * told['model_flops_utilization']:.1f} %",
     ]
     for row in told["collectives"] or ():
         moved = terminal.size(row["nbytes"])
@@ -59,7 +83,9 @@ def test_a_place_compiles_to_what_it_did(path):
     by = path.read_text().splitlines()[0]
     if by != f"libtpu {version('libtpu')}":
         pytest.skip(f"was compiled by {by}, and each compiler lays out memory its own way")
-    assert kept_text(plan.plan(experiment(name), place)) == path.read_text()
+    told = plan.plan(experiment(name), place)
+    assert told["fits"]
+    assert kept_text(told) == path.read_text()
 
 
 @pytest.mark.skipif(not compiled.available(), reason="libtpu is not installed")
@@ -73,18 +99,24 @@ def test_the_mesh_of_a_place_lies_on_its_torus(name):
     assert len({device.id for device in grid.flat}) == where.devices
 
 
-def test_what_is_kept_is_declared():
-    assert {path.stem.replace("@", ":") for path in KEPT.glob("*")} <= set(declared())
+def test_a_text_is_kept_of_every_declared_place():
+    assert {path.stem.replace("@", ":") for path in KEPT.glob("*")} == set(declared())
 
 
 def write(names: list[str]) -> None:
-    """Compiles and keeps."""
+    """Compiles, and keeps what fits."""
     KEPT.mkdir(exist_ok=True)
     for each in names:
         name, _, place = each.partition(":")
-        text = kept_text(plan.plan(experiment(name), place))
-        (KEPT / f"{name}@{place}.txt").write_text(text)
-        print(text, flush=True)
+        told = plan.plan(experiment(name), place)
+        if not told["fits"]:
+            print(told, flush=True)
+            continue
+        (KEPT / f"{name}@{place}.txt").write_text(kept_text(told))
+        print(row(told), flush=True)
+    for path in KEPT.glob("*"):
+        if path.stem.replace("@", ":") not in declared():
+            path.unlink()
 
 
 if __name__ == "__main__":
