@@ -24,7 +24,6 @@ class Chip:
     dims           of the torus; a dimension closes to a ring when it is a multiple of `ring`
     network        of the same: bytes between slices, from or to a chip
     cores          what the number in a slice's name counts, per chip
-    mxu            side of the matrix unit: a product with a shorter side leaves part of it idle
     """
 
     kinds: tuple[str, ...]
@@ -38,7 +37,6 @@ class Chip:
     ring: int = 0
     network: float = 0.0
     cores: int = 1
-    mxu: int = 128
 
 
 # The one table of chips. FLOP/s, memory, links and network from docs.cloud.google.com/tpu/docs
@@ -57,11 +55,11 @@ CHIPS: Mapping[str, Chip] = {
     ),
     "v6e": Chip(
         kinds=("TPU v6 lite", "TPU v6e"), flops=918e12, hbm_bandwidth=1638e9, hbm=31.25 * GIB,
-        links=4, link=100e9, dims=2, ring=16, network=12.5e9, mxu=256,
+        links=4, link=100e9, dims=2, ring=16, network=12.5e9,
     ),
     "tpu7x": Chip(
         kinds=("TPU7x",), flops=2307e12, hbm_bandwidth=7380e9, hbm=94.75 * GIB, devices=2,
-        links=6, link=100e9, dims=3, ring=4, network=12.5e9, cores=2, mxu=256,
+        links=6, link=100e9, dims=3, ring=4, network=12.5e9, cores=2,
     ),
     "A100": Chip(kinds=("NVIDIA A100",), flops=312e12, hbm_bandwidth=2039e9, hbm=80e9),
     "H100": Chip(kinds=("NVIDIA H100",), flops=989e12, hbm_bandwidth=3352e9, hbm=80e9),

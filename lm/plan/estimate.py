@@ -17,6 +17,12 @@ from lm.plan.slices import Slice
 
 MATMUL = 0.90  # of the peak in large products: assumed
 HBM = 0.85  # of the bandwidth in streaming: assumed
+# Of the peak in attention's kernels, forward, and forward and backward together, with heads of 128:
+# what the softmax leaves, counted from the compiled kernels (kernels_pallas/README.md). The vector
+# units take a time for each score, whatever the width of a head.
+ATTENTION = {
+    "v5e": (0.81, 0.90), "v5p": (0.85, 0.91), "v6e": (0.33, 0.39), "tpu7x": (0.32, 0.39),
+}  # fmt: skip
 # A product's operands are read once for every tile of its result: the side of a square tile whose
 # float32 sums and operands fill the 16 MiB of vector memory that a program gets by default.
 TILE = 1024
@@ -104,6 +110,7 @@ def estimate(
     where: Slice,
     *,
     again: float | None = None,
+    attention: tuple[float, float] | None = None,
     state: dict[str, int] | None = None,
 ) -> Estimate:
     """Of a step at this place of this slice.
@@ -111,6 +118,7 @@ def estimate(
     Args:
         again: the share of the forward pass that the backward pass computes anew (default: what
             the place's remat says).
+        attention: shares of the peak in attention's kernels (default: those of ATTENTION).
         state: what `state_at` says of the place, where it is known already.
     """
     mesh = place.mesh
@@ -122,7 +130,8 @@ def estimate(
     schedule = e.pipeline_at(place)
     again = FORWARDS[place.remat] if again is None else (again, again)
     gradients = state["gradients"] // (2 if place.microbatches == 1 and _half(e) else 1)
-    compute, in_layers = _compute(e, place, where, layers, part, again, state["parameters"])
+    shares = attention or ATTENTION[where.generation]
+    compute, in_layers = _compute(e, place, where, layers, part, again, shares, state["parameters"])
     on_links, exposed = _links(e, place, where, layers, part, again[0], gradients)
     return Estimate(
         parameters=state["parameters"],
@@ -145,6 +154,7 @@ def _compute(
     layers: list[_Sizes],
     part: float,
     again: tuple[float, float],
+    shares: tuple[float, float],
     parameters: int,
 ) -> tuple[float, float]:
     """Seconds of products, memory and the optimizer, and those of them in layers, for `part` tokens
@@ -161,10 +171,9 @@ def _compute(
         hidden = HIDDEN * (layer.hidden + layer.chosen) / tensor
         traffic = 2 * part * ((WIDE + 2 * layer.rows) * dim + hidden)
         seconds += max(products / flops, tiles / hbm) + 4 * traffic / hbm
-        # The backward pass of attention computes the scores anew: five products for two. They have
-        # the head's width for a side, which may be less than the matrix unit's.
-        attention = (3.5 + again[1]) * 4 * part * layer.heads * layer.keys / tensor
-        seconds += attention / flops / min(1, layer.head_dim / chip.mxu)
+        attention = 4 * part * layer.heads * layer.keys / tensor
+        peak = chip.flops / chip.devices
+        seconds += in_attention(attention, 1 + again[1], layer.head_dim, shares) / peak
     seconds *= place.microbatches / mesh.pipe
     tokens = place.microbatches * part / mesh.pipe
     vocabulary = 3 * 2 * tokens * dim * e.model.vocab / tensor / flops
@@ -184,10 +193,27 @@ def _working(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> 
     return max(layer, vocabulary)
 
 
-def attention_flops(e: Experiment) -> float:
-    """Of scores and values, forward, per token: 4 heads head_dim keys in every layer."""
-    layers = (_sizes(e, block) for block in e.model.layout.blocks)
-    return sum(4 * layer.heads * layer.keys for layer in layers)
+def in_attention(
+    flops: float, forwards: float, head_dim: int, shares: tuple[float, float]
+) -> float:
+    """What attention takes, in FLOPs at the peak: `flops` forward, so many times, and the backward
+    pass, which computes the scores anew: five products for two."""
+    forward, both = (min(MATMUL, share * head_dim / 128) for share in shares)
+    return flops * (3.5 / both + (forwards - 1) / forward)
+
+
+class Attention(NamedTuple):
+    """Scores and values of all layers, forward, per token: 4 heads head_dim keys in each."""
+
+    flops: float
+    head_dim: int
+
+
+def attention_of(e: Experiment) -> Attention:
+    """The work of its attention."""
+    layers = [_sizes(e, block) for block in e.model.layout.blocks]
+    flops = sum(4 * layer.heads * layer.keys for layer in layers)
+    return Attention(flops, min(layer.head_dim for layer in layers))
 
 
 def grouped_flops(e: Experiment) -> float:

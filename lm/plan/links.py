@@ -1,6 +1,7 @@
 """Collectives of a compiled program: which mesh axes they cross, how often they run, what they
 move, and how long the chip's links need for it."""
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -72,13 +73,26 @@ class Layout:
             if n > 1
         ]
 
-    def hops(self, pairs: np.ndarray) -> int:
-        """The longest way from source to target, in links."""
-        apart = abs(self.coords[pairs[:, 0]] - self.coords[pairs[:, 1]])
-        for i, (size, ring) in enumerate(zip(self.slice.shape, self.slice.rings(), strict=True)):
+    def route(self, pairs: np.ndarray) -> tuple[int, int]:
+        """(links on the longest way from source to target, ways through the busiest link), each way
+        going through one dimension after another, and the shorter way round a ring."""
+        at, target = self.coords[pairs[:, 0]].copy(), self.coords[pairs[:, 1]]
+        sides = zip(self.slice.shape, self.slice.rings(), strict=True)
+        longest = np.zeros(len(pairs), int)
+        ways: dict[tuple[int, ...], int] = {}
+        for dim, (size, ring) in enumerate(sides):
+            apart = target[:, dim] - at[:, dim]
             if ring:
-                apart[:, i] = np.minimum(apart[:, i], size - apart[:, i])
-        return int(apart.sum(axis=1).max())
+                apart = (apart + size // 2) % size - size // 2
+            longest += abs(apart)
+            for step in range(abs(apart).max(initial=0)):
+                moving = abs(apart) > step
+                forward = np.sign(apart[moving])
+                for place, sign in zip(at[moving].tolist(), forward.tolist(), strict=True):
+                    link = (*place, dim, sign)
+                    ways[link] = ways.get(link, 0) + 1
+                at[moving, dim] = (at[moving, dim] + forward) % size
+        return int(longest.max(initial=0)), max(ways.values(), default=0)
 
 
 def seconds(kind: str, nbytes: int, sides: Sequence[tuple[int, bool]], link: float) -> float:
@@ -130,16 +144,26 @@ def _one(kind: str, each: Instruction, layout: Layout) -> tuple[str, int, float]
         nbytes = each.arrays[0].nbytes
         return layout.between_slices(), nbytes, _between_slices(kind, nbytes, layout.slice)
     if kind == "collective-permute":
-        pairs = np.array(_numbers(each.attribute("source_target_pairs"))).reshape(-1, 2)
-        hops = max(layout.hops(pairs), 1) if len(pairs) else 0
         nbytes = sum(a.nbytes for a in each.arrays[: max(1, len(each.operands))])
-        return layout.crossed(pairs) if hops else "", nbytes, hops * (HOP + nbytes / link)
+        axes, hops, ways = _permuted(each.attribute("source_target_pairs"), layout)
+        return axes, nbytes, hops * HOP + ways * nbytes / link
     groups = replica_groups(each.rest, len(layout.coords))
     if groups.shape[1] < 2:
         return "", 0, 0.0
     results = each.arrays[len(each.operands) :] if each.op.endswith("-start") else each.arrays
     nbytes = sum(a.nbytes for a in results) or max(a.nbytes for a in each.arrays)
     return layout.crossed(groups), nbytes, seconds(kind, nbytes, layout.sides(groups[0]), link)
+
+
+@functools.lru_cache(maxsize=4096)
+def _permuted(written: str, layout: Layout) -> tuple[str, int, int]:
+    """(axes, links on the longest way, ways through the busiest link); cores of one chip have a
+    link to themselves."""
+    pairs = np.array(_numbers(written)).reshape(-1, 2)
+    if not len(pairs):
+        return "", 0, 0
+    hops, ways = layout.route(pairs)
+    return layout.crossed(pairs), max(hops, 1), max(ways, 1)
 
 
 def _executed(program: Program) -> Iterator[tuple[str, Instruction, int, bool]]:

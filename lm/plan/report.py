@@ -2,14 +2,23 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm import model, terminal
 from lm.errors import Refused, nearest
 from lm.experiment import Experiment
 from lm.mesh import AXES, Mesh, Place
 from lm.plan import compiled, compute, links, slices
-from lm.plan.estimate import HBM, MATMUL, Estimate, attention_flops, estimate, grouped_flops
+from lm.plan.estimate import (
+    ATTENTION,
+    HBM,
+    MATMUL,
+    Estimate,
+    attention_of,
+    estimate,
+    grouped_flops,
+    in_attention,
+)
 from lm.plan.slices import Slice
 
 LARGEST = 8  # arrays that are named
@@ -170,10 +179,10 @@ def _compiled(e: Experiment, name: str, place: Place, where: Slice) -> dict[str,
     layout = links.Layout(result.mesh.devices, AXES, where, across)
     rows = links.collectives(result.program, layout)
     on_links, hidden = sum(row.seconds for row in rows), sum(row.hidden for row in rows)
-    kernels = _in_kernels(e, place, done.kernels)
-    on_chip = done.seconds + kernels / rates[0]
+    in_kernels = _in_kernels(e, place, where, done.kernels)
+    on_chip = done.seconds + in_kernels.seconds
     return told | {
-        "flops_per_device_per_step": done.flops + kernels,
+        "flops_per_device_per_step": done.flops + in_kernels.flops,
         "bytes_per_device_per_step": done.nbytes,
         "kernels": done.kernels,
         "compute_seconds": on_chip,
@@ -186,8 +195,13 @@ def _compiled(e: Experiment, name: str, place: Place, where: Slice) -> dict[str,
     }
 
 
-def _in_kernels(e: Experiment, place: Place, kernels: dict[str, int]) -> float:
-    """FLOPs per device of kernels whose work depends on what they are given.
+class _InKernels(NamedTuple):
+    flops: float
+    seconds: float
+
+
+def _in_kernels(e: Experiment, place: Place, where: Slice, kernels: dict[str, int]) -> _InKernels:
+    """Per device, of kernels whose work depends on what they are given.
 
     Attention: two products forward, as often as it runs, and five backward. Grouped products: those
     of a balanced load, since rows that are nobody's are not multiplied.
@@ -197,9 +211,14 @@ def _in_kernels(e: Experiment, place: Place, kernels: dict[str, int]) -> float:
         for part in ("attention_forward", "attention_backward", "grouped_matmul")
     )
     tokens = e.batch.sequences * e.batch.length / place.mesh.size
-    flops = tokens * attention_flops(e) * (forward / backward + 2.5) if backward else 0.0
-    part = tokens * place.mesh.pipe / place.microbatches
-    return flops + grouped * part * grouped_flops(e)
+    products = grouped * tokens * place.mesh.pipe / place.microbatches * grouped_flops(e)
+    flops, at_peak = products, products / MATMUL
+    if backward:
+        each, head_dim = attention_of(e)
+        flops += tokens * each * (forward / backward + 2.5)
+        shares = ATTENTION[where.generation]
+        at_peak += in_attention(tokens * each, forward / backward, head_dim, shares)
+    return _InKernels(flops, at_peak * where.chip.devices / where.chip.flops)
 
 
 def _made_forward(live: Sequence[compiled.Live]) -> int:

@@ -3,8 +3,9 @@
 The runs are MaxText's: its tables for v5e and v5p (MaxText/configs/v5e/README.md and
 v5p/README.md with the scripts beside them; shapes from its global_parameter_scale) and its recipes
 for v6e (tpu-recipes, training/trillium). MFU is in their count: 6 per weight and token, and all
-pairs of attention. Nothing is fitted to a row: `again` follows from what each run keeps, and the
-two assumed shares in lm/plan/estimate.py are the same for all.
+pairs of attention. Nothing is fitted to a row: `again` follows from what each run keeps, attention
+is at the share of the peak that kernels_pallas/README.md counts for the kernel which these runs use
+on that chip, and the two assumed shares in lm/plan/estimate.py are the same for all.
 """
 
 import dataclasses
@@ -42,6 +43,8 @@ class Run(NamedTuple):
 # the output projection too: what is computed anew is the share of the rest in the layer.
 ANEW_8B = 2 * 4096 * 14336 / (4096 * 128 * 80 + 3 * 4096 * 14336)
 ANEW_70B = (8192 * 8192 + 2 * 8192 * 28672) / (8192 * 128 * 144 + 3 * 8192 * 28672)
+# JAX's splash attention, forward, and forward and backward.
+SPLASH = {"v5e": (0.595, 0.725), "v5p": (0.570, 0.701), "v6e": (0.213, 0.265)}
 V5E, V6E = Mesh(fsdp=256), Mesh(fsdp=256)
 
 RUNS = (
@@ -75,7 +78,8 @@ def modelled(run: Run) -> float:
             llama3_8b.experiment().batch, sequences=sequences, length=run.length
         ),
     )
-    step = estimate(e, Place(mesh=run.mesh, remat="block"), where, again=run.again).seconds
+    place, kernel = Place(mesh=run.mesh, remat="block"), SPLASH[where.generation]
+    step = estimate(e, place, where, again=run.again, attention=kernel).seconds
     every_pair = 12 * run.layers * run.heads * 128 * run.length
     flops = model.train_flops(e.model, run.length) + every_pair / 2
     return flops * sequences * run.length / step / where.chips / where.chip.flops

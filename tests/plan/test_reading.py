@@ -112,4 +112,23 @@ def test_the_axes_that_a_group_crosses_are_named():
     assert layout.crossed(np.array([[0, 1], [2, 3]])) == "fsdp"
     assert layout.crossed(np.array([[0, 2], [1, 3]])) == "data"
     assert layout.crossed(np.array([[0, 1, 2, 3]])) == "data+fsdp"
-    assert layout.hops(np.array([[0, 3]])) == 2
+    assert layout.route(np.array([[0, 3]])) == (2, 1)
+
+
+def test_ways_that_meet_in_a_link_share_it():
+    class Device:
+        def __init__(self, x):
+            self.coords = (x, 0, 0)
+
+    class Where:
+        shape, chip = (8,), None
+
+        def __init__(self, ring):
+            self.rings = lambda: (ring,)
+
+    grid = np.array([Device(x) for x in range(8)])
+    line, ring = (links.Layout(grid, ("data",), Where(closed)) for closed in (False, True))
+    to_next, across = (np.array([[i, (i + by) % 8] for i in range(8)]) for by in (1, 4))
+    # On a line the last one's way back is long, but goes against the others'.
+    assert line.route(to_next) == (7, 1) and ring.route(to_next) == (1, 1)
+    assert line.route(across) == (4, 4) and ring.route(across) == (4, 4)
