@@ -1,7 +1,7 @@
 """A mixture of 400 billion weights with fine-grained and shared experts, as in DeepSeek-V3
 (arXiv:2412.19437), 18 billion of them at work on a token.
 
-    python -m experiments.moe_400b plan --on v5p-2048
+    python -m experiments.moe_400b plan --on v5p-512
 
 Asks: what does a model of this kind need, with attention of the ordinary grouped kind?
 
@@ -25,11 +25,14 @@ SEQUENCES, LENGTH = 2048, 4096  # 8.4 million tokens a step
 BUDGET = 5e12
 STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 596,046
 
-# State with a bfloat16 first moment is 10 bytes a weight, 3.9 TB: 3.8 GB a device on 1,024. A
-# layer's experts are 13 GB in bfloat16 and are never gathered whole: 32 ways leave 0.4 GB.
+# State with a bfloat16 first moment is 10 bytes a weight, 3.9 TB: 15 GB a device on 256. A layer's
+# experts are 13 GB in bfloat16, which every device gathers, but for what the expert axis splits; on
+# that axis each row travels twice. A row is 10 KB, there are 8 for each token: with 8,192 tokens a
+# device 0.7 GB go out and come back for a layer, so that a wide axis costs more than it saves.
 PLACES = {
-    "v5p-2048": Place(mesh=Mesh(fsdp=32, expert=32), microbatches=2, remat="block"),  # 1 each
-    "tpu7x-2048": Place(mesh=Mesh(fsdp=64, expert=32), remat="block"),
+    "v5p-512": Place(mesh=Mesh(fsdp=128, expert=2), remat="block"),  # 8 sequences each
+    "v5p-2048": Place(mesh=Mesh(fsdp=256, expert=4), remat="block"),  # 2 each
+    "tpu7x-256": Place(mesh=Mesh(fsdp=128, expert=2), remat="block"),  # 128 chips, 8 each
 }
 
 

@@ -99,8 +99,8 @@ def test_the_mesh_of_a_place_lies_on_its_torus(name):
     assert len({device.id for device in grid.flat}) == where.devices
 
 
-def test_a_text_is_kept_of_every_declared_place():
-    assert {path.stem.replace("@", ":") for path in KEPT.glob("*")} == set(declared())
+def test_what_is_kept_is_declared():
+    assert {path.stem.replace("@", ":") for path in KEPT.glob("*")} <= set(declared())
 
 
 def write(names: list[str]) -> None:

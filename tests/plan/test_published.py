@@ -88,7 +88,8 @@ def modelled(run: Run) -> float:
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.name} on {run.where}")
 def test_an_estimate_is_near_what_was_published(run):
     # Published runs wait for links, hosts and kernels that the estimate thinks perfect.
-    assert modelled(run) == pytest.approx(run.mfu, abs=0.18)
+    # The last keeps activations in the host's memory, which is not modelled.
+    assert modelled(run) == pytest.approx(run.mfu, abs=0.15 if "405B" in run.name else 0.06)
 
 
 def test_generations_come_in_the_published_order():
