@@ -187,8 +187,8 @@ def _working(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> 
     widest = max(layer.hidden + layer.chosen for layer in layers) / tensor
     largest = max(layer.active + layer.experts / place.mesh.expert for layer in layers) / tensor
     layer = 2 * part * (7 * widest + 8 * dim) + 3 * 2 * largest
-    # Of a chunk of words: logits and the matrix's gradient in float32, both in bfloat16 too; and the
-    # gradient of the hidden states, in float32.
+    # Of a chunk of words: logits and the matrix's gradient, in float32 and in bfloat16; and the
+    # gradient of the hidden states in float32.
     vocabulary = 12 * 2**27 + 4 * part * dim
     return max(layer, vocabulary)
 
