@@ -18,7 +18,10 @@ from lm.errors import Refused, check_name, check_positive
 AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
 
 CONTEXT = ("ring", "gather")
-REMAT = ("none", "dots", "block", "stage")
+REMAT = ("none", "dots", "attention", "block", "stage")
+SUMS = ("float32", "bfloat16")
+# What may be kept by name, of each layer.
+KEPT = ("attention", "qkv", "attention_out", "ffn_hidden")
 
 _TPU_PLACE = re.compile(r"(\d+x)?(v\d+[a-z]*|tpu\d+x)-\d+")
 
@@ -147,21 +150,34 @@ class Place:
         'ring' passes them round, so that a device holds no more than two parts; 'gather' fetches
         all of them first, as layers whose model.attention.sinks are FirstTokens always do.
       remat: which activations the backward pass computes anew: 'none' only element-wise work,
-        'dots' all but the products with weights, 'block' all but each layer's input, 'stage' all
-        but the input of a pipeline stage's group of layers.
+        'dots' all but the products with weights and attention's result, 'attention' all but each
+        layer's input and attention's result, 'block' all but each layer's input, 'stage' all but
+        the input of a pipeline stage's group of layers. Or the names of what is kept beside each
+        layer's input: 'qkv' (what attention compares and mixes), 'attention' (its result and the
+        logs of its softmax), 'attention_out' (after the output projection) and 'ffn_hidden' (the
+        products with gate and up; not those of an MoE's routed experts).
+      accumulate: the number format in which gradients are summed over micro-batches: 'bfloat16'
+        takes half the memory, and loses what is below 1/256 of a sum.
     """
 
     mesh: Mesh = Mesh()
     microbatches: int = 1
     rounds: int = 1
     context: str = "ring"
-    remat: str = "none"
+    remat: str | tuple[str, ...] = "none"
+    accumulate: str = "float32"
 
     def __post_init__(self) -> None:
         numbers = {"microbatches": self.microbatches, "rounds": self.rounds}
         check_positive(**{f"place.{name}": number for name, number in numbers.items()})
-        check_name("place.remat", self.remat, REMAT)
+        check_remat("place.remat", self.remat)
         check_name("place.context", self.context, CONTEXT)
+        check_name("place.accumulate", self.accumulate, SUMS)
+        if self.microbatches == 1 and self.accumulate != "float32":
+            raise Refused(
+                f"place.accumulate={self.accumulate!r} has nothing to sum with "
+                "place.microbatches=1; set more micro-batches, or leave accumulate out."
+            )
         if self.mesh.pipe > 1 and self.microbatches % self.mesh.pipe:
             raise Refused(
                 f"place.microbatches={self.microbatches} must be a multiple of mesh.pipe="
@@ -173,6 +189,17 @@ class Place:
             )
         if self.mesh.pipe == 1 and self.remat == "stage":
             raise Refused("place.remat='stage' is for pipelines; set mesh.pipe, or use 'block'.")
+
+
+def check_remat(what: str, remat: str | tuple[str, ...]) -> None:
+    """Raises Refused unless `remat` is a policy, or names of what is kept."""
+    if isinstance(remat, str):
+        check_name(what, remat, REMAT)
+        return
+    if not remat:
+        raise Refused(f"{what}=() names nothing to keep; use 'block', which keeps layers' inputs.")
+    for name in remat:
+        check_name(what, name, KEPT)
 
 
 def choose(

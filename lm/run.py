@@ -311,6 +311,7 @@ def assemble_at(
         microbatches=place.microbatches,
         rounds=place.rounds,
         remat=place.remat,
+        accumulate=place.accumulate,
         seed=e.seed,
     )
     return Program(

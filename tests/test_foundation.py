@@ -136,6 +136,14 @@ def test_a_place_checks_its_fields():
         Place(microbatches=0)
     with pytest.raises(Refused, match="place.remat='blocks' is not known. Did you mean 'block'"):
         Place(remat="blocks")
+    with pytest.raises(Refused, match="place.remat='qkw' is not known. Did you mean 'qkv'"):
+        Place(remat=("attention", "qkw"))
+    with pytest.raises(Refused, match="place.accumulate='float16' is not known"):
+        Place(microbatches=2, accumulate="float16")
+    with pytest.raises(Refused, match="place.accumulate='bfloat16' has nothing to sum"):
+        Place(accumulate="bfloat16")
+    with pytest.raises(Refused, match=r"place.remat=\(\) names nothing to keep; use 'block'"):
+        Place(remat=())
 
 
 PLACES = {

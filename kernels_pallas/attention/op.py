@@ -16,9 +16,9 @@ from kernels_pallas.varying import varying_alike
 
 log = logging.getLogger(__name__)
 
-# The name, for policies of jax.checkpoint, of what the backward pass needs: with it saved,
-# attention is not computed twice.
-SAVED = "attention"
+# Names, for policies of jax.checkpoint, of what the backward pass needs: with the second saved,
+# attention is not computed twice, with both nothing before it is.
+INPUTS, SAVED = "qkv", "attention"
 
 # Queries in a block. On CPU a block's scores stay in cache; elsewhere larger blocks fill the chip.
 BLOCK = {"cpu": 64, "default": 256}
@@ -127,8 +127,8 @@ def _announce(implementation: str | None, tpu_lacks: str | None, gpu_lacks: str 
 
 def _with_cudnn(implementation, options, q_btnh, k_bskh, v_bskh, extras):
     """The choice lies around both directions, since what cuDNN keeps for its backward pass is its
-    own: with `SAVED` alone saved, its forward pass runs twice."""
-    q_btnh, k_bskh, v_bskh = checkpoint_name((q_btnh, k_bskh, v_bskh), SAVED)
+    own: with names alone saved, its forward pass runs twice."""
+    q_btnh, k_bskh, v_bskh = checkpoint_name((q_btnh, k_bskh, v_bskh), INPUTS)
 
     def plain(q_btnh, k_bskh, v_bskh):
         return _attention(None, options, q_btnh, k_bskh, v_bskh, extras)[0]
@@ -147,7 +147,7 @@ def _attention(implementation, options, q_btnh, k_bskh, v_bskh, extras):
 
 
 def _forward(implementation, options, q_btnh, k_bskh, v_bskh, extras):
-    arrays = checkpoint_name((q_btnh, k_bskh, v_bskh), SAVED)
+    arrays = checkpoint_name((q_btnh, k_bskh, v_bskh), INPUTS)
     out_btnh, lse_bkgt = checkpoint_name(
         _on_platform(implementation, "forward", options, *arrays, extras), SAVED
     )

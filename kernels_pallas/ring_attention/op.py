@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.attention import flash_attention
-from kernels_pallas.attention.op import gradients_of_part
+from kernels_pallas.attention.op import SAVED, gradients_of_part
 from kernels_pallas.ring_attention.placement import halves, placement
 from kernels_pallas.varying import varying_alike
 
@@ -149,7 +150,7 @@ def _forward(options, axis_name, q_btnh, k_btkh, v_btkh, segment_ids, alibi):
     keys = Keys(k_btkh, v_btkh, segment_ids)
     steps = jnp.arange(jax.lax.axis_size(axis_name))
     ((out_btnh, lse_btn), _), _ = jax.lax.scan(step, (merged, keys), steps)
-    out_btnh = out_btnh.astype(q_btnh.dtype)
+    out_btnh, lse_btn = checkpoint_name((out_btnh.astype(q_btnh.dtype), lse_btn), SAVED)
     return (out_btnh, lse_btn), (q_btnh, k_btkh, v_btkh, segment_ids, alibi, out_btnh, lse_btn)
 
 

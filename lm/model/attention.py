@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 import kernels_pallas
@@ -217,7 +218,8 @@ class Attention(nnx.Module):
             scale=c.scale,
         )
         out_btnh = shard(out_btnh, "batch", "seq", "heads", "head")
-        return add_bias(einsum("btnh,nhd->btd", out_btnh, self.o), self.o_bias), cache
+        out_btd = add_bias(einsum("btnh,nhd->btd", out_btnh, self.o), self.o_bias)
+        return checkpoint_name(out_btd, "attention_out"), cache
 
     def _norm(self, x_btnh: jax.Array, norm: Any) -> jax.Array:
         if self.config.qk_norm.over == "head":

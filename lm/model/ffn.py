@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lm.errors import check_name, check_positive
 from lm.model.param import Init, add_bias, einsum, param, zeros
@@ -122,11 +123,12 @@ class FeedForward(nnx.Module):
     def __call__(
         self, x_btd: jax.Array, mask_bt: jax.Array | None = None
     ) -> tuple[jax.Array, None]:
-        h_btf = add_bias(einsum("btd,df->btf", x_btd, self.up), self.up_bias)
+        up_btf = add_bias(einsum("btd,df->btf", x_btd, self.up), self.up_bias)
+        h_btf = checkpoint_name(up_btf, "ffn_hidden")
         if self.gate is None:
             h_btf = self.activation(h_btf)
         else:
             gate_btf = add_bias(einsum("btd,df->btf", x_btd, self.gate), self.gate_bias)
-            h_btf *= self.activation(gate_btf)
+            h_btf *= self.activation(checkpoint_name(gate_btf, "ffn_hidden"))
         h_btf = shard(h_btf, "batch", "seq", "mlp")
         return add_bias(einsum("btf,fd->btd", h_btf, self.down), self.down_bias), None

@@ -23,8 +23,8 @@ from jax.sharding import PartitionSpec
 
 import kernels_pallas
 from lm import trees
-from lm.errors import Refused, check_name
-from lm.mesh import REMAT
+from lm.errors import Refused
+from lm.mesh import check_remat
 from lm.model import moe
 from lm.model.attention import Cache, Positions
 from lm.model.config import Block, Config
@@ -239,7 +239,7 @@ def forward(
     positions_bt: jax.Array | None = None,
     cache: dict[str, Any] | None = None,
     dropout_key: jax.Array | None = None,
-    remat: str = "none",
+    remat: str | tuple[str, ...] = "none",
     microbatches: int | None = None,
     rounds: int = 1,
     accumulate: str = "float32",
@@ -255,13 +255,11 @@ def forward(
       cache: of `init_cache`, or of an earlier call's Output; queries see its slots up to their own
         position.
       dropout_key: a jax.random.key; None turns dropout off.
-      remat: what the backward pass computes anew: 'none' only what is element-wise; 'dots' all but
-        matrix products with weights; 'block' all but each layer's input; 'stage' all but the input
-        of each pipeline stage's layers.
+      remat: what the backward pass computes anew, as lm.mesh.Place has it.
       microbatches, rounds, accumulate: of the pipeline, where the mesh has one (see lm.pipeline);
         None: as many micro-batches as there are stages.
     """
-    check_name("remat", remat, REMAT)
+    check_remat("remat", remat)
     if cache is not None and segments_bt is not None:
         raise ValueError("a cache holds one document per row: give either segments_bt or cache")
     model = _module(config, jax.tree.map(jnp.asarray, params))
@@ -443,16 +441,20 @@ _ELEMENTWISE = {
 _LAYER = "layer"  # the name of what enters a layer, for policies of stages
 
 
-def _policy(remat: str) -> Callable[..., bool] | None:
+def _policy(remat: str | tuple[str, ...]) -> Callable[..., bool] | None:
     """Of jax.checkpoint around a layer, whose inputs are kept whatever it says."""
+    policies = jax.checkpoint_policies
     if remat in ("none", "stage"):
         return lambda primitive, *_, **__: primitive.name not in _ELEMENTWISE
+    if remat == "block":
+        return None
     if remat == "dots":
-        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return None
+        named = policies.save_only_these_names("attention")
+        return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, named)
+    return policies.save_only_these_names(*([remat] if remat == "attention" else remat))
 
 
-def _policy_of_stages(remat: str) -> Callable[..., bool] | None:
+def _policy_of_stages(remat: str | tuple[str, ...]) -> Callable[..., bool] | None:
     """Of jax.checkpoint around a stage's layers: the same, but 'stage' keeps nothing."""
     if remat == "stage":
         return None
@@ -463,9 +465,9 @@ def _policy_of_stages(remat: str) -> Callable[..., bool] | None:
     return jax.checkpoint_policies.save_from_both_policies(inputs, policy)
 
 
-def _remat(function: Callable, name: str, in_scan: bool) -> Callable:
+def _remat(function: Callable, remat: str | tuple[str, ...], in_scan: bool) -> Callable:
     # A scan already keeps the two passes apart; elsewhere XLA would merge them and undo the saving.
-    return jax.checkpoint(function, policy=_policy(name), prevent_cse=not in_scan)
+    return jax.checkpoint(function, policy=_policy(remat), prevent_cse=not in_scan)
 
 
 def _fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:

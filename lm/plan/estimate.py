@@ -33,7 +33,7 @@ WIDE, HIDDEN = 10, 4
 
 # Which share of the forward pass the backward pass computes anew, besides element-wise work: of the
 # products with weights, and of attention, whose kernels are no such products.
-FORWARDS = {"none": (0.0, 0.0), "dots": (0.0, 1.0), "block": (1.0, 1.0), "stage": (1.0, 1.0)}
+FORWARDS = {"none": (0.0, 0.0), "dots": (0.0, 0.0), "block": (1.0, 1.0), "stage": (1.0, 1.0)}
 
 
 class Estimate(NamedTuple):
@@ -128,8 +128,9 @@ def estimate(
     part = tokens / place.microbatches
     state = state or state_at(e, place)
     schedule = e.pipeline_at(place)
-    again = FORWARDS[place.remat] if again is None else (again, again)
-    gradients = state["gradients"] // (2 if place.microbatches == 1 and _half(e) else 1)
+    again = _again(place) if again is None else (again, again)
+    half = _half(e) if place.microbatches == 1 else place.accumulate == "bfloat16"
+    gradients = state["gradients"] // (2 if half else 1)
     shares = attention or ATTENTION[where.generation]
     compute, in_layers = _compute(e, place, where, layers, part, again, shares, state["parameters"])
     on_links, exposed = _links(e, place, where, layers, part, again[0], gradients)
@@ -259,15 +260,33 @@ def _sizes(e: Experiment, block: model.Block) -> _Sizes:
     )
 
 
+def _again(place: Place) -> tuple[float, float]:
+    """Forward passes of products, and of attention, that the backward pass repeats."""
+    if isinstance(place.remat, str) and place.remat != "attention":
+        return FORWARDS[place.remat]
+    return 1.0, 0.0 if "attention" in place.remat else 1.0
+
+
 def _saved(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> float:
     """Bytes kept for the backward pass. A pipeline keeps them of every iteration."""
     size, tensor, dim = (2 if _half(e) else 4), place.mesh.tensor, e.model.dim
     stream = dim / tensor
 
-    def width(layer: _Sizes, remat: str) -> float:
+    def width(layer: _Sizes, remat: str | tuple[str, ...]) -> float:
+        # What the names of lm.mesh.KEPT stand for; the log of each softmax is left out.
+        named = {
+            "attention": layer.heads / tensor,
+            "qkv": (layer.heads + 2 * layer.kv) / tensor,
+            "attention_out": stream,
+            "ffn_hidden": 2 * layer.hidden / tensor,
+        }
+        if not isinstance(remat, str):
+            return stream + sum(named[name] for name in remat)
+        if remat == "attention":
+            return stream + named["attention"]
         kept = stream
         if remat in ("dots", "none"):
-            kept += (2 * layer.heads + 2 * layer.kv + 2 * layer.hidden) / tensor + stream
+            kept += sum(named.values())
         if remat == "none":
             kept += (layer.heads + layer.hidden) / tensor + 2 * stream + layer.rows * dim
             kept += 3 * layer.chosen / tensor if place.mesh.expert == 1 else 0

@@ -33,7 +33,9 @@ class Found(NamedTuple):
         mesh = str(self.place.mesh).replace(",", ", ")
         numbers = {"microbatches": self.place.microbatches, "rounds": self.place.rounds}
         rest = "".join(f", {name}={number}" for name, number in numbers.items() if number > 1)
-        return f'Place(mesh=Mesh({mesh}){rest}, remat="{self.place.remat}")'
+        remat = self.place.remat
+        remat = f'"{remat}"' if isinstance(remat, str) else remat
+        return f"Place(mesh=Mesh({mesh}){rest}, remat={remat})"
 
 
 def search(

@@ -39,15 +39,16 @@ def make_step(
     *,
     microbatches: int = 1,
     rounds: int = 1,
-    remat: str = "none",
+    remat: str | tuple[str, ...] = "none",
+    accumulate: str = "float32",
     seed: int = 0,
 ) -> Step:
     """The pure function step(state, batch) -> (state, metrics), for `compile_step`.
 
-    schedule(step) is the learning rate, `seed` drives dropout; `microbatches`, `rounds` and `remat`
-    are those of lm.mesh.Place. An update whose loss or gradient is
-    not finite leaves parameters and optimizer state as they are, counts in `skipped`, and takes its
-    step of the schedule.
+    schedule(step) is the learning rate, `seed` drives dropout; `microbatches`, `rounds`, `remat`
+    and `accumulate` are those of lm.mesh.Place. An update whose loss or gradient is not finite
+    leaves parameters and optimizer state as they are, counts in `skipped`, and takes its step of
+    the schedule.
 
     Metrics, float32 scalars: loss (what is minimised, per unit of label weight), nll and the
     model's side losses (per unit of label weight), grad_norm (before clipping), param_norm (after
@@ -61,7 +62,8 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         compute = precision.to_compute(state.params)
         gradient = _gradient(
-            config, objective, compute, batch, state.loss_scale, key, microbatches, options
+            *(config, objective, compute, batch, state.loss_scale, key),
+            *(microbatches, accumulate, options),
         )
         loss = gradient.loss
         share = 1 / jnp.where(loss.weight > 0, loss.weight, 1)  # an empty batch has no gradient
@@ -141,6 +143,7 @@ def _gradient(
     scaling: ScaleState | None,
     key: jax.Array,
     microbatches: int,
+    accumulate: str,
     options: dict[str, Any],
 ) -> Gradient:
     """Summed over the batch, one micro-batch at a time, or all on their way through a pipeline."""
@@ -154,7 +157,7 @@ def _gradient(
 
     differentiate = jax.grad(scaled, has_aux=True)
     if sharding.stages() > 1:
-        options = {**options, "microbatches": microbatches}
+        options = {**options, "microbatches": microbatches, "accumulate": accumulate}
         microbatches = 1
     if microbatches == 1:
         grads, loss = differentiate(params, batch, jax.random.fold_in(key, 0))
@@ -168,9 +171,10 @@ def _gradient(
 
     parts = _split(batch, microbatches)
     first = Batch(*(x[0] for x in parts))
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.float32),
-        jax.eval_shape(differentiate, params, first, key),
+    grads, loss = jax.eval_shape(differentiate, params, first, key)
+    zeros = (
+        jax.tree.map(lambda g: jnp.zeros(g.shape, accumulate), grads),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), loss),
     )
     (grads, loss), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
     return Gradient(grads, times, loss)

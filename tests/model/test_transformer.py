@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from lm import model, trees
 
@@ -60,14 +61,50 @@ def test_remat_changes_memory_and_not_gradients(base, draw, tokens):
     def hidden_loss(params, remat):
         return jnp.square(model.forward(config, params, tokens, remat=remat).hidden_btd).mean()
 
-    for remat in ("none", "dots", "block"):
+    for remat in ("none", "dots", "attention", ("qkv", "attention_out", "ffn_hidden"), "block"):
         compiled = jax.jit(jax.grad(hidden_loss), static_argnums=1).lower(params, remat).compile()
         gradients[remat] = compiled(params)
         sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
-    assert relative(gradients["none"], gradients["dots"]) < 1e-5
-    assert relative(gradients["none"], gradients["block"]) < 1e-5
+    for gradient in gradients.values():
+        assert relative(gradients["none"], gradient) < 1e-5
     # 'dots' differs from 'none' by attention alone, too little to see at this size.
     assert sizes["block"] < 0.9 * min(sizes["dots"], sizes["none"])
+    assert sizes["attention"] < min(sizes["dots"], sizes["none"])
+
+
+KERNELS = {
+    "none": 1,
+    "dots": 1,
+    "attention": 1,
+    ("qkv", "attention"): 1,
+    ("qkv", "ffn_hidden"): 2,
+    "block": 2,
+}
+
+
+@pytest.mark.parametrize("remat", KERNELS, ids=str)
+def test_attention_that_is_kept_is_not_computed_again(base, remat):
+    """Calls of the kernel in the program of the gradient."""
+    attention = model.GQA(heads=2, kv_heads=1, head_dim=128)
+    config = dataclasses.replace(base, attention=attention, layers=3)
+    tokens = np.zeros((1, 256), np.int32)
+
+    def total(params):
+        return jnp.sum(model.forward(config, params, tokens, remat=remat).hidden_btd ** 2)
+
+    jaxpr = jax.make_jaxpr(jax.grad(total))(model.shapes(config))
+    calls = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "pallas_call"]
+    names = [eqn.params["name"] for eqn in calls]
+    assert names.count("flash_attention_forward") == KERNELS[remat]
+    assert names.count("flash_attention_backward") == 1
+
+
+def equations(jaxpr):
+    """All, those of inner programs too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
 
 
 def test_the_program_does_not_grow_with_the_layers(base, tokens):

@@ -46,6 +46,7 @@ DENSE = (
     "pipe=4,data=2 microbatches=4 remat=stage",
     "pipe=2,tensor=4 rounds=2 microbatches=4 remat=block",
     "pipe=2 microbatches=8 remat=dots",
+    "pipe=2,fsdp=2 rounds=2 remat=attention",
 )
 UNEVEN = ("pipe=2", "pipe=4 microbatches=8", "pipe=2,fsdp=2,data=2 rounds=2")
 WORDS = (
