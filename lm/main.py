@@ -119,6 +119,8 @@ def _plan(declare: Callable[[], Experiment], options: argparse.Namespace) -> Non
     experiment = override(declare(), options.set)
     mesh = Mesh.parse(options.mesh) if options.mesh else None
     compile = not options.estimate
+    if options.weak and (options.on or options.search):
+        raise Refused("--weak names its slices itself; leave out --on and --search, or --weak.")
     if options.weak:
         rows = plan.scaling(experiment, options.weak.split(","), mesh, compile=compile)
         plans = [{**row.plan, "efficiency": row.efficiency} for row in rows]

@@ -42,6 +42,12 @@ def test_a_slice_that_is_no_multiple_is_refused():
         plan.scaling(LLAMA, ["v5p-16", "v5p-8"], Mesh(fsdp=8), compile=False)
 
 
+def test_slices_named_twice_are_refused():
+    command = [sys.executable, "-m", "experiments.llama3_8b", "plan", "--weak", "v5p-64"]
+    done = subprocess.run([*command, "--on", "v5p-64"], capture_output=True, text=True)
+    assert done.returncode == 2 and "leave out --on" in done.stderr
+
+
 def test_the_command_line_prints_it():
     command = [sys.executable, "-m", "experiments.llama3_8b", "plan", "--weak", "v5p-64,v5p-512"]
     done = subprocess.run([*command, "--estimate", "--json"], capture_output=True, text=True)
