@@ -4,6 +4,7 @@ multiplied out."""
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -123,8 +124,8 @@ def _moved(program: Program, computation: str, each: Instruction) -> float:
 
 
 def _sliced(program: Program, each: Instruction) -> dict[int, float]:
-    """{operand: bytes} of a fusion's operands that only slices inside it read."""
-    if each.op in ("dynamic-slice", "slice", "gather"):
+    """{operand: bytes} of the operands of which only slices are read."""
+    if each.op in _SLICES:
         return {0: sum(a.nbytes for a in each.arrays)}
     if each.op != "fusion" or not each.called:
         return {}
@@ -133,11 +134,33 @@ def _sliced(program: Program, each: Instruction) -> dict[int, float]:
     for inner in body:
         if inner.op != "parameter":
             continue
-        number = int(re.match(r"(\d+)\)", inner.rest).group(1))
-        readers = [i for i in body if inner.name in i.operands]
-        if readers and all(i.op in ("dynamic-slice", "slice", "gather") for i in readers):
-            sizes[number] = sum(a.nbytes for i in readers for a in i.arrays)
+        read = _slices_of(program, body, inner.name)
+        if read is not None:
+            sizes[int(re.match(r"(\d+)\)", inner.rest).group(1))] = read
     return sizes
+
+
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+def _slices_of(program: Program, body: Sequence[Instruction], name: str) -> float | None:
+    """Bytes of all slices that a fusion reads of an array, under other names and in fusions inside
+    it too; None where it reads the whole."""
+    total = 0.0
+    readers = [each for each in body if name in each.operands]
+    for each in readers:
+        inside: float | None = None
+        if each.op == "bitcast":
+            inside = _slices_of(program, body, each.name)
+        elif each.op in _SLICES or each.op == "fusion":
+            sizes = _sliced(program, each)
+            places = [i for i, operand in enumerate(each.operands) if operand == name]
+            if all(i in sizes for i in places):
+                inside = sum(sizes[i] for i in places)
+        if inside is None:
+            return None
+        total += inside
+    return total if readers else None
 
 
 def _indices(text: str | None) -> list[int]:

@@ -132,3 +132,29 @@ def test_ways_that_meet_in_a_link_share_it():
     # On a line the last one's way back is long, but goes against the others'.
     assert line.route(to_next) == (7, 1) and ring.route(to_next) == (1, 1)
     assert line.route(across) == (4, 4) and ring.route(across) == (4, 4)
+
+
+def test_of_what_a_fusion_slices_only_the_slices_are_read():
+    # The stack of all layers' inputs is sliced under another name, in a fusion inside the fusion.
+    text = """
+%inner (p0: bf16[80,16,128]) -> bf16[16,128] {
+  %p0 = bf16[80,16,128]{2,1,0} parameter(0)
+  %flat = bf16[80,2048]{1,0} bitcast(%p0)
+  ROOT %one = bf16[1,2048]{1,0} dynamic-slice(%flat, %i, %z), dynamic_slice_sizes={1,2048}
+}
+
+%outer (q0: bf16[80,16,128], q1: bf16[16,128]) -> bf16[16,128] {
+  %q0 = bf16[80,16,128]{2,1,0} parameter(0)
+  %q1 = bf16[16,128]{1,0} parameter(1)
+  %layer = bf16[1,2048]{1,0} fusion(%q0), kind=kLoop, calls=%inner
+  ROOT %y = bf16[16,128]{1,0} add(%layer, %q1)
+}
+
+ENTRY %main (stack: bf16[80,16,128], x: bf16[16,128]) -> bf16[16,128] {
+  %stack = bf16[80,16,128]{2,1,0} parameter(0)
+  %x = bf16[16,128]{1,0} parameter(1)
+  ROOT %out = bf16[16,128]{1,0} fusion(%stack, %x), kind=kLoop, calls=%outer
+}
+"""
+    work = compute.work(hlo.parse(text), flops_rate=1.0, bytes_rate=1e9)
+    assert work.nbytes == 3 * 2 * 16 * 128
