@@ -134,7 +134,7 @@ def _plan(declare: Callable[[], Experiment], options: argparse.Namespace) -> Non
         raise Refused("--search chooses the mesh; leave out --mesh, or --search.")
     found = plan.search(experiment, options.on, compile=compile)
     if options.json:
-        print(json.dumps([{"place": each.code, **each.plan} for each in found]))
+        print(json.dumps([{**each.plan, "code": each.code} for each in found]))
     else:
         print(plan.search_text(found))
 
