@@ -8,8 +8,10 @@ of one device on any mesh: the router sees the whole batch under automatic shard
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from kernels_pallas import grouped_matmul, placement
 from lm.errors import Refused, check_name, check_positive
+from lm.model.exchange_rows import buffer_rows, on_experts
 from lm.model.ffn import ACTIVATIONS, FeedForward
 from lm.model.param import Init, einsum, param, zeros
 from lm.sharding import many_devices, on_each_device, remaining, row_parts, shard, weight_partition
@@ -333,9 +336,10 @@ class Experts(NamedTuple):
 
 def _dropless(x_btd: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
     chosen_btk, weights_btk = routing.chosen_btk, routing.weights_btk
-    if not many_devices():
-        return _sorted_by_expert(x_btd, chosen_btk, weights_btk, experts)
     activation, *arrays = experts
+    if not many_devices():
+        feed = partial(_feed, activation, arrays)
+        return _sorted_by_expert(x_btd, chosen_btk, weights_btk, experts.count, feed)
     wide = weight_partition(("expert", "embed", "mlp"), experts.gate_edf.shape)
     narrow = weight_partition(("expert", "mlp", "embed"), experts.down_efd.shape)
     embed = wide[1] or ()
@@ -343,22 +347,19 @@ def _dropless(x_btd: jax.Array, routing: Routing, experts: Experts) -> jax.Array
     def local(
         x_btd: jax.Array, chosen_btk: jax.Array, weights_btk: jax.Array, *arrays: jax.Array
     ) -> jax.Array:
-        # Said here, the gradient is summed over `tensor` once a token and not once an assignment.
-        x_btd = jax.lax.pcast(x_btd, "tensor", to="varying")
-        # The devices of an expert group see all tokens of the group; each computes its own experts.
-        x_btd, chosen_btk, weights_btk = (
-            jax.lax.all_gather(a, "expert", tiled=True) for a in (x_btd, chosen_btk, weights_btk)
+        # Said here, gradients are summed over `tensor` once a token and not once an assignment.
+        x_btd, weights_btk = (
+            jax.lax.pcast(a, "tensor", to="varying") for a in (x_btd, weights_btk)
         )
-        gate_edf, up_edf, down_efd = (
+        mine = [
             jax.lax.all_gather(w, embed, axis=axis, tiled=True)
             for w, axis in zip(arrays, (1, 1, 2), strict=True)
-        )
-        mine = Experts(activation, gate_edf, up_edf, down_efd)
-        chosen_btk = chosen_btk - jax.lax.axis_index("expert") * mine.count
-        others = (chosen_btk < 0) | (chosen_btk >= mine.count)
-        chosen_btk = jnp.where(others, mine.count, chosen_btk)
-        y_btd = _sorted_by_expert(x_btd, chosen_btk, weights_btk, mine)
-        return jax.lax.psum(jax.lax.psum_scatter(y_btd, "expert", tiled=True), "tensor")
+        ]
+        feed = partial(_feed, activation, mine)
+        if mine[0].shape[0] < experts.count:
+            feed = partial(_feed_far, activation, mine, chosen_btk.shape)
+        y_btd = _sorted_by_expert(x_btd, chosen_btk, weights_btk, experts.count, feed)
+        return jax.lax.psum(y_btd, "tensor")
 
     tokens = _tokens()
     mapped = on_each_device(local, (tokens, tokens, tokens, wide, wide, narrow), tokens)
@@ -366,18 +367,54 @@ def _dropless(x_btd: jax.Array, routing: Routing, experts: Experts) -> jax.Array
 
 
 def _sorted_by_expert(
-    x_btd: jax.Array, chosen_btk: jax.Array, weights_btk: jax.Array, experts: Experts
+    x_btd: jax.Array,
+    chosen_btk: jax.Array,
+    weights_btk: jax.Array,
+    experts: int,
+    feed: Callable[[tuple[jax.Array, jax.Array], jax.Array], jax.Array],
 ) -> jax.Array:
-    """Assignments to expert `experts.count` belong to nobody here and add nothing."""
+    """Each row beside its weight, and how many there are for each expert, go through `feed`.
+    Assignments to expert `experts`, which does not exist, add nothing."""
     chosen_m = chosen_btk.reshape(-1)
     order_m = jnp.argsort(chosen_m)
     place_m = jnp.argsort(order_m)
-    sizes_e = _count(chosen_m, experts.count)
+    sizes_e = _count(chosen_m, experts)
     x_md = _move(_per_choice(x_btd, chosen_btk), order_m, place_m)
-    gate_mf = ACTIVATIONS[experts.activation](grouped_matmul(x_md, experts.gate_edf, sizes_e))
-    up_mf = grouped_matmul(x_md, experts.up_edf, sizes_e)
-    y_md = grouped_matmul(gate_mf * up_mf, experts.down_efd, sizes_e)
-    return _combine(_move(y_md, place_m, order_m), weights_btk)
+    weights_m1 = _move(weights_btk.reshape(-1, 1), order_m, place_m)
+    y_md = _move(feed((x_md, weights_m1), sizes_e), place_m, order_m)
+    return y_md.reshape(*chosen_btk.shape, -1).sum(2)
+
+
+def _feed(
+    activation: str,
+    arrays: Sequence[jax.Array],
+    rows: tuple[jax.Array, jax.Array],
+    sizes_e: jax.Array,
+) -> jax.Array:
+    """Each row through its expert. It is weighted before the last product, whose result the
+    backward pass then does not need."""
+    gate_edf, up_edf, down_efd = arrays
+    x_md, weights_m1 = rows
+    gate_mf = ACTIVATIONS[activation](grouped_matmul(x_md, gate_edf, sizes_e))
+    up_mf = grouped_matmul(x_md, up_edf, sizes_e)
+    return grouped_matmul((gate_mf * up_mf * weights_m1).astype(x_md.dtype), down_efd, sizes_e)
+
+
+def _feed_far(
+    activation: str,
+    mine: Sequence[jax.Array],
+    choices: tuple[int, int, int],
+    rows: tuple[jax.Array, jax.Array],
+    sizes_e: jax.Array,
+) -> jax.Array:
+    """The same where this device has only its own experts: rows travel to theirs, and back."""
+    b, t, k = choices
+    most = jax.lax.axis_size("expert") * b * t * min(k, mine[0].shape[0])
+
+    def feed(rows: tuple[jax.Array, jax.Array], sizes_g: jax.Array, mine: Any) -> jax.Array:
+        return _feed(activation, mine, rows, sizes_g)
+
+    return on_experts(feed, buffer_rows(b * t * k, most), sizes_e, rows, mine)
 
 
 def _within_capacity(x_btd: jax.Array, routing: Routing, experts: Experts, slots: int) -> jax.Array:
