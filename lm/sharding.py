@@ -42,6 +42,9 @@ ACTIVATIONS: Mapping[str, MeshAxes] = {
     "batch": ("pipe", "data", "fsdp", "expert"),
     "seq": ("context",),
     "keys": ("context",),  # the sequence of keys and values, while queries meet them
+    # The sequence in the residual stream and its norms (Korthikanti et al., arXiv:2205.05198):
+    # gathered before attention and feed-forward, whose sums are scattered again.
+    "stream": ("context", "tensor"),
     "embed": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -56,8 +59,9 @@ ACTIVATIONS: Mapping[str, MeshAxes] = {
 }
 # With fewer key/value heads than tensor devices, each device keeps a copy of all of them.
 MAY_REPLICATE = ("kv_heads",)
-# Splits weights where their size allows it: the pipeline brings each stage what it needs.
-WHERE_POSSIBLE = "pipe"
+# Mesh axes that split a logical axis only where its size allows it. Of weights that `pipe` does not
+# split, the pipeline brings each stage what it needs.
+WHERE_POSSIBLE = {"layers": "pipe", "embed": "pipe", "stream": "tensor"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ class Rules:
         self, axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh, path: str = "weight"
     ) -> PartitionSpec:
         """The partition of a weight with these logical `axes` and this `shape`."""
-        return _spec(self.weights, axes, shape, _sizes(mesh), path, optional=WHERE_POSSIBLE)
+        return _spec(self.weights, axes, shape, _sizes(mesh), path)
 
     def activation(self, axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
         """The partition of an activation with these logical `axes` and this `shape`; inside a
@@ -98,7 +102,7 @@ def rules_at(place: Place) -> Rules:
 
 
 # For rows of any length, as in generation: no sequence is split.
-WHOLE_ROWS = Rules(activations={**ACTIVATIONS, "seq": ()})
+WHOLE_ROWS = Rules(activations={**ACTIVATIONS, "seq": (), "stream": ()})
 
 
 def _spec(
@@ -107,9 +111,8 @@ def _spec(
     shape: Sequence[int],
     sizes: Mapping[str, int],
     what: str,
-    optional: str | None = None,
 ) -> PartitionSpec:
-    """`sizes` are those of the mesh axes; `optional` is one that may be left out of a dimension."""
+    """`sizes` are those of the mesh axes."""
     if len(axes) != len(shape):
         raise Refused(
             f"{what} has shape {tuple(shape)} but axes {tuple(axes)}: "
@@ -122,6 +125,7 @@ def _spec(
             raise Refused(f"{what} has the unknown logical axis {axis!r}.{nearest(axis, table)}")
         mesh_axes = tuple(name for name in table[axis] if sizes[name] > 1)
         ways = math.prod(sizes[name] for name in mesh_axes)
+        optional = WHERE_POSSIBLE.get(axis)
         if optional in mesh_axes and (optional in used or size % ways):
             mesh_axes = tuple(name for name in mesh_axes if name != optional)
         mesh_axes = _dividing(mesh_axes, axis, size, sizes, what)

@@ -24,7 +24,16 @@ from lm.errors import Refused, check_name, check_positive
 from lm.model.exchange_rows import buffer_rows, on_experts
 from lm.model.ffn import ACTIVATIONS, FeedForward
 from lm.model.param import Init, einsum, param, zeros
-from lm.sharding import many_devices, on_each_device, remaining, row_parts, shard, weight_partition
+from lm.sharding import (
+    many_devices,
+    on_each_device,
+    partition,
+    remaining,
+    row_parts,
+    shard,
+    split_over,
+    weight_partition,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,10 +368,14 @@ def _dropless(x_btd: jax.Array, routing: Routing, experts: Experts) -> jax.Array
         if mine[0].shape[0] < experts.count:
             feed = partial(_feed_far, activation, mine, chosen_btk.shape)
         y_btd = _sorted_by_expert(x_btd, chosen_btk, weights_btk, experts.count, feed)
+        if scattered:
+            return jax.lax.psum_scatter(y_btd, "tensor", scatter_dimension=1, tiled=True)
         return jax.lax.psum(y_btd, "tensor")
 
     tokens = _tokens()
-    mapped = on_each_device(local, (tokens, tokens, tokens, wide, wide, narrow), tokens)
+    scattered = "tensor" in split_over(partition(x_btd.shape, "batch", "stream", "embed")[1])
+    stream = PartitionSpec(tokens[0], ("context", "tensor")) if scattered else tokens
+    mapped = on_each_device(local, (tokens, tokens, tokens, wide, wide, narrow), stream)
     return mapped(x_btd, chosen_btk, weights_btk, *arrays)
 
 

@@ -84,22 +84,32 @@ class Layer(nnx.Module):
         self, x_btd: jax.Array, positions: Positions, cache: Cache | None, key: jax.Array | None
     ) -> tuple[jax.Array, Cache | None, moe.Sums | None]:
         keys = (None, None) if key is None else jax.random.split(key)
-        h_btd = x_btd if self.attention_norm is None else self.attention_norm(x_btd)
+        h_btd = self._read(x_btd, self.attention_norm)
         h_btd, cache = self.attention(h_btd, positions, cache)
         x_btd = self._add(x_btd, h_btd, self.attention_out_norm, keys[0])
-        h_btd = x_btd if self.ffn_norm is None else self.ffn_norm(x_btd)
+        h_btd = self._read(x_btd, self.ffn_norm)
         h_btd, sums = self.ffn(h_btd, positions.mask_bt)
         x_btd = self._add(x_btd, h_btd, self.ffn_out_norm, keys[1])
-        return shard(x_btd, "batch", "seq", "embed"), cache, sums
+        return _stream(x_btd), cache, sums
+
+    def _read(self, x_btd: jax.Array, norm: Callable | None) -> jax.Array:
+        """What attention or feed-forward sees of the stream."""
+        h_btd = x_btd if norm is None else _stream(norm(x_btd))
+        return shard(h_btd, "batch", "seq", "embed")
 
     def _add(
         self, x_btd: jax.Array, h_btd: jax.Array, norm: Callable | None, key: jax.Array | None
     ) -> jax.Array:
+        h_btd = _stream(h_btd)
         if self.placement == "post":
             return norm(x_btd + _dropout(h_btd, self.dropout, key))
         if norm is not None:
             h_btd = norm(h_btd)
         return x_btd + _dropout(h_btd, self.dropout, key)
+
+
+def _stream(x_btd: jax.Array) -> jax.Array:
+    return shard(x_btd, "batch", "stream", "embed")
 
 
 def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -282,7 +292,7 @@ def forward(
         return run(layer, x_btd, layer_cache, _fold(dropout_key, 1 + number))
 
     x_btd = _dropout(model.embed(tokens_bt), config.dropout, _fold(dropout_key, 0))
-    x_btd = shard(x_btd, "batch", "seq", "embed")
+    x_btd = _stream(x_btd)
     sums, caches, number = {}, {}, 0
     for name, run in (("prefix", _one_by_one), ("blocks", _scan), ("suffix", _one_by_one)):
         if layers := tuple(getattr(model, name)):
@@ -305,7 +315,8 @@ def forward(
             number += len(layers) * (config.layout.repeats if name == "blocks" else 1)
     losses, load = _measures(config, sums)
     if model.final_norm is not None:
-        x_btd = model.final_norm(x_btd)
+        x_btd = _stream(model.final_norm(x_btd))
+    x_btd = shard(x_btd, "batch", "seq", "embed")
     if parts > 1:
         rows = PartitionSpec(None, "context")
         in_order = partial(kernels_pallas.in_order, axis_name="context")
