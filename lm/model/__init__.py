@@ -5,8 +5,8 @@ params = model.init(config, key)
 out = model.forward(config, params, tokens_bt)
 logits_btv = model.logits(config, params, out.hidden_btd)
 
-The open families, as Hugging Face writes them, are tables in families.py, and fields.py is their
-config.json.
+Tokens reach experts on other devices through exchange_rows.py. The open families, as Hugging Face
+writes them, are tables in families.py, and fields.py is their config.json.
 """
 
 from lm.model.attention import GQA, MHA, MQA, FirstTokens, LearnedSinks, QKNorm

@@ -2,10 +2,10 @@
 
 Each of P devices has M rows sorted by expert, and G of the P * G = E experts. A device takes the
 rows of its experts from all devices, in the order (expert, source): as many at once as its buffer
-of R rows holds, the rest in further rounds. An even load is M rows, so that there is one round
-while no device has more than R / M times that; any other load takes more rounds, and no row is lost.
+of R rows holds, the rest in further rounds. An even load is M rows: there is one round while no
+device has more than R / M times that, any other load takes more rounds, and no row is lost.
 
-So a row of M moves once, where gathering the tokens would move each to P - 1 devices; and memory is
+So each row moves once, where gathering the tokens would move each to P - 1 devices; and memory is
 that of R rows, where the worst case would be all rows of all devices. On platforms whose compiler
 has no ragged all-to-all (all but TPUs) rows are gathered, and the numbers are the same.
 """

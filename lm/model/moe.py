@@ -2,7 +2,8 @@
 their outputs by weight (Shazeer et al., arXiv:1701.06538; Fedus et al., arXiv:2101.03961).
 
 Tokens meet experts in one of two ways, which agree while no expert is full. Dropless: tokens are
-sorted by expert for one grouped matrix product (MegaBlocks, arXiv:2211.15841). Capacity: an expert
+sorted by expert for one grouped matrix product (MegaBlocks, arXiv:2211.15841), on other devices
+where experts lie there (exchange_rows.py). Capacity: an expert
 takes a bounded number of tokens of each sequence (GShard, arXiv:2006.16668). Both give the numbers
 of one device on any mesh: the router sees the whole batch under automatic sharding.
 """

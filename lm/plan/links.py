@@ -5,6 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -168,7 +169,8 @@ def _permuted(written: str, layout: Layout) -> tuple[str, int, int]:
 
 def _executed(program: Program) -> Iterator[tuple[str, Instruction, int, bool]]:
     """(kind, instruction, times, whether started early). A TPU's reduce-scatter is an all-reduce in
-    a fusion of that name; an early all-gather is a pair of fusions, of which the first counts."""
+    a fusion of that name; an early all-gather is a pair of fusions, of which the first counts. A
+    ragged exchange moves what its smaller side holds: the other is a buffer for uneven loads."""
     for each, computation, times, _ in program.executed():
         kind = _OPS.get(each.op) or _transfer(each)
         if (
@@ -179,6 +181,9 @@ def _executed(program: Program) -> Iterator[tuple[str, Instruction, int, bool]]:
             continue
         if kind == "all-reduce" and "reduce-scatter" in computation:
             kind = "reduce-scatter"
+        if each.op == "ragged-all-to-all":
+            sides = each, program.by_name[computation][each.operands[0]]
+            each = replace(each, shape=min(sides, key=lambda i: i.arrays[0].nbytes).shape)
         early = each.op == "recv" or each.op.endswith("-start") or "async" in computation
         yield kind, each, times, early
 

@@ -1,4 +1,5 @@
-"""A mixture of experts on 16 chips: its products are the TPU's kernels, forward and backward."""
+"""A mixture of experts on 16 chips: its products are the TPU's kernels, forward and backward, and
+rows travel to their experts by all-to-all."""
 
 import described
 import jax
@@ -12,6 +13,7 @@ from lm import sharding
 from lm.mesh import AXES
 from lm.model.moe import MoE
 from lm.model.param import He
+from lm.plan import hlo, links, slices
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +29,7 @@ def test_dropless_experts():
 
     def loss(module, x):
         with sharding.use(mesh):
-            return module(x)[0].astype(jnp.float32).sum()
+            return jnp.square(module(x)[0].astype(jnp.float32)).sum()
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     module = jax.tree.map(
@@ -40,3 +42,11 @@ def test_dropless_experts():
     # Three products, and for each the gradients of its rows and of its weights.
     kernels = [line for line in text.splitlines() if "tpu_custom_call" in line]
     assert sum("grouped_matmul" in line for line in kernels) >= 8
+    layout = links.Layout(devices, AXES, slices.find("v5e-16"))
+    moved = links.collectives(hlo.parse(text), layout)
+    wide = {row.kind for row in moved if row.axes == "expert" and row.dtype == "bf16"}
+    assert wide == {"all-to-all"}
+    # Forward rows go and come back; backward they go anew, their gradients go, and theirs come.
+    rows = 8 * 128 // 8 * config.active
+    (exchange,) = (row for row in moved if row.kind == "all-to-all" and row.dtype == "bf16")
+    assert (exchange.count, exchange.nbytes) == (5, 5 * rows * 256 * 2)

@@ -90,7 +90,9 @@ def main(form: str) -> None:
             np.testing.assert_allclose(y, np.concatenate(near), rtol=1e-6, err_msg=name)
             got = jax.jit(jax.grad(lambda *a: loss(*a)[0], (0, 1)))(x, w, counts)
             want = gradients(x, w, counts)
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want
+            )
         print(form, buffer, "agrees")
 
 
