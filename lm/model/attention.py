@@ -219,6 +219,7 @@ class Attention(nnx.Module):
         )
         out_btnh = shard(out_btnh, "batch", "seq", "heads", "head")
         out_btd = add_bias(einsum("btnh,nhd->btd", out_btnh, self.o), self.o_bias)
+        out_btd = shard(out_btd, "batch", "stream", "embed")
         return checkpoint_name(out_btd, "attention_out"), cache
 
     def _norm(self, x_btnh: jax.Array, norm: Any) -> jax.Array:
