@@ -54,8 +54,7 @@ def chip() -> str | None:
 
 def forward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:
     """For T queries, S keys, `groups` query heads to a key/value head."""
-    # Rows of bfloat16 are packed by 16 in a tile.
-    return _sizes(t, s, groups, _cut(FORWARD, width, dtype), width, least=16)
+    return _sizes(t, s, groups, _cut(FORWARD, width, dtype), width, least=LANES)
 
 
 def backward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:

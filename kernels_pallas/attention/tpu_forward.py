@@ -41,7 +41,6 @@ def call(q, k, v, masks, sinks, bounded, options, sizes) -> tuple[jax.Array, jax
     splits, blocks, spans = groups // sizes.heads, t // sizes.rows, s // sizes.block
     chunks = sizes.block // sizes.narrow
     rows = sizes.heads * sizes.rows
-    lanes = -(-rows // LANES) * LANES
 
     def of_queries(*tail):
         shape = (1, 1, sizes.heads, sizes.rows, *tail)
@@ -74,12 +73,12 @@ def call(q, k, v, masks, sinks, bounded, options, sizes) -> tuple[jax.Array, jax
     extras = {name: pair for name, pair in extras.items() if pair[0] is not None}
     varies = {"manual_axis_type": jax.typeof(q).manual_axis_type}
     kernel = partial(_kernel, tuple(extras), masks, options, sizes, (blocks, spans))
-    sums = [pltpu.VMEM(shape, F32) for shape in ((rows, hv), (lanes, LANES), (lanes, LANES))]
+    sums = [pltpu.VMEM(shape, F32) for shape in ((hv, rows), (1, rows), (8, rows))]
     return pl.pallas_call(
         kernel,
         out_shape=(
             jax.ShapeDtypeStruct((*q.shape[:4], hv), q.dtype, **varies),
-            jax.ShapeDtypeStruct((b, kv_heads, splits, blocks, 1, lanes), F32, **varies),
+            jax.ShapeDtypeStruct((b, kv_heads, splits, blocks, 1, rows), F32, **varies),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -92,7 +91,7 @@ def call(q, k, v, masks, sinks, bounded, options, sizes) -> tuple[jax.Array, jax
             ],
             out_specs=[
                 of_queries(hv),
-                pl.BlockSpec((1, 1, 1, 1, 1, lanes), lambda b, k, g, i, j, *_: (b, k, g, i, 0, 0)),
+                pl.BlockSpec((1, 1, 1, 1, 1, rows), lambda b, k, g, i, j, *_: (b, k, g, i, 0, 0)),
             ],
             scratch_shapes=[
                 pltpu.VMEM((rows, h), q.dtype),
@@ -113,7 +112,7 @@ def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_
     out_ref, lse_ref, q_scr, acc, top, total, *kept = refs[len(names) :]
     b, kv, _, i, j = (pl.program_id(axis) for axis in range(5))
     blocks, spans = grid
-    chunks, rows, cap = sizes.block // sizes.narrow, acc.shape[0], options.softcap
+    chunks, rows, cap = sizes.block // sizes.narrow, acc.shape[1], options.softcap
     is_bounded = bounded[b * pl.num_programs(1) + kv] == 1
 
     def clear():
@@ -129,23 +128,22 @@ def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_
 
     def attend(shift, size, masked, chunk):
         at = pl.ds(pl.multiple_of(chunk * sizes.narrow, sizes.narrow), size)
-        s = dot(q_scr[...], k_ref[0, 0, at, :], (1, 1))
+        s = dot(k_ref[0, 0, at, :], q_scr[...], (1, 1))
         if cap is not None:
             s = jnp.tanh(s) * (cap * LOG2E)
         if masked:
             seen = _visible(options, masks, sizes, extras, i, j * chunks + chunk, chunk)
-            s = s.reshape(sizes.heads, sizes.rows, size)
-            s = jnp.where(seen, s, -jnp.inf).reshape(-1, size)
+            s = jnp.where(jnp.concatenate([seen] * sizes.heads, axis=1), s, -jnp.inf)
         if shift == RUNNING:
-            before = top[:rows]
-            now = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
+            before = top[...]
+            now = jnp.maximum(before, jnp.max(s, axis=0, keepdims=True))
             fade = jnp.exp2(before - now)
-            top[:rows] = now
-            total[:rows] *= fade
-            acc[...] *= _spread(fade, acc.shape[1])
-        p = jnp.exp2(s if shift is None else s - _spread(top[:rows], size))
-        total[:rows] += sum(p[:, n : n + LANES] for n in range(0, size, LANES))
-        acc[...] += dot(p.astype(v_ref.dtype), v_ref[0, 0, at, :], (1, 0))
+            top[...] = now
+            total[...] *= fade
+            acc[...] *= fade
+        p = jnp.exp2(s if shift is None else s - top[...])
+        total[...] += jnp.sum(p.reshape(size // 8, 8, -1), axis=0)
+        acc[...] += dot(v_ref[0, 0, at, :], p.astype(v_ref.dtype), (0, 0))
 
     def run(shift, reach):
         tpu_mask.for_each_chunk(
@@ -171,7 +169,7 @@ def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_
         attend(RUNNING, sizes.narrow, True, reach().last())
         run(FIXED, reach().without_last())
 
-        @pl.when(~(jnp.max(total[:rows]) < LARGEST))
+        @pl.when(~(jnp.max(total[...]) < LARGEST))
         def again():
             if kept:
                 for here, copy in zip((acc, top, total), kept, strict=True):
@@ -183,19 +181,12 @@ def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_
 
     @pl.when(j == spans - 1)
     def finish():
-        sums = jnp.sum(total[:rows], axis=1, keepdims=True)
+        sums = jnp.sum(total[...], axis=0, keepdims=True)
         out = acc[...] / jnp.where(sums == 0, 1, sums)
-        out_ref[0, 0] = out.reshape(out_ref.shape[2:]).astype(out_ref.dtype)
-        # The same sums with rows along the lanes.
-        sums = jnp.sum(jnp.transpose(total[...]), axis=0, keepdims=True)
-        tops = jnp.where(is_bounded, 0.0, jnp.transpose(top[...])[:1])
+        out_ref[0, 0] = out.T.reshape(out_ref.shape[2:]).astype(out_ref.dtype)
+        tops = jnp.where(is_bounded, 0.0, top[...])
         lse = (tops + jnp.log2(sums)) / LOG2E
         lse_ref[0, 0, 0, 0] = jnp.where(sums == 0, HIDDEN, lse)
-
-
-def _spread(x: jax.Array, width: int) -> jax.Array:
-    """[rows, LANES] of one number a row -> [rows, width]."""
-    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
 
 
 def _start_sums(sinks, is_bounded, sizes, top, total):
@@ -205,29 +196,27 @@ def _start_sums(sinks, is_bounded, sizes, top, total):
     if sinks is None:
         return
     head = (pl.program_id(1) * pl.num_programs(2) + pl.program_id(2)) * sizes.heads
-    lane = jax.lax.broadcasted_iota(jnp.int32, (sizes.rows, LANES), 1)
     for g in range(sizes.heads):
-        sink = jnp.full((sizes.rows, LANES), sinks[head + g], F32)
-        of_head = pl.ds(g * sizes.rows, sizes.rows)
+        of_head = slice(None), pl.ds(g * sizes.rows, sizes.rows)
+        sink = jnp.full((1, sizes.rows), sinks[head + g], F32)
         top[of_head] = sink
-        weight = jnp.where(is_bounded, jnp.exp2(sink), 1.0)
-        total[of_head] = jnp.where(lane == 0, weight, 0.0)
+        total[0:1, of_head[1]] = jnp.where(is_bounded, jnp.exp2(sink), 1.0)
 
 
 def _visible(options, masks, sizes, extras: dict[str, Any], i, chunk, chunk_here):
-    """[rows, narrow] of query block i and a chunk of keys."""
+    """[narrow, rows] of a chunk of keys and query block i."""
     rows, narrow = sizes.rows, sizes.narrow
 
     def of_queries(name):
-        return tpu_mask.as_column(extras[name][0, 0])[:rows] if name in extras else None
+        return extras[name][0, 0, :, :rows] if name in extras else None
 
     def of_keys(name):
-        return extras[name][0, chunk_here] if name in extras else None
+        return tpu_mask.as_column(extras[name][0, chunk_here]) if name in extras else None
 
-    k_index = chunk * narrow + jax.lax.broadcasted_iota(jnp.int32, (1, narrow), 1)
+    k_index = chunk * narrow + jax.lax.broadcasted_iota(jnp.int32, (narrow, 1), 0)
     q_index = of_queries("positions")
     if q_index is None:
-        q_index = i * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+        q_index = i * rows + jax.lax.broadcasted_iota(jnp.int32, (1, rows), 1)
     ranks = of_keys("ranks")
     prefix = extras["prefix"][pl.program_id(0)] if "prefix" in extras else None
     return tpu_mask.visible(
