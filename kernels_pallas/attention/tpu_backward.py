@@ -87,7 +87,7 @@ def call(q, k, v, dout, lse, delta, masks, options, sizes) -> tuple[jax.Array, .
             ],
             scratch_shapes=[
                 pltpu.VMEM((rows, h), q.dtype),
-                pltpu.VMEM((rows, h), F32),
+                pltpu.VMEM((h, rows), F32),
                 pltpu.VMEM((sizes.block, h), F32),
                 pltpu.VMEM((sizes.block, hv), F32),
                 *in_place,
@@ -138,7 +138,7 @@ def _kernel(
             ds *= 1 - capped * capped
         ds = ds.astype(k.dtype)
         dk[at, :] += dot(ds, q_scr[...], (1, 0))
-        dq[...] += dot(ds, k, (0, 0))
+        dq[...] += dot(k, ds, (0, 0))
 
     live = tpu_mask.is_live(tpu_mask.row_of(table, masks, b, i, blocks), j, chunks)
     heads = pl.ds(split * sizes.heads, sizes.heads)
@@ -158,7 +158,7 @@ def _kernel(
 
     pl.when(~live & (j == 0))(partial(_clear, dq))
     if spans == 1:
-        dq_ref[0, 0] = dq[...].reshape(dq_ref.shape[2:]).astype(dq_ref.dtype)
+        dq_ref[0, 0] = dq[...].T.reshape(dq_ref.shape[2:]).astype(dq_ref.dtype)
     else:
         pl.when(live | (j == 0))(partial(_add, dq, dq_ref.at[place], j > 0, *in_place))
 
@@ -180,9 +180,9 @@ def _add(part, sum_hbm, started, buffer, semaphore):
         copy = pltpu.make_async_copy(sum_hbm, buffer, semaphore)
         copy.start()
         copy.wait()
-        part[...] += buffer[...].reshape(part.shape)
+        part[...] += buffer[...].reshape(part.shape[::-1]).T
 
-    buffer[...] = part[...].reshape(buffer.shape)
+    buffer[...] = part[...].T.reshape(buffer.shape)
     copy = pltpu.make_async_copy(buffer, sum_hbm, semaphore)
     copy.start()
     copy.wait()
