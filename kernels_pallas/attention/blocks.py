@@ -1,5 +1,6 @@
 """How large the TPU kernels' blocks are: a table from compiled schedules, and a rule beside it."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,11 @@ class Sizes(NamedTuple):
     wide: int
     narrow: int
 
+    @property
+    def together(self) -> int:
+        """How many heads' queries lie beside each other in one mask: those that fill lanes."""
+        return self.heads if self.rows % LANES else 1
+
 
 class Cut(NamedTuple):
     """At most `total` rows of all heads together, `rows` of one, and `wide` keys at a time."""
@@ -31,6 +37,7 @@ class Cut(NamedTuple):
 # found is in kernels_pallas/README.md. None stands for chips that have no row of their own.
 FORWARD = {
     ("v6e", 128): Cut(2048, 512, 512),
+    ("tpu7x", 128): Cut(2048, 512, 512),
     (None, 128): Cut(1024, 256, 1024),
     (None, 256): Cut(1024, 256, 512),
 }
@@ -54,12 +61,13 @@ def chip() -> str | None:
 
 def forward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:
     """For T queries, S keys, `groups` query heads to a key/value head."""
-    return _sizes(t, s, groups, _cut(FORWARD, width, dtype), width, least=LANES)
+    cut = _cut(FORWARD, width, dtype)
+    return _few(t, s, groups, cut, width) if t < LANES else _sizes(t, s, groups, cut, width)
 
 
 def backward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:
-    """As `forward_sizes`; here queries lie along the lanes."""
-    return _sizes(t, s, groups, _cut(BACKWARD, width, dtype), width, least=LANES)
+    """As `forward_sizes`."""
+    return _sizes(t, s, groups, _cut(BACKWARD, width, dtype), width)
 
 
 def _cut(table, width, dtype):
@@ -70,12 +78,29 @@ def _cut(table, width, dtype):
     return Cut(cut.total // 2, cut.rows, min(cut.wide, 512))
 
 
-def _sizes(t, s, groups, cut, width, least):
-    heads = max(d for d in range(1, groups + 1) if groups % d == 0 and d * least <= cut.total)
+def _sizes(t, s, groups, cut, width):
+    heads = max(d for d in range(1, groups + 1) if groups % d == 0 and d * LANES <= cut.total)
     rows = cut.rows if heads > 1 else 1024
-    rows = min(rows, max(least, cut.total // heads // least * least), -(-t // least) * least)
+    rows = min(rows, cut.total // heads // LANES * LANES, -(-t // LANES) * LANES)
+    return Sizes(rows, heads, *_keys(s, cut, width))
+
+
+def _few(t, s, groups, cut, width):
+    """For fewer queries than lanes, as in decoding: those of several heads fill them together."""
+
+    def rows(heads):
+        # Rows of bfloat16 are packed by 16 in a tile.
+        step = LANES // math.gcd(LANES // 16, heads)
+        return -(-t // step) * step
+
+    fits = [d for d in range(2, groups + 1) if groups % d == 0 and d * rows(d) <= cut.total]
+    heads = max(fits, default=1)
+    return Sizes(rows(heads), heads, *_keys(s, cut, width))
+
+
+def _keys(s, cut, width):
+    """The block, wide and narrow of `Sizes`."""
     narrow = min(NARROW, -(-s // LANES) * LANES)
     wide = min(cut.wide, -(-s // narrow) * narrow)
     spans = -(-s // (BLOCK if width <= 2 * LANES else BLOCK // 2))
-    block = -(-s // (spans * wide)) * wide
-    return Sizes(rows, heads, block, wide, narrow)
+    return -(-s // (spans * wide)) * wide, wide, narrow

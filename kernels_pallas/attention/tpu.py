@@ -1,7 +1,6 @@
 """Flash attention on TPU: arrays laid out for the kernels, and back."""
 
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 from kernels_pallas.attention import tpu_backward, tpu_forward
 from kernels_pallas.attention.blocked import Extras, Options
 from kernels_pallas.attention.blocks import Sizes, backward_sizes, forward_sizes
-from kernels_pallas.attention.ranges import as_table, ranges
 from kernels_pallas.attention.reference import HIDDEN
+from kernels_pallas.attention.tpu_mask import masks_of, pad
 
 F32 = jnp.float32
 LOG2E = math.log2(math.e)
@@ -78,54 +77,8 @@ def _laid_out(q_btnh, k_bskh, v_bskh, extras, options, sizes):
     """q_bkgth, k_bksh and v_bksh in whole blocks, and what masks need."""
     t, s, kv_heads = q_btnh.shape[1], *k_bskh.shape[1:3]
     q = _by_group(q_btnh, kv_heads, sizes.rows)
-    k, v = (_pad(jnp.swapaxes(x, 1, 2), 2, sizes.block) for x in (k_bskh, v_bskh))
-    table = ranges(options, extras, t, s, rows=sizes.rows, chunk=sizes.narrow)
-    width = -(-sizes.rows // 128) * 128
-
-    def of_queries(x_bt):
-        x = _pad(x_bt, 1, sizes.rows).reshape(x_bt.shape[0], -1, 1, sizes.rows)
-        return _pad(x, 3, width)
-
-    def of_keys(x_bs):
-        return _pad(x_bs, 1, sizes.block).reshape(x_bs.shape[0], -1, 1, sizes.narrow)
-
-    def maybe(function, x):
-        return None if x is None else function(x.astype(jnp.int32))
-
-    return (
-        q,
-        k,
-        v,
-        Masks(
-            table=as_table(table),
-            by_row=table.shape[0] > 1,
-            keys=s,
-            prefix_b=maybe(lambda x: x, extras.prefix_b),
-            q_segments=maybe(of_queries, extras.segments_bt),
-            positions=maybe(of_queries, extras.positions_bt),
-            k_segments=maybe(of_keys, extras.kv_segments_bs),
-            ranks=maybe(of_keys, extras.ranks_bs),
-        ),
-    )
-
-
-class Masks(NamedTuple):
-    """What the kernels' masks read.
-
-    table       `ranges`, flat; `by_row`: one for each row of the batch
-    keys        how many keys are real
-    q_...       [B, blocks, 1, rows filled up to lanes]
-    k_...       [B, chunks, 1, narrow], as are ranks
-    """
-
-    table: jax.Array
-    by_row: bool
-    keys: int
-    prefix_b: jax.Array | None
-    q_segments: jax.Array | None
-    positions: jax.Array | None
-    k_segments: jax.Array | None
-    ranks: jax.Array | None
+    k, v = (pad(jnp.swapaxes(x, 1, 2), 2, sizes.block) for x in (k_bskh, v_bskh))
+    return q, k, v, masks_of(options, extras, q.shape[0], t, s, sizes)
 
 
 def _bounded(q, k, sinks, options) -> jax.Array:
@@ -145,7 +98,7 @@ def _by_group(x_btnh, kv_heads, rows):
     """[B, T, N, H] -> [B, K, G, T up to a multiple of rows, H]."""
     b, t, n, h = x_btnh.shape
     x = jnp.transpose(x_btnh.reshape(b, t, kv_heads, n // kv_heads, h), (0, 2, 3, 1, 4))
-    return _pad(x, 3, rows)
+    return pad(x, 3, rows)
 
 
 def _ungroup(x_bkgth, t):
@@ -155,21 +108,14 @@ def _ungroup(x_bkgth, t):
 
 def _to_blocks(x_bkgt: jax.Array, sizes: Sizes, fill: float) -> jax.Array:
     """[B, K, G, T] -> [B, K, G // heads, blocks, 1, heads * rows]."""
-    x = _pad(x_bkgt, 3, sizes.rows, fill)
+    x = pad(x_bkgt, 3, sizes.rows, fill)
     b, k, g, t = x.shape
     x = x.reshape(b, k, g // sizes.heads, sizes.heads, t // sizes.rows, sizes.rows)
     return jnp.swapaxes(x, 3, 4).reshape(*x.shape[:3], t // sizes.rows, 1, -1)
 
 
 def _from_blocks(x: jax.Array, sizes: Sizes, groups: int) -> jax.Array:
-    """The inverse of `_to_blocks`, with queries up to whole blocks, and lanes."""
+    """The inverse of `_to_blocks`, with queries up to whole blocks."""
     b, k, splits, blocks = x.shape[:4]
-    x = x[..., : sizes.heads * sizes.rows]
     x = x.reshape(b, k, splits, blocks, sizes.heads, sizes.rows)
     return jnp.swapaxes(x, 3, 4).reshape(b, k, groups, blocks * sizes.rows)
-
-
-def _pad(x, axis, multiple, fill: Any = 0):
-    short = -x.shape[axis] % multiple
-    widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=fill) if short else x

@@ -1,21 +1,19 @@
 """The forward kernel for TPU (Mosaic).
 
-A block of queries of all heads of a group meets the keys chunk by chunk. Scores are in powers of
-two, their scale folded into the queries. The softmax is exact however it keeps its numbers in
-range:
+A block of queries of all heads of a group meets the keys chunk by chunk. Scores are [keys,
+queries]: what belongs to a query is a number a lane, keys are summed over sublanes, and both
+products fill the matrix unit. They are in powers of two, their scale folded into the queries. The
+softmax is exact however it keeps its numbers in range:
 
 - Where `bounded` says that no score is large, weights are exp2(score).
 - Elsewhere one chunk is met with its maximum taken off, and the others with the same number, for
   any near the largest score will do: if no sum of weights then exceeds LARGEST, no weight did.
 - If one does, the key block is met once more, now with a running maximum (Milakov and Gimelshein,
   arXiv:1805.02867).
-
-Sums of weights stay spread over the lanes until the last chunk.
 """
 
-import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,23 +22,42 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention import tpu_mask
 from kernels_pallas.attention.reference import HIDDEN
-from kernels_pallas.attention.tpu_mask import LANES, dot
+from kernels_pallas.attention.tpu_mask import LOG2E, dot
 
 F32 = jnp.float32
-LOG2E = math.log2(math.e)
 # How the largest score is taken off: that of the chunks so far, or of an earlier one.
 RUNNING, FIXED = "running", "fixed"
 # Sums of weights up to here have lost nothing in float32, which ends at 2**128.
 LARGEST = 2.0**100
 
 
+class Sums(NamedTuple):
+    """What a block of queries gathers, in float32.
+
+    values  [width of v, queries], weighted
+    top     [1, queries], the number taken off all scores
+    total   [8, queries], sums of weights, of every eighth key each
+    """
+
+    values: Any
+    top: Any
+    total: Any
+
+    @classmethod
+    def shapes(cls, width: int, queries: int) -> "Sums":
+        return cls(*(pltpu.VMEM((n, queries), F32) for n in (width, 1, 8)))
+
+
 def call(q, k, v, masks, sinks, bounded, options, sizes) -> tuple[jax.Array, jax.Array]:
-    """(out_bkgth, lse[B, K, G // heads, blocks, 1, rows of a block up to lanes])."""
+    """(out_bkgth, lse[B, K, G // heads, blocks, 1, heads * rows])."""
     b, kv_heads, groups, t, h = q.shape
     s, hv = k.shape[2], v.shape[3]
     splits, blocks, spans = groups // sizes.heads, t // sizes.rows, s // sizes.block
-    chunks = sizes.block // sizes.narrow
-    rows = sizes.heads * sizes.rows
+    queries = sizes.heads * sizes.rows
+
+    def nearest(b, i, j, table):
+        row = tpu_mask.row_of(table, masks, b, i, blocks)
+        return tpu_mask.nearest_block(row, j, sizes.block // sizes.narrow)
 
     def of_queries(*tail):
         shape = (1, 1, sizes.heads, sizes.rows, *tail)
@@ -48,110 +65,71 @@ def call(q, k, v, masks, sinks, bounded, options, sizes) -> tuple[jax.Array, jax
 
     def of_keys(width):
         def index(b, k, g, i, j, table, *_):
-            row = tpu_mask.row_of(table, masks, b, i, blocks)
-            return b, k, tpu_mask.nearest_block(row, j, chunks), 0
+            return b, k, nearest(b, i, j, table), 0
 
         return pl.BlockSpec((1, 1, sizes.block, width), index)
 
-    def ids_of_keys(b, k, g, i, j, table, *_):
-        row = tpu_mask.row_of(table, masks, b, i, blocks)
-        return b, tpu_mask.nearest_block(row, j, chunks), 0, 0
-
-    q_ids = pl.BlockSpec(
-        (1, 1, 1, -(-sizes.rows // LANES) * LANES), lambda b, k, g, i, j, *_: (b, i, 0, 0)
+    of_rows = pl.BlockSpec((1, 1, 1, 1, 1, queries), lambda b, k, g, i, j, *_: (b, k, g, i, 0, 0))
+    extras = tpu_mask.operands(
+        masks,
+        sizes,
+        lambda b, k, g, i, *_: (b, i),
+        lambda b, k, g, i, j, table, *_: (b, nearest(b, i, j, table)),
     )
-    k_ids = pl.BlockSpec((1, chunks, 1, sizes.narrow), ids_of_keys)
-    scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    extras = {
-        "sinks": (sinks, scalars),
-        "prefix": (masks.prefix_b, scalars),
-        "q_segments": (masks.q_segments, q_ids),
-        "positions": (masks.positions, q_ids),
-        "k_segments": (masks.k_segments, k_ids),
-        "ranks": (masks.ranks, k_ids),
-    }
-    extras = {name: pair for name, pair in extras.items() if pair[0] is not None}
+    if sinks is not None:
+        extras["sinks"] = sinks, pl.BlockSpec(memory_space=pltpu.SMEM)
     varies = {"manual_axis_type": jax.typeof(q).manual_axis_type}
-    kernel = partial(_kernel, tuple(extras), masks, options, sizes, (blocks, spans))
-    sums = [pltpu.VMEM(shape, F32) for shape in ((hv, rows), (1, rows), (8, rows))]
+    sums = Sums.shapes(hv, queries)
     return pl.pallas_call(
-        kernel,
+        partial(_kernel, tuple(extras), masks, options, sizes, (blocks, spans)),
         out_shape=(
             jax.ShapeDtypeStruct((*q.shape[:4], hv), q.dtype, **varies),
-            jax.ShapeDtypeStruct((b, kv_heads, splits, blocks, 1, rows), F32, **varies),
+            jax.ShapeDtypeStruct((b, kv_heads, splits, blocks, 1, queries), F32, **varies),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(b, kv_heads, splits, blocks, spans),
-            in_specs=[
-                of_queries(h),
-                of_keys(h),
-                of_keys(hv),
-                *(spec for _, spec in extras.values()),
-            ],
-            out_specs=[
-                of_queries(hv),
-                pl.BlockSpec((1, 1, 1, 1, 1, rows), lambda b, k, g, i, j, *_: (b, k, g, i, 0, 0)),
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((rows, h), q.dtype),
-                *sums,
-                *(sums if spans > 1 else []),
-            ],
+            in_specs=[of_queries(h), of_keys(h), of_keys(hv), *(x[1] for x in extras.values())],
+            out_specs=[of_queries(hv), of_rows],
+            scratch_shapes=[pltpu.VMEM((queries, h), q.dtype), *sums, *(sums if spans > 1 else [])],
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
             vmem_limit_bytes=64 * 2**20,
         ),
         name="flash_attention_forward",
-    )(masks.table, bounded, q, k, v, *(array for array, _ in extras.values()))
+    )(masks.table, bounded, q, k, v, *(x[0] for x in extras.values()))
 
 
 def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_ref, *refs):
     extras = dict(zip(names, refs, strict=False))
-    out_ref, lse_ref, q_scr, acc, top, total, *kept = refs[len(names) :]
+    out_ref, lse_ref, q_scr, *scratch = refs[len(names) :]
+    sums, kept = Sums(*scratch[:3]), scratch[3:]
     b, kv, _, i, j = (pl.program_id(axis) for axis in range(5))
     blocks, spans = grid
-    chunks, rows, cap = sizes.block // sizes.narrow, acc.shape[1], options.softcap
+    chunks = sizes.block // sizes.narrow
     is_bounded = bounded[b * pl.num_programs(1) + kv] == 1
-
-    def clear():
-        acc[...] = jnp.zeros_like(acc)
-        _start_sums(extras.get("sinks"), is_bounded, sizes, top, total)
+    clear = partial(_clear, sums, extras.get("sinks"), is_bounded, sizes)
 
     @pl.when(j == 0)
     def start():
-        factor = options.scale * LOG2E if cap is None else options.scale / cap
-        q = q_ref[0, 0].reshape(q_scr.shape).astype(F32) * factor
+        q = q_ref[0, 0].reshape(q_scr.shape).astype(F32) * tpu_mask.factor(options)
         q_scr[...] = q.astype(q_scr.dtype)
         clear()
 
-    def attend(shift, size, masked, chunk):
-        at = pl.ds(pl.multiple_of(chunk * sizes.narrow, sizes.narrow), size)
-        s = dot(k_ref[0, 0, at, :], q_scr[...], (1, 1))
-        if cap is not None:
-            s = jnp.tanh(s) * (cap * LOG2E)
+    def meet(shift, size, masked, chunk):
+        seen = None
         if masked:
-            seen = _visible(options, masks, sizes, extras, i, j * chunks + chunk, chunk)
-            s = jnp.where(jnp.concatenate([seen] * sizes.heads, axis=1), s, -jnp.inf)
-        if shift == RUNNING:
-            before = top[...]
-            now = jnp.maximum(before, jnp.max(s, axis=0, keepdims=True))
-            fade = jnp.exp2(before - now)
-            top[...] = now
-            total[...] *= fade
-            acc[...] *= fade
-        p = jnp.exp2(s if shift is None else s - top[...])
-        total[...] += jnp.sum(p.reshape(size // 8, 8, -1), axis=0)
-        acc[...] += dot(v_ref[0, 0, at, :], p.astype(v_ref.dtype), (0, 0))
+            seen = partial(
+                tpu_mask.visible, options, masks, sizes, extras, i, j * chunks + chunk, chunk
+            )
+        at = pl.ds(pl.multiple_of(chunk * sizes.narrow, sizes.narrow), size)
+        _attend(sums, q_scr, k_ref[0, 0, at, :], v_ref[0, 0, at, :], options.softcap, shift, seen)
 
     def run(shift, reach):
-        tpu_mask.for_each_chunk(
-            reach,
-            sizes.wide // sizes.narrow,
-            partial(attend, shift, sizes.wide, False),
-            partial(attend, shift, sizes.narrow, True),
-        )
+        whole, part = (partial(meet, shift, size) for size in (sizes.wide, sizes.narrow))
+        ratio = sizes.wide // sizes.narrow
+        tpu_mask.for_each_chunk(reach, ratio, partial(whole, False), partial(part, True))
 
     def reach():
         return tpu_mask.reach(tpu_mask.row_of(table, masks, b, i, blocks), j, chunks)
@@ -164,68 +142,62 @@ def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_
 
     @pl.when(live & ~is_bounded)
     def shifted():
-        for here, copy in zip((acc, top, total), kept, strict=False):
-            copy[...] = here[...]
-        attend(RUNNING, sizes.narrow, True, reach().last())
+        _copy(sums, kept)
+        meet(RUNNING, sizes.narrow, True, reach().last())
         run(FIXED, reach().without_last())
 
-        @pl.when(~(jnp.max(total[...]) < LARGEST))
+        @pl.when(~(jnp.max(sums.total[...]) < LARGEST))
         def again():
-            if kept:
-                for here, copy in zip((acc, top, total), kept, strict=True):
-                    here[...] = copy[...]
-            else:
-                clear()
-            part = partial(attend, RUNNING, sizes.narrow, True)
+            _copy(kept, sums) if kept else clear()
+            part = partial(meet, RUNNING, sizes.narrow, True)
             tpu_mask.for_each_chunk(reach().all_in_part(), 1, part, part)
 
-    @pl.when(j == spans - 1)
-    def finish():
-        sums = jnp.sum(total[...], axis=0, keepdims=True)
-        out = acc[...] / jnp.where(sums == 0, 1, sums)
-        out_ref[0, 0] = out.T.reshape(out_ref.shape[2:]).astype(out_ref.dtype)
-        tops = jnp.where(is_bounded, 0.0, top[...])
-        lse = (tops + jnp.log2(sums)) / LOG2E
-        lse_ref[0, 0, 0, 0] = jnp.where(sums == 0, HIDDEN, lse)
+    pl.when(j == spans - 1)(partial(_finish, sums, is_bounded, out_ref, lse_ref))
 
 
-def _start_sums(sinks, is_bounded, sizes, top, total):
-    """A learned sink is a first key of its own logit and no value."""
-    top[...] = jnp.full_like(top, HIDDEN)
-    total[...] = jnp.zeros_like(total)
+def _copy(sources, targets) -> None:
+    for source, target in zip(sources, targets, strict=False):
+        target[...] = source[...]
+
+
+def _clear(sums, sinks, is_bounded, sizes) -> None:
+    """Nothing has been met but a learned sink, a first key of its own logit and no value."""
+    sums.values[...] = jnp.zeros_like(sums.values)
+    sums.top[...] = jnp.full_like(sums.top, HIDDEN)
+    sums.total[...] = jnp.zeros_like(sums.total)
     if sinks is None:
         return
-    head = (pl.program_id(1) * pl.num_programs(2) + pl.program_id(2)) * sizes.heads
-    for g in range(sizes.heads):
-        of_head = slice(None), pl.ds(g * sizes.rows, sizes.rows)
-        sink = jnp.full((1, sizes.rows), sinks[head + g], F32)
-        top[of_head] = sink
-        total[0:1, of_head[1]] = jnp.where(is_bounded, jnp.exp2(sink), 1.0)
-
-
-def _visible(options, masks, sizes, extras: dict[str, Any], i, chunk, chunk_here):
-    """[narrow, rows] of a chunk of keys and query block i."""
-    rows, narrow = sizes.rows, sizes.narrow
-
-    def of_queries(name):
-        return extras[name][0, 0, :, :rows] if name in extras else None
-
-    def of_keys(name):
-        return tpu_mask.as_column(extras[name][0, chunk_here]) if name in extras else None
-
-    k_index = chunk * narrow + jax.lax.broadcasted_iota(jnp.int32, (narrow, 1), 0)
-    q_index = of_queries("positions")
-    if q_index is None:
-        q_index = i * rows + jax.lax.broadcasted_iota(jnp.int32, (1, rows), 1)
-    ranks = of_keys("ranks")
-    prefix = extras["prefix"][pl.program_id(0)] if "prefix" in extras else None
-    return tpu_mask.visible(
-        options,
-        masks,
-        prefix,
-        q_index,
-        k_index,
-        of_queries("q_segments"),
-        of_keys("k_segments"),
-        k_index if ranks is None else ranks,
+    first = (pl.program_id(1) * pl.num_programs(2) + pl.program_id(2)) * sizes.heads
+    logits = jnp.concatenate(
+        [jnp.full((1, sizes.rows), sinks[first + g], F32) for g in range(sizes.heads)], axis=1
     )
+    sums.top[...] = logits
+    sums.total[:1] = jnp.where(is_bounded, jnp.exp2(logits), 1.0)
+
+
+def _attend(sums, q_ref, k, v, softcap, shift, seen) -> None:
+    """Adds a chunk of keys, of which `seen()` are visible, or all."""
+    s = dot(k, q_ref[...], (1, 1))
+    if softcap is not None:
+        s = jnp.tanh(s) * (softcap * LOG2E)
+    if seen is not None:
+        s = jnp.where(seen(), s, -jnp.inf)
+    if shift == RUNNING:
+        before = sums.top[...]
+        now = jnp.maximum(before, jnp.max(s, axis=0, keepdims=True))
+        fade = jnp.exp2(before - now)
+        sums.top[...] = now
+        sums.total[...] *= fade
+        sums.values[...] *= fade
+    p = jnp.exp2(s if shift is None else s - sums.top[...])
+    sums.total[...] += jnp.sum(p.reshape(-1, *sums.total.shape), axis=0)
+    sums.values[...] += dot(v, p.astype(v.dtype), (0, 0))
+
+
+def _finish(sums, is_bounded, out_ref, lse_ref) -> None:
+    total = jnp.sum(sums.total[...], axis=0, keepdims=True)
+    out = sums.values[...] / jnp.where(total == 0, 1, total)
+    out_ref[0, 0] = out.T.reshape(out_ref.shape[2:]).astype(out_ref.dtype)
+    top = jnp.where(is_bounded, 0.0, sums.top[...])
+    lse = (top + jnp.log2(total)) / LOG2E
+    lse_ref[0, 0, 0, 0] = jnp.where(total == 0, HIDDEN, lse)

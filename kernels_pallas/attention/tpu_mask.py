@@ -1,18 +1,100 @@
 """What both TPU kernels share: the loop over the chunks of keys that a block of queries meets, and
-the mask of those that it sees in part."""
+the mask of those that it sees in part. Scores are [keys, queries]."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.ranges import FIELDS, FULL_HIGH, FULL_LOW, HEAD, HIGH, LOW
+from kernels_pallas.attention.blocked import Extras, Options
+from kernels_pallas.attention.blocks import LANES, Sizes
+from kernels_pallas.attention.ranges import (
+    FIELDS,
+    FULL_HIGH,
+    FULL_LOW,
+    HEAD,
+    HIGH,
+    LOW,
+    as_table,
+    ranges,
+)
 
-LANES = 128
+LOG2E = math.log2(math.e)
 
 
-def row_of(table_ref: Any, masks: Any, b: Any, i: Any, blocks: int) -> list[Any]:
+class Masks(NamedTuple):
+    """What masks are made of.
+
+    table       `ranges`, flat; `by_row`: one for each row of the batch
+    keys        how many keys are real
+    q_segments  [B, blocks, 1, rows], once for each of `Sizes.together` heads; as are positions
+    k_segments  [B, chunks, 1, narrow], as are ranks
+    """
+
+    table: jax.Array
+    by_row: bool
+    keys: int
+    prefix_b: jax.Array | None
+    q_segments: jax.Array | None
+    positions: jax.Array | None
+    k_segments: jax.Array | None
+    ranks: jax.Array | None
+
+
+def masks_of(options: Options, extras: Extras, b: int, t: int, s: int, sizes: Sizes) -> Masks:
+    """For B rows of T queries and S keys."""
+    table = ranges(options, extras, t, s, rows=sizes.rows, chunk=sizes.narrow)
+    positions_bt = extras.positions_bt
+    if positions_bt is None and sizes.together > 1:
+        # A lane's number does not tell its query.
+        positions_bt = jnp.broadcast_to(jnp.arange(t), (b, t))
+
+    def of_queries(x_bt):
+        x = pad(x_bt, 1, sizes.rows).reshape(b, -1, 1, sizes.rows)
+        return jnp.tile(x, sizes.together)
+
+    def of_keys(x_bs):
+        return pad(x_bs, 1, sizes.block).reshape(b, -1, 1, sizes.narrow)
+
+    def maybe(function, x):
+        return None if x is None else function(x.astype(jnp.int32))
+
+    return Masks(
+        table=as_table(table),
+        by_row=table.shape[0] > 1,
+        keys=s,
+        prefix_b=maybe(lambda x: x, extras.prefix_b),
+        q_segments=maybe(of_queries, extras.segments_bt),
+        positions=maybe(of_queries, positions_bt),
+        k_segments=maybe(of_keys, extras.kv_segments_bs),
+        ranks=maybe(of_keys, extras.ranks_bs),
+    )
+
+
+def operands(masks: Masks, sizes: Sizes, of_queries: Callable, of_keys: Callable) -> dict[str, Any]:
+    """What masks read beside the table: by name, each array that there is and how it is cut.
+    `of_queries` and `of_keys` give (row of the batch, block) from the grid's indices."""
+    at_queries = pl.BlockSpec(
+        (1, 1, 1, sizes.rows * sizes.together), lambda *at: (*of_queries(*at), 0, 0)
+    )
+    at_keys = pl.BlockSpec(
+        (1, sizes.block // sizes.narrow, 1, sizes.narrow), lambda *at: (*of_keys(*at), 0, 0)
+    )
+    every = {
+        "prefix": (masks.prefix_b, pl.BlockSpec(memory_space=pltpu.SMEM)),
+        "q_segments": (masks.q_segments, at_queries),
+        "positions": (masks.positions, at_queries),
+        "k_segments": (masks.k_segments, at_keys),
+        "ranks": (masks.ranks, at_keys),
+    }
+    return {name: pair for name, pair in every.items() if pair[0] is not None}
+
+
+def row_of(table_ref: Any, masks: Masks, b: Any, i: Any, blocks: int) -> list[Any]:
     """The five numbers of query block i."""
     start = ((b if masks.by_row else 0) * blocks + i) * len(FIELDS)
     return [table_ref[start + field] for field in FIELDS]
@@ -88,8 +170,37 @@ def for_each_chunk(seen: Reach, ratio: int, whole: Callable, part: Callable) -> 
     jax.lax.fori_loop(0, parts, one_part, 0)
 
 
-def visible(options, masks, prefix, q_index, k_index, q_segments, k_segments, ranks) -> Any:
-    """The mask; what is of queries and what is of keys broadcast against each other."""
+def factor(options: Options) -> float:
+    """From products of q and k to scores in powers of two, or to the argument of the soft cap."""
+    if options.softcap is None:
+        return options.scale * LOG2E
+    return options.scale / options.softcap
+
+
+def visible(
+    options: Options,
+    masks: Masks,
+    sizes: Sizes,
+    refs: dict[str, Any],
+    i: Any,
+    chunk: Any,
+    here: Any,
+) -> jax.Array:
+    """[narrow, heads * rows]: what the queries of block i see of a chunk of keys, which is the
+    chunk `here` of those in memory. `refs` are those of `operands`."""
+
+    def of_queries(name):
+        return refs[name][0, 0] if name in refs else None
+
+    def of_keys(name):
+        return as_column(refs[name][0, here]) if name in refs else None
+
+    q_index = of_queries("positions")
+    if q_index is None:
+        q_index = i * sizes.rows + jax.lax.broadcasted_iota(jnp.int32, (1, sizes.rows), 1)
+    k_index = chunk * sizes.narrow + jax.lax.broadcasted_iota(jnp.int32, (sizes.narrow, 1), 0)
+    ranks = of_keys("ranks")
+    ranks = k_index if ranks is None else ranks
     seen = k_index < masks.keys
     inside = None
     if options.causal:
@@ -99,13 +210,14 @@ def visible(options, masks, prefix, q_index, k_index, q_segments, k_segments, ra
         if options.sink_tokens:
             near |= ranks < options.sink_tokens
         inside &= near
-    if prefix is not None:
-        inside |= ranks < prefix
+    if "prefix" in refs:
+        inside |= ranks < refs["prefix"][pl.program_id(0)]
     if inside is not None:
         seen = seen & inside
-    if q_segments is not None:
-        seen &= q_segments == k_segments
-    return jnp.broadcast_to(seen, jnp.broadcast_shapes(q_index.shape, k_index.shape))
+    if "q_segments" in refs:
+        seen &= of_queries("q_segments") == of_keys("k_segments")
+    seen = jnp.broadcast_to(seen, (sizes.narrow, q_index.shape[1]))
+    return jnp.concatenate([seen] * (sizes.heads // sizes.together), axis=1)
 
 
 def as_column(row: jax.Array) -> jax.Array:
@@ -123,3 +235,9 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
         precision=exact,
         preferred_element_type=jnp.float32,
     )
+
+
+def pad(x: jax.Array, axis: int, multiple: int, fill: Any = 0) -> jax.Array:
+    short = -x.shape[axis] % multiple
+    widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=fill) if short else x

@@ -65,19 +65,20 @@ def test_each_option_on_each_chip(chip, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5p", "v6e"])
-@pytest.mark.parametrize("width", [32, 64, 80, 96, 112, 192, 256])
+@pytest.mark.parametrize("chip", described.CHIPS)
+@pytest.mark.parametrize("width", [64, 80, 96, 112, 128, 192, 256])
 def test_each_head_width(chip, width):
-    arrays = shapes(250, 250, 2, 2, width, 128 if width == 192 else width, {})
+    """In the largest blocks."""
+    arrays = shapes(8192, 8192, 8, 2, width, 128 if width == 192 else width, {})
     assert kernels(described.on_one(chip, partial(step, {}), *arrays)) == [True, True]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", described.CHIPS)
-def test_each_chip(chip):
-    """The largest blocks."""
-    arrays = shapes(8192, 8192, 8, 2, 128, 128, {})
-    assert kernels(described.on_one(chip, partial(step, {}), *arrays)) == [True, True]
+def test_everything_in_the_largest_blocks(chip):
+    options = OPTIONS["everything"]
+    arrays = shapes(8192, 8192, 8, 2, 256, 256, options)
+    assert kernels(described.on_one(chip, partial(step, options), *arrays)) == [True, True]
 
 
 @pytest.mark.slow
@@ -85,12 +86,13 @@ def test_each_chip(chip):
     ("t", "s", "n", "k", "options"),
     [
         (1, 2048, 8, 2, {"positions": True}),
+        (3, 512, 8, 1, {"causal": False, "sinks": True}),
         (300, 2048, 8, 8, {"positions": True}),
         (512, 512, 71, 1, {}),
         (512, 512, 32, 1, {"causal": False}),
         (16384, 16384, 4, 4, {"window": 4096}),
     ],
-    ids=["decode", "chunk", "71_heads", "multi_query", "long"],
+    ids=["decode", "few", "chunk", "71_heads", "multi_query", "long"],
 )
 def test_shapes(t, s, n, k, options):
     arrays = shapes(t, s, n, k, 64, 64, options)

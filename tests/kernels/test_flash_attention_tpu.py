@@ -37,6 +37,12 @@ CASES = {
     "softcap": (300, 300, 2, 1, 64, 64, {"softcap": 2.0}),
     "sinks": (300, 300, 6, 2, 32, 32, {"sinks": True}),
     "decode": (5, 300, 6, 2, 64, 64, {"positions": POSITIONS}),
+    "heads_share_lanes": (
+        5, 300, 8, 2, 64, 64,
+        {"positions": POSITIONS, "window": 250, "sink_tokens": 3, "sinks": True,
+         "segment_ids": SEGMENTS[:, [99, 3, 150, 280, 299]], "kv_segment_ids": SEGMENTS},
+    ),
+    "few_queries": (20, 300, 8, 1, 32, 32, {"causal": False}),
     "split_group": (40, 40, 20, 1, 32, 32, {}),
     "everything": (
         300, 300, 4, 2, 112, 32,
@@ -46,7 +52,7 @@ CASES = {
 }  # fmt: skip
 
 
-QUICK = {name: CASES[name] for name in ("causal", "decode", "split_group", "everything")}
+QUICK = {name: CASES[name] for name in ("causal", "heads_share_lanes", "split_group", "everything")}
 
 
 @contextlib.contextmanager
