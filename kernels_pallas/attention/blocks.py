@@ -45,8 +45,11 @@ BACKWARD = {
     (None, 128): Cut(1024, 256, 512),
     (None, 256): Cut(1024, 256, 256),
 }
-# Keys that a mask may cut, and keys in memory at a time. A float32 block has twice the bytes.
-NARROW, BLOCK = 256, 4096
+# Keys that a mask may cut.
+NARROW = 256
+# Keys in memory at a time: forward, as many as 4 MiB hold, which with the values, and the next of
+# both, are 16; backward, where their gradients lie beside them, fewer.
+FORWARD_BYTES, BACKWARD_KEYS = 4 * 2**20, 4096
 KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
          "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}  # fmt: skip
 
@@ -62,12 +65,15 @@ def chip() -> str | None:
 def forward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:
     """For T queries, S keys, `groups` query heads to a key/value head."""
     cut = _cut(FORWARD, width, dtype)
-    return _few(t, s, groups, cut, width) if t < LANES else _sizes(t, s, groups, cut, width)
+    most = FORWARD_BYTES // (-(-width // LANES) * LANES * jnp.dtype(dtype).itemsize)
+    rows, heads = _few(t, groups, cut) if t < LANES else _rows(t, groups, cut)
+    return Sizes(rows, heads, *_keys(s, cut, most))
 
 
 def backward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:
     """As `forward_sizes`."""
-    return _sizes(t, s, groups, _cut(BACKWARD, width, dtype), width)
+    cut = _cut(BACKWARD, width, dtype)
+    return Sizes(*_rows(t, groups, cut), *_keys(s, cut, BACKWARD_KEYS))
 
 
 def _cut(table, width, dtype):
@@ -78,15 +84,16 @@ def _cut(table, width, dtype):
     return Cut(cut.total // 2, cut.rows, min(cut.wide, 512))
 
 
-def _sizes(t, s, groups, cut, width):
+def _rows(t, groups, cut):
+    """The rows and heads of `Sizes`."""
     heads = max(d for d in range(1, groups + 1) if groups % d == 0 and d * LANES <= cut.total)
     rows = cut.rows if heads > 1 else 1024
     rows = min(rows, cut.total // heads // LANES * LANES, -(-t // LANES) * LANES)
-    return Sizes(rows, heads, *_keys(s, cut, width))
+    return rows, heads
 
 
-def _few(t, s, groups, cut, width):
-    """For fewer queries than lanes, as in decoding: those of several heads fill them together."""
+def _few(t, groups, cut):
+    """The same for fewer queries than lanes, as in decoding: several heads fill them."""
 
     def rows(heads):
         # Rows of bfloat16 are packed by 16 in a tile.
@@ -95,12 +102,12 @@ def _few(t, s, groups, cut, width):
 
     fits = [d for d in range(2, groups + 1) if groups % d == 0 and d * rows(d) <= cut.total]
     heads = max(fits, default=1)
-    return Sizes(rows(heads), heads, *_keys(s, cut, width))
+    return rows(heads), heads
 
 
-def _keys(s, cut, width):
-    """The block, wide and narrow of `Sizes`."""
+def _keys(s, cut, most):
+    """The block (of at most so many keys), wide and narrow of `Sizes`."""
     narrow = min(NARROW, -(-s // LANES) * LANES)
     wide = min(cut.wide, -(-s // narrow) * narrow)
-    spans = -(-s // (BLOCK if width <= 2 * LANES else BLOCK // 2))
+    spans = -(-s // most)
     return -(-s // (spans * wide)) * wide, wide, narrow

@@ -69,7 +69,7 @@ def test_each_option_on_each_chip(chip, name):
 @pytest.mark.parametrize("width", [64, 80, 96, 112, 128, 192, 256])
 def test_each_head_width(chip, width):
     """In the largest blocks."""
-    arrays = shapes(8192, 8192, 8, 2, width, 128 if width == 192 else width, {})
+    arrays = shapes(32768, 32768, 8, 2, width, 128 if width == 192 else width, {})
     assert kernels(described.on_one(chip, partial(step, {}), *arrays)) == [True, True]
 
 
@@ -77,7 +77,7 @@ def test_each_head_width(chip, width):
 @pytest.mark.parametrize("chip", described.CHIPS)
 def test_everything_in_the_largest_blocks(chip):
     options = OPTIONS["everything"]
-    arrays = shapes(8192, 8192, 8, 2, 256, 256, options)
+    arrays = shapes(32768, 32768, 8, 2, 256, 256, options)
     assert kernels(described.on_one(chip, partial(step, options), *arrays)) == [True, True]
 
 
