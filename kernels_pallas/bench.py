@@ -3,6 +3,7 @@
 On a TPU or GPU it times them, and says what share of the time is the chip's floor: arithmetic at
 its bf16 rate, or each array read or written once, whichever takes longer. Elsewhere it compiles
 them for the TPUs named by --chips, which needs libtpu and no TPU, and says what memory they take.
+With --cpu it times the form of attention for CPUs beside einsum attention, on this machine.
 """
 
 import argparse
@@ -79,14 +80,46 @@ def attention(length: int, backward: bool) -> Case:
         q, k, v = (x.swapaxes(1, 2) for x in (q * h**-0.5, k, v))
         return jax.vmap(run)(q, k, v).swapaxes(1, 2)
 
-    def jax_nn(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    def jax_nn(q, k, v, implementation=None):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
     forms = {"ours": kernels_pallas.flash_attention, "splash": splash, "jax.nn": jax_nn}
+    if jax.default_backend() == "gpu":
+        forms["cuDNN"] = functools.partial(jax_nn, implementation="cudnn")
     if backward:
         forms = {name: gradients(form, 3) for name, form in forms.items()}
     flops = 2 * b * n * length**2 * h * (3.5 if backward else 1)
     name = "attention, gradients" if backward else "attention"
+    return Case(name, f"B {b} T {length} N {n} K {k} H {h}", make, forms, flops)
+
+
+def einsum_attention(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array) -> jax.Array:
+    """Causal attention as it is written without a kernel: the softmax of all scores, in float32."""
+    b, t, n, h = q_btnh.shape
+    q_btkgh = q_btnh.reshape(b, t, k_bskh.shape[2], -1, h)
+    s = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, k_bskh, preferred_element_type=F32) * h**-0.5
+    s = jnp.where(jnp.tril(jnp.ones((t, t), bool)), s, -jnp.inf)
+    p = jax.nn.softmax(s, axis=-1).astype(v_bskh.dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", p, v_bskh, preferred_element_type=F32)
+    return out.reshape(b, t, n, h).astype(q_btnh.dtype)
+
+
+def attention_on_cpu(length: int, dtype: Any, backward: bool) -> Case:
+    """Causal, 4 query heads on 2, head width 64; what is computed is told as by einsum."""
+    b, n, k, h = 1, 4, 2, 64
+
+    def make():
+        heads = enumerate((n, k, k))
+        return tuple(normal(i, b, length, count, h, dtype=dtype) for i, count in heads)
+
+    def jax_nn(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+    forms = {"ours": kernels_pallas.flash_attention, "einsum": einsum_attention, "jax.nn": jax_nn}
+    if backward:
+        forms = {name: gradients(form, 3) for name, form in forms.items()}
+    name = f"attention on CPU, {jnp.dtype(dtype).name}" + (", gradients" if backward else "")
+    flops = 4 * b * n * length**2 * h * (3.5 if backward else 1)
     return Case(name, f"B {b} T {length} N {n} K {k} H {h}", make, forms, flops)
 
 
@@ -210,6 +243,15 @@ def cases() -> list[Case]:
     ]
 
 
+def cases_on_cpu() -> list[Case]:
+    return [
+        attention_on_cpu(length, dtype, backward)
+        for length in (256, 2048, 8192)
+        for dtype in (F32, BF16)
+        for backward in (False, True)
+    ]
+
+
 def timed(case: Case, form: Callable[..., Any], repeats: int = 10) -> float:
     """Seconds of a call: the best of three runs of `repeats`, after one that compiles."""
     arrays, call = case.make(), jax.jit(form)
@@ -222,6 +264,38 @@ def timed(case: Case, form: Callable[..., Any], repeats: int = 10) -> float:
         jax.block_until_ready(out)
         best = min(best, (time.perf_counter() - start) / repeats)
     return best
+
+
+def side_by_side(case: Case, rounds: int = 200, seconds: float = 20.0) -> list[dict[str, Any]]:
+    """A row for each form, on this machine's CPU, by turns, once a round: median milliseconds by
+    the clock and of processor time (which a busy machine does not stretch), median ratios of both
+    to einsum's of the same round, MiB of temporaries by XLA's own account of the program. Rounds
+    end after `seconds`, but there are three at least."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        arrays = case.make()
+        programs = {name: jax.jit(f).lower(*arrays).compile() for name, f in case.forms.items()}
+        taken = {name: [] for name in programs}
+        begun = time.perf_counter()
+        while len(taken["ours"]) <= 3 or (
+            len(taken["ours"]) <= rounds and time.perf_counter() - begun < seconds
+        ):
+            for name, program in programs.items():
+                start = np.array([time.perf_counter(), time.process_time()])
+                jax.block_until_ready(program(*arrays))
+                taken[name].append([time.perf_counter(), time.process_time()] - start)
+    # The first call of each also warms up.
+    taken = {name: np.array(each[1:]) for name, each in taken.items()}
+    found = []
+    for name, program in programs.items():
+        ms, processor_ms = 1e3 * np.median(taken[name], 0)
+        ratio, processor_ratio = np.median(taken[name] / taken["einsum"], 0)
+        row = {"kernel": case.name, "size": case.size, "form": name, "chip": "cpu"}
+        row |= {"rounds": len(taken[name]), "ms": round(float(ms), 3)}
+        row |= {"of_einsum": round(float(ratio), 3), "processor_ms": round(float(processor_ms), 3)}
+        row |= {"processor_of_einsum": round(float(processor_ratio), 3)}
+        row["temporaries_mib"] = round(program.memory_analysis().temp_size_in_bytes / 2**20, 1)
+        found.append(row)
+    return found
 
 
 def floor(case: Case, form: Callable[..., Any], chip: str) -> float:
@@ -250,12 +324,14 @@ def described(chip: str) -> Any:
 def compiled(case: Case, form: Callable[..., Any], device: Any) -> dict[str, Any]:
     """What the program takes: MiB of memory for temporaries, of vector memory in the largest of
     its kernels, KiB of code."""
-    sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+    mesh = Mesh(np.array([device]), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(case.make),
     )
-    program = jax.jit(form).lower(*placed).compile()
+    with jax.set_mesh(mesh):  # which tells the kernels for what chip they choose their blocks
+        program = jax.jit(form).lower(*placed).compile()
     memory = program.memory_analysis()
     scoped = re.findall(r'"used_scoped_memory_configs":\[([^\]]*)\]', program.as_text())
     vector = [int(n) for each in scoped for n in re.findall(r'"size":"(\d+)"', each)]
@@ -282,8 +358,21 @@ def rows(chosen: list[Case], chips: list[str], here: str | None) -> list[dict[st
                         row |= compiled(case, form, described(chip))
                 except Exception as error:  # a form that this chip or size has not
                     row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-                print("  ".join(str(value) for value in row.values()), file=sys.stderr)
+                say(row)
                 found.append(row)
+    return found
+
+
+def say(row: dict[str, Any]) -> None:
+    print("  ".join(str(value) for value in row.values()), file=sys.stderr)
+
+
+def rows_on_cpu(chosen: list[Case]) -> list[dict[str, Any]]:
+    found = []
+    for case in chosen:
+        found += side_by_side(case)
+        for row in found[-len(case.forms) :]:
+            say(row)
     return found
 
 
@@ -319,16 +408,19 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="CHIP",
         help=f"to compile for, where there is no accelerator: {names}",
     )
+    parser.add_argument(
+        "--cpu", action="store_true", help="time attention on this machine's CPU beside einsums"
+    )
     parser.add_argument("--only", nargs="+", metavar="WORD", help="kernels whose names have it")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     options = parser.parse_args(arguments)
-    every = cases()
+    every = cases_on_cpu() if options.cpu else cases()
     chosen = [c for c in every if not options.only or any(w in c.name for w in options.only)]
     if not chosen:
         names = ", ".join(sorted({case.name for case in every}))
         sys.exit(f"kernels_pallas.bench: --only {' '.join(options.only)} matches none of {names}.")
-    here = this_chip()
-    if here is None:
+    here = None if options.cpu else this_chip()
+    if here is None and not options.cpu:
         try:
             import libtpu  # noqa: F401
         except ImportError:
@@ -336,7 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "kernels_pallas.bench: this machine has neither a TPU nor a GPU, and without "
                 f"libtpu it can't compile for one; {ADVICE}"
             )
-    found = rows(chosen, options.chips, here)
+    found = rows_on_cpu(chosen) if options.cpu else rows(chosen, options.chips, here)
     print(table(found))
     if options.json:
         with open(options.json, "w") as file:

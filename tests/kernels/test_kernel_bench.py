@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kernels_pallas import bench
@@ -49,3 +50,23 @@ def test_says_what_is_missing(monkeypatch):
         bench.main([])
     with pytest.raises(SystemExit, match="--only nothing matches none of attention"):
         bench.main(["--only", "nothing"])
+
+
+def test_on_cpu_attention_is_timed_beside_einsum(monkeypatch, tmp_path):
+    case = bench.attention_on_cpu(64, jnp.float32, backward=True)
+    arrays = case.make()
+    ours, *others = (jax.jit(form)(*arrays) for form in case.forms.values())
+    for other in others:
+        for a, b in zip(ours, other, strict=True):  # the same: sums of 64 numbers of size 1
+            np.testing.assert_allclose(a, b, atol=1e-4)
+    monkeypatch.setattr(bench, "cases_on_cpu", lambda: [case])
+    bench.main(["--cpu", "--only", "gradients", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["form"] for row in rows] == ["ours", "einsum", "jax.nn"]
+    assert rows[1]["of_einsum"] == 1 and all(row["ms"] > 0 for row in rows)
+    assert {row["chip"] for row in rows} == {"cpu"}
+
+
+def test_the_sizes_on_cpu():
+    sizes = {case.size.split()[3] for case in bench.cases_on_cpu()}
+    assert sizes == {"256", "2048", "8192"}

@@ -1,0 +1,58 @@
+"""Ring attention compiled for 64 chips, the context axis beside others, forward and backward: keys
+and values go round by permutes alone, and the kernels are the TPU's."""
+
+import re
+
+import described
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import ring_attention
+
+FSDP, CONTEXT = 8, 8
+LENGTH, QUERY_HEADS, HEADS, WIDTH = 8192, 4, 2, 128
+ROWS = P("fsdp", "context")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["causal", "documents_and_window"])
+def test_keys_go_round_and_are_not_gathered(name):
+    grid = np.array(described.devices("v5p:4x4x4")).reshape(FSDP, CONTEXT)
+    mesh = Mesh(grid, ("fsdp", "context"), axis_types=(AxisType.Auto,) * 2)
+    with_documents = name == "documents_and_window"
+
+    def local(q, k, v, segment_ids):
+        options = {"segment_ids": segment_ids, "window": 3000} if with_documents else {}
+        return ring_attention(q, k, v, axis_name="context", **options)
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(ROWS,) * 4, out_specs=ROWS)
+
+    def step(q, k, v, segment_ids):
+        out, pull = jax.vjp(lambda *a: mapped(*a, segment_ids), q, k, v)
+        return out, *pull(out)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, ROWS))
+
+    keys = array(FSDP, LENGTH, HEADS, WIDTH)
+    arrays = array(FSDP, LENGTH, QUERY_HEADS, WIDTH), keys, keys
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(step).lower(*arrays, array(FSDP, LENGTH, dtype=jnp.int32))
+        text = lowered.compile().as_text()
+    assert "flash_attention_forward" in text and "flash_attention_backward" in text
+    assert not re.findall(r"all-gather|all-to-all|all-reduce|reduce-scatter", text)
+    # Each device's own part of keys and values is what goes round, and no more than that: as they
+    # are, and their gradients in float32 on the way back.
+    moved = re.findall(r"= .*collective-permute(?:-start)?\(", text)
+    part = f"[1,{LENGTH // CONTEXT},{HEADS},{WIDTH}]"
+    kinds = set(re.findall(r"\b[a-z]+\d+\[[\d,]*\]", "\n".join(moved)))
+    assert {f"bf16{part}", f"f32{part}"} <= kinds
+    assert all(np.prod(_sizes(kind)) <= np.prod(_sizes(part)) for kind in kinds)
+
+
+def _sizes(kind: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", kind[kind.index("[") :])]
