@@ -3,10 +3,14 @@
 So a program compiled ahead of time for a TPU on a machine without one holds the TPU's kernels.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+log = logging.getLogger(__name__)
 
 NAMES = ("tpu", "gpu", "reference")
 
@@ -36,3 +40,16 @@ def on_platform(
             f"implementation={implementation!r} is not one of {have}; None takes the platform's."
         )
     return forms[implementation](*arrays)
+
+
+@functools.cache
+def announce(
+    kernel: str,
+    implementation: str | None,
+    tpu: str = "the Mosaic kernel",
+    gpu: str = "plain JAX",
+    others: str = "plain JAX",
+) -> None:
+    """Says once, in the log, which form of a kernel was chosen."""
+    by_platform = f"on TPUs {tpu}, on GPUs {gpu}, else {others}"
+    log.info("%s: %s", kernel, implementation or by_platform)

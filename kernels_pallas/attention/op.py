@@ -1,7 +1,5 @@
 """The door to attention: checks the arguments and chooses the form that runs."""
 
-import functools
-import logging
 from functools import partial
 
 import jax
@@ -11,10 +9,8 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas.attention import blocked, cudnn, tpu
 from kernels_pallas.attention.blocked import Extras, Options
 from kernels_pallas.attention.reference import ranks_in_documents
-from kernels_pallas.dispatch import on_platform
+from kernels_pallas.dispatch import announce, on_platform
 from kernels_pallas.varying import varying_alike
-
-log = logging.getLogger(__name__)
 
 # Names, for policies of jax.checkpoint, of what the backward pass needs: with the second saved,
 # attention is not computed twice, with both nothing before it is.
@@ -104,7 +100,14 @@ def flash_attention(
         raise ValueError(
             f"implementation={implementation!r} has no {lacks}; leave implementation out."
         )
-    _announce(implementation, tpu_lacks, gpu_lacks)
+    plain = "plain JAX in blocks"
+    announce(
+        "flash_attention",
+        implementation,
+        tpu=f"{plain} (no {tpu_lacks})" if tpu_lacks else "the Mosaic kernel",
+        gpu=f"{plain} (no {gpu_lacks})" if gpu_lacks else "cuDNN",
+        others=plain,
+    )
     arrays, tree = jax.tree.flatten((q_btnh, k_bskh, v_bskh, extras))
     arrays = jax.tree.unflatten(tree, varying_alike(*arrays))
     if not gpu_lacks and implementation in (None, "gpu"):
@@ -113,16 +116,6 @@ def flash_attention(
     if not return_lse:
         return out_btnh
     return out_btnh, jnp.moveaxis(lse_bkgt, 3, 1).reshape(q_btnh.shape[:3])
-
-
-@functools.cache
-def _announce(implementation: str | None, tpu_lacks: str | None, gpu_lacks: str | None) -> None:
-    """Says once what was chosen."""
-    plain = "plain JAX in blocks"
-    on_tpu = f"{plain} (no {tpu_lacks})" if tpu_lacks else "the Mosaic kernel"
-    on_gpu = f"{plain} (no {gpu_lacks})" if gpu_lacks else "cuDNN"
-    by_platform = f"on TPUs {on_tpu}, on GPUs {on_gpu}, else {plain}"
-    log.info("flash_attention: %s", implementation or by_platform)
 
 
 def _with_cudnn(implementation, options, q_btnh, k_bskh, v_bskh, extras):

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.dispatch import on_platform
+from kernels_pallas.dispatch import announce, on_platform
 from kernels_pallas.grouped_matmul import reference, tiles, tpu
 from kernels_pallas.varying import varying_alike
 
@@ -37,6 +37,7 @@ def grouped_matmul(
       ValueError: for shapes or dtypes that do not fit together.
     """
     _check(x_md, w_edf, group_sizes_e, scales_ef)
+    announce("grouped_matmul", implementation, gpu="ragged_dot", others="plain JAX in tiles")
     if scales_ef is None:
         return _grouped_matmul(implementation, *varying_alike(x_md, w_edf, group_sizes_e))
     arrays = varying_alike(x_md, w_edf, group_sizes_e, jax.lax.stop_gradient(scales_ef))

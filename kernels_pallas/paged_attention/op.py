@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.dispatch import on_platform
+from kernels_pallas.dispatch import announce, on_platform
 from kernels_pallas.paged_attention import reference, tpu
 
 WHOLE = (jnp.float32, jnp.bfloat16)
@@ -53,6 +53,7 @@ def paged_attention(
     """
     scales = None if k_scales_pks is None and v_scales_pks is None else (k_scales_pks, v_scales_pks)
     _check(q_btnh, k_pages_pksh, v_pages_pksh, table_bp, lengths_b, scales, window, softcap)
+    announce("paged_attention", implementation)
     options = {
         "window": window,
         "softcap": softcap,

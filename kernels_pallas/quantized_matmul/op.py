@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.dispatch import on_platform
+from kernels_pallas.dispatch import announce, on_platform
 from kernels_pallas.quantized_matmul import reference, tpu
 from kernels_pallas.quantized_matmul.packing import Packed, unpack
 from kernels_pallas.varying import varying_alike
@@ -39,6 +39,7 @@ def int8_matmul(
             f"each of its {w_df.shape[1]} columns."
         )
     _check_activations(x_md)
+    announce("int8_matmul", implementation)
     return _int8(implementation, *varying_alike(x_md, w_df, scales_f))
 
 
@@ -62,6 +63,7 @@ def packed_matmul(
     if x_md.ndim != 2 or x_md.shape[1] != packed.shape[0]:
         raise ValueError(f"x_md {x_md.shape} and packed weights {packed.shape} must share D.")
     _check_activations(x_md)
+    announce("packed_matmul", implementation)
     leaves, tree = jax.tree.flatten((x_md, packed))
     return _packed(implementation, *tree.unflatten(varying_alike(*leaves)))
 

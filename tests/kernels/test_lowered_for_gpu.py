@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import kernels_pallas
-from kernels_pallas import flash_attention, quantized_matmul
+from kernels_pallas import dispatch, flash_attention, quantized_matmul
 from kernels_pallas.attention import cudnn, op
 
 B, T, N, K, H = 2, 1024, 4, 2, 64
@@ -188,15 +188,22 @@ def test_inside_shard_map(found):
 
 
 def test_the_choice_is_logged_once(found, caplog):
-    op._announce.cache_clear()
-    with caplog.at_level(logging.INFO, logger=op.__name__):
+    dispatch.announce.cache_clear()
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
         for _ in range(2):
             jax.eval_shape(flash_attention, *shapes())
             jax.eval_shape(lambda *a: flash_attention(*a, alibi=jnp.ones(N)), *shapes())
+            for name in ("grouped_int8", "paged", "int8", "int4"):
+                function, arrays = OTHERS[name]
+                jax.eval_shape(function, *arrays)
+    kernel, plain, blocks = "on TPUs the Mosaic kernel, ", "plain JAX", "plain JAX in blocks"
     assert [record.message for record in caplog.records] == [
-        "flash_attention: on TPUs the Mosaic kernel, on GPUs cuDNN, else plain JAX in blocks",
-        "flash_attention: on TPUs plain JAX in blocks (no alibi), "
-        "on GPUs plain JAX in blocks (no alibi), else plain JAX in blocks",
+        f"flash_attention: {kernel}on GPUs cuDNN, else {blocks}",
+        f"flash_attention: on TPUs {blocks} (no alibi), on GPUs {blocks} (no alibi), else {blocks}",
+        f"grouped_matmul: {kernel}on GPUs ragged_dot, else plain JAX in tiles",
+        f"paged_attention: {kernel}on GPUs {plain}, else {plain}",
+        f"int8_matmul: {kernel}on GPUs {plain}, else {plain}",
+        f"packed_matmul: {kernel}on GPUs {plain}, else {plain}",
     ]
 
 

@@ -85,7 +85,7 @@ def test_bfloat16():
     np.testing.assert_allclose(*both(arguments), rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2])
 def test_quantised_pages(dtype):
     keys = jax.random.split(jax.random.key(1), 4)
     q = jax.random.normal(keys[0], (3, 1, 4, 16))
