@@ -15,6 +15,7 @@ from lm.plan.hlo import Instruction, Program
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
 _FREE |= {"call", "partition-id", "after-all", "opt-barrier", "iota"}
 _LINKS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_LINKS += ("ragged-all-to-all",)
 
 
 class Work(NamedTuple):

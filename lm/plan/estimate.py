@@ -28,8 +28,9 @@ ATTENTION = {
 TILE = 1024
 
 # How often an array of a layer of this width is read or written in the forward pass outside of
-# products: norms, rotations, residuals (of the model's width), the gate (of the feed-forward's).
-WIDE, HIDDEN = 10, 4
+# products: norms, rotations, residuals (of the model's width); the gate (of the feed-forward's);
+# rows that go to experts, sorted, sent, weighted, sent back and summed (as in a compiled step).
+WIDE, HIDDEN, ROWS = 10, 4, 30
 
 # Which share of the forward pass the backward pass computes anew, besides element-wise work: of the
 # products with weights, and of attention, whose kernels are no such products.
@@ -170,7 +171,7 @@ def _compute(
         products += 2 * part * layer.routed / tensor * (3 + routed)
         tiles = products * 2 / TILE  # bytes: both operands, two a number
         hidden = HIDDEN * (layer.hidden + layer.chosen) / tensor
-        traffic = 2 * part * ((WIDE + 2 * layer.rows) * dim + hidden)
+        traffic = 2 * part * ((WIDE + ROWS * layer.rows) * dim + hidden)
         seconds += max(products / flops, tiles / hbm) + 4 * traffic / hbm
         attention = 4 * part * layer.heads * layer.keys / tensor
         peak = chip.flops / chip.devices
@@ -187,7 +188,8 @@ def _working(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> 
     dim, tensor = e.model.dim, place.mesh.tensor
     widest = max(layer.hidden + layer.chosen for layer in layers) / tensor
     largest = max(layer.active + layer.experts / place.mesh.expert for layer in layers) / tensor
-    layer = 2 * part * (7 * widest + 8 * dim) + 3 * 2 * largest
+    rows = max(layer.rows for layer in layers)
+    layer = 2 * part * (7 * widest + (8 + 6 * rows) * dim) + 3 * 2 * largest
     # Of a chunk of words: logits and the matrix's gradient, in float32 and in bfloat16; and the
     # gradient of the hidden states in float32.
     vocabulary = 12 * 2**27 + 4 * part * dim
