@@ -15,6 +15,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from lm import run
+from lm.errors import Refused
 from lm.experiment import Experiment
 from lm.mesh import Place
 from lm.plan import hlo
@@ -78,7 +79,8 @@ def describe(where: Slice) -> list[Any]:
 
 
 def step(experiment: Experiment, name: str, place: Place, where: Slice) -> Compiled:
-    """Compiles the step that training would run. Raises Refused when the mesh does not fit."""
+    """Compiles the step that training would run. Raises Refused where the mesh does not fit the
+    slice, or the compiler can't do with it."""
     devices = describe(where)
     program = run.assemble_at(experiment, name, place, devices)
     began = time.perf_counter()
@@ -91,6 +93,8 @@ def step(experiment: Experiment, name: str, place: Place, where: Slice) -> Compi
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             took = time.perf_counter() - began
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise _not_compiled(error, place, where) from error
             return _too_large(error, program.mesh, _nbytes(given), took)
         took = time.perf_counter() - began
         text = compiled.as_text()
@@ -136,11 +140,18 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 
 
+def _not_compiled(error: Exception, place: Place, where: Slice) -> Refused:
+    """What the compiler lacks, in its own words."""
+    said = re.sub(r"\(\S+\.cc:\d+\)", "", str(error).splitlines()[0])
+    return Refused(
+        f"mesh {place.mesh} on {where.topology} is more than libtpu's compiler can do; choose "
+        f"another mesh. It says: {said}"
+    )
+
+
 def _too_large(error: Exception, mesh: Any, arguments: int, took: float) -> Compiled:
-    """What the compiler says when memory does not suffice; other errors are raised."""
+    """What the compiler says when memory does not suffice."""
     said = str(error)
-    if "RESOURCE_EXHAUSTED" not in said:
-        raise error
     used = _bytes_of(re.search(rf"Used {_SIZE}i?B? of", said))
     if not used:  # refused before anything was laid out: this counts temporaries alone
         used = arguments + _bytes_of(re.search(rf"\({_SIZE}i?B?\) exceeds", said))

@@ -57,7 +57,10 @@ def search(
             break
         if place in [each.place for each in found]:
             continue
-        told = report.facts(experiment, name, place, where, compile=compile)
+        try:
+            told = report.facts(experiment, name, place, where, compile=compile)
+        except Refused:
+            continue  # more than the compiler can do
         if told["fits"]:
             found.append(Found(place, told))
     if not found:

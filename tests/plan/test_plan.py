@@ -161,3 +161,11 @@ def test_a_search_without_the_compiler_ranks_what_fits():
     place = eval(found[0].code, {"Place": Place, "Mesh": Mesh})
     assert place == found[0].place and place.mesh.size == 32
     assert found[0].code in plan.search_text(found)
+
+
+def test_what_the_compiler_can_not_do_is_told_in_one_sentence():
+    said = Exception("INTERNAL: RET_CHECK failure (a/b.cc:325) ragged: not supported\nmore")
+    place, where = Place(mesh=Mesh(expert=4)), slices.find("v5e-4")
+    refusal = str(compiled._not_compiled(said, place, where))
+    assert "mesh expert=4 on v5e:2x2" in refusal and "not supported" in refusal
+    assert "\n" not in refusal and ".cc" not in refusal
