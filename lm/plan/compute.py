@@ -13,7 +13,7 @@ from lm.plan.hlo import Instruction, Program
 
 # Moves no data: names for parts of other results, or waits for what was started before.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"}
-_FREE |= {"call", "partition-id", "after-all", "opt-barrier", "iota"}
+_FREE |= {"call", "call-start", "partition-id", "after-all", "opt-barrier", "iota"}
 _LINKS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _LINKS += ("ragged-all-to-all",)
 

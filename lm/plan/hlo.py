@@ -133,7 +133,7 @@ class Program:
     def executed(self, computation: str | None = None, times: int = 1, top: bool = True):
         """(instruction, computation, times, top) for all that runs. Loops are multiplied out; of
         several branches the longest is taken. `top` is False inside a fusion, whose intermediate
-        results never reach memory."""
+        results never reach memory, and in what another core of the chip does meanwhile."""
         computation = computation or self.entry
         for each in self.computations.get(computation, []):
             yield each, computation, times, top
@@ -143,7 +143,7 @@ class Program:
             elif each.op == "conditional":
                 longest = max(each.called, key=lambda name: len(self.computations.get(name, [])))
                 yield from self.executed(longest, times, top)
-            elif each.op in ("fusion", "async-start"):
+            elif each.op in ("fusion", "async-start", "call-start"):
                 for name in each.called:
                     yield from self.executed(name, times, False)
             elif each.op == "call":

@@ -169,8 +169,16 @@ def _permuted(written: str, layout: Layout) -> tuple[str, int, int]:
 
 def _executed(program: Program) -> Iterator[tuple[str, Instruction, int, bool]]:
     """(kind, instruction, times, whether started early). A TPU's reduce-scatter is an all-reduce in
-    a fusion of that name; an early all-gather is a pair of fusions, of which the first counts. A
+    a fusion of that name; an early all-gather is a pair of fusions, of which the first counts, or,
+    on chips whose sparse cores see to it, a computation that is called and waited for later. A
     ragged exchange moves what its smaller side holds: the other is a buffer for uneven loads."""
+    called = {
+        name
+        for body in program.computations.values()
+        for each in body
+        if each.op == "call-start"
+        for name in each.called
+    }
     for each, computation, times, _ in program.executed():
         kind = _OPS.get(each.op) or _transfer(each)
         if (
@@ -185,6 +193,7 @@ def _executed(program: Program) -> Iterator[tuple[str, Instruction, int, bool]]:
             sides = each, program.by_name[computation][each.operands[0]]
             each = replace(each, shape=min(sides, key=lambda i: i.arrays[0].nbytes).shape)
         early = each.op == "recv" or each.op.endswith("-start") or "async" in computation
+        early = early or computation in called
         yield kind, each, times, early
 
 

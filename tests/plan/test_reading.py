@@ -158,3 +158,21 @@ ENTRY %main (stack: bf16[80,16,128], x: bf16[16,128]) -> bf16[16,128] {
 """
     work = compute.work(hlo.parse(text), flops_rate=1.0, bytes_rate=1e9)
     assert work.nbytes == 3 * 2 * 16 * 128
+
+
+def test_what_sparse_cores_gather_is_found_and_early():
+    text = """
+%meanwhile (p: bf16[64,128]) -> bf16[256,128] {
+  %p = bf16[64,128]{1,0} parameter(0)
+  ROOT %gathered = bf16[256,128]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[64,128]) -> bf16[256,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %s = ((bf16[64,128]{1,0}), bf16[256,128]{1,0}) call-start(%a), to_apply=%meanwhile
+  ROOT %d = bf16[256,128]{1,0} call-done(%s)
+}
+"""
+    found = list(links._executed(hlo.parse(text)))
+    assert [(kind, times, early) for kind, _, times, early in found] == [("all-gather", 1, True)]
+    assert compute.work(hlo.parse(text), flops_rate=1.0, bytes_rate=1.0).nbytes == 0
