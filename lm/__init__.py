@@ -4,7 +4,7 @@ The rooms, in the order in which data passes through them (imports run left to r
 
     errors, terminal    refusals in one sentence; progress bars and tables
     declaration         plain dataclasses changed by path, to JSON and back, as text
-    trees, precision, mesh, sharding, pipeline, distributed, hardware
+    trees, precision, mesh, sharding, pipeline, peers, distributed, hardware
     data                documents in, Batch out
     model               Batch in, logits out
     optim               optimizers and schedules

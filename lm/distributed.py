@@ -7,8 +7,10 @@ import sys
 
 import jax
 import numpy as np
+from jax._src import distributed as coordination  # JAX has no public name for its client
 from jax.experimental import multihost_utils
 
+from lm import peers
 from lm.errors import Refused
 
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -34,6 +36,11 @@ def initialize() -> None:
         jax.distributed.initialize(address, count, index)
     elif _in_cluster() or _on_tpu_pod():
         jax.distributed.initialize()
+    else:
+        return
+    joined = coordination.global_state
+    host = joined.coordinator_address.rsplit(":", 1)[0].strip("[]")
+    peers.watch(joined.client, host, joined.process_id, joined.num_processes)
 
 
 def _keep_standard_output_ours() -> None:
@@ -97,6 +104,21 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def check_shared(folder: object, step: int | None) -> None:
+    """That every process finds the same newest checkpoint as process 0 in the run's folder. Raises
+    Refused on those that do not: they look into another disk."""
+    if jax.process_count() == 1:
+        return
+    mine = -1 if step is None else step
+    first = int(multihost_utils.broadcast_one_to_all(np.int32(mine)))
+    if mine != first:
+        found = [f"a checkpoint of step {n}" if n >= 0 else "none" for n in (mine, first)]
+        raise Refused(
+            f"{folder} holds {found[0]} for process {jax.process_index()} and {found[1]} for "
+            "process 0; give a --workdir on storage that all hosts share."
+        )
 
 
 _AGREE_EVERY = 16

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from lm import distributed
+from lm import distributed, peers
 from lm.errors import Refused, nearest
 from lm.experiment import Experiment, override
 from lm.mesh import Mesh
@@ -57,6 +57,7 @@ def _sentences(program: str) -> Iterator[None]:
             )
         )
     except BrokenPipeError:
+        peers.end(f"{program}: nobody reads what is written.", 141)
         sys.stderr.close()
         sys.exit(141)
     except OSError as error:
@@ -69,6 +70,8 @@ def _sentences(program: str) -> Iterator[None]:
 
 
 def _say(program: str, sentence: str, code: int) -> int:
+    """Where there are several processes, all of them end here."""
+    peers.end(f"{program}: {sentence}", code)
     print(f"{program}: {sentence}", file=sys.stderr)
     return code
 

@@ -71,6 +71,7 @@ def train(
     begin = None if written or experiment.start is None else Start(experiment)
     steps = program.schedule.steps
     with checkpoint.Store(folder / "checkpoints", experiment.save) as store:
+        distributed.check_shared(folder, store.latest())
         if (store.latest() or 0) >= steps:
             return _say_complete(load(folder), steps)
         prepared = prepare(experiment, workdir)

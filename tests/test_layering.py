@@ -24,6 +24,7 @@ ORDER = (
     "mesh",
     "sharding",
     "pipeline",
+    "peers",
     "distributed",
     "hardware",
     "data",

@@ -1,0 +1,143 @@
+"""Processes that live and end together: a run goes on with any number of them, and whatever befalls
+one of them alone ends all within seconds, with one sentence."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_conductor import SETTINGS, finish
+from test_meshes import environments
+from tiny_experiments import losses, write_texts
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 60  # to end in, on a machine that is busy: the processes that wait would do so for ever
+WITHOUT_SCHEDULE = {name: text for name, text in SETTINGS.items() if name != "schedule.steps"}
+
+PROGRAM = ("-m", "experiments.text")
+# This process finds no room for the text that it prepares.
+FULL = """
+import errno, runpy
+from lm import data
+def prepare(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+data.prepare = prepare
+runpy.run_module("experiments.text", run_name="__main__")
+"""
+
+
+def start(
+    folder: Path,
+    *words: str,
+    steps: int = 4,
+    changes: dict[str, str] | None = None,
+    program: tuple[str, str] = PROGRAM,
+    **environment: str,
+) -> subprocess.Popen:
+    settings = {
+        **WITHOUT_SCHEDULE,
+        "schedule": f"Constant(peak=1e-2,steps={steps})",
+        "evals": "()",
+        **(changes or {}),
+    }
+    for path, value in settings.items():
+        words += ("--set", f"{path}={value}")
+    return subprocess.Popen(
+        [sys.executable, *program, *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(*processes: subprocess.Popen) -> list[tuple[int, str]]:
+    """(exit code, standard error) of processes that have so many seconds left."""
+    late = time.monotonic() + SECONDS
+    try:
+        said = [p.communicate(timeout=max(late - time.monotonic(), 1))[1] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, err) for p, err in zip(processes, said, strict=True)]
+
+
+def sentences(err: str) -> list[str]:
+    """What is no line of the libraries' logs, nor progress."""
+    return [line for line in err.splitlines() if line.startswith(("python -m", "Process "))]
+
+
+def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path):
+    write_texts(tmp_path / "texts")
+    finish(start(tmp_path, "--workdir", "alone", steps=12))
+    together = ("--workdir", "together")
+    for steps, processes in ((4, 2), (8, 4)):
+        words = (*together, "--mesh", "data=4,fsdp=2")
+        finish(*(start(tmp_path, *words, steps=steps, **one) for one in environments(processes)))
+    finish(start(tmp_path, *together, steps=12))
+    found, wanted = (losses(tmp_path / f"{name}/small") for name in ("together", "alone"))
+    assert len(found) == 12
+    # float32 sums in another order, through twelve updates of Adam.
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_a_refusal_of_one_process_ends_all(tmp_path, only):
+    write_texts(tmp_path / "texts")
+    processes = [
+        start(tmp_path, "--mesh", "data=8", changes=wrong, **one)
+        for wrong, one in zip(
+            ({"model.ffn.hidden": "0"} if index == only else {} for index in range(2)),
+            environments(2),
+            strict=True,
+        )
+    ]
+    for code, err in ended(*processes):
+        (sentence,) = sentences(err)
+        assert code == 2 and "model.ffn.hidden=0" in sentence, err
+        assert "Traceback" not in err
+
+
+def test_a_full_disk_of_one_process_ends_all(tmp_path):
+    write_texts(tmp_path / "texts")
+    processes = [
+        start(tmp_path, "--mesh", "data=8", program=program, **one)
+        for program, one in zip((("-c", FULL), PROGRAM), environments(2), strict=True)
+    ]
+    for code, err in ended(*processes):
+        (sentence,) = sentences(err)
+        assert code == 2 and "the disk is full" in sentence, err
+
+
+def test_a_run_that_only_one_process_sees_is_refused(tmp_path):
+    write_texts(tmp_path / "texts")
+    finish(start(tmp_path, "--workdir", "mine"))
+    processes = [
+        start(tmp_path, "--mesh", "data=8", "--workdir", workdir, **one)
+        for workdir, one in zip(("mine", "other"), environments(2), strict=True)
+    ]
+    for code, err in ended(*processes):
+        (sentence,) = sentences(err)
+        assert code == 2 and "a --workdir on storage that all hosts share" in sentence, err
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_ends_the_other(tmp_path, killed):
+    write_texts(tmp_path / "texts")
+    processes = [
+        start(tmp_path, "--mesh", "data=8", steps=1_000_000, **one) for one in environments(2)
+    ]
+    metrics = tmp_path / "runs/small/metrics.jsonl"
+    late = time.monotonic() + 300
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < late and all(p.poll() is None for p in processes)
+        time.sleep(0.2)
+    processes[killed].send_signal(signal.SIGKILL)
+    code, err = ended(*processes)[1 - killed]
+    assert code != 0 and sentences(err)[-1].startswith(f"Process {killed} was killed or lost"), err
