@@ -2,6 +2,7 @@
 one of them alone ends all within seconds, with one sentence."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60  # to end in, on a machine that is busy: the processes that wait would do so for ever
-WITHOUT_SCHEDULE = {name: text for name, text in SETTINGS.items() if name != "schedule.steps"}
+OTHERS = ("schedule.steps", "save.every")
+WITHOUT = {name: text for name, text in SETTINGS.items() if name not in OTHERS}
 
 PROGRAM = ("-m", "experiments.text")
 # This process finds no room for the text that it prepares.
@@ -40,9 +42,10 @@ def start(
     **environment: str,
 ) -> subprocess.Popen:
     settings = {
-        **WITHOUT_SCHEDULE,
+        **WITHOUT,
         "schedule": f"Constant(peak=1e-2,steps={steps})",
         "evals": "()",
+        "save": "Save(every=4)",
         **(changes or {}),
     }
     for path, value in settings.items():
@@ -74,13 +77,22 @@ def sentences(err: str) -> list[str]:
 
 
 def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path):
+    """Two processes, then four, then one: each finds the folder as if those before were killed."""
     write_texts(tmp_path / "texts")
-    finish(start(tmp_path, "--workdir", "alone", steps=12))
-    together = ("--workdir", "together")
-    for steps, processes in ((4, 2), (8, 4)):
-        words = (*together, "--mesh", "data=4,fsdp=2")
-        finish(*(start(tmp_path, *words, steps=steps, **one) for one in environments(processes)))
-    finish(start(tmp_path, *together, steps=12))
+    changes = {"save": "Save(every=4,keep_last=3)"}
+    finish(start(tmp_path, "--workdir", "alone", steps=12, changes=changes))
+    words = ("--workdir", "together", "--mesh", "data=4,fsdp=2")
+    saved = tmp_path / "together/small/checkpoints"
+    for processes, lost in ((2, ("8", "12")), (4, ("12",))):
+        finish(
+            *(
+                start(tmp_path, *words, steps=12, changes=changes, **one)
+                for one in environments(processes)
+            )
+        )
+        for step in lost:
+            shutil.rmtree(saved / step)
+    finish(start(tmp_path, "--workdir", "together", steps=12, changes=changes))
     found, wanted = (losses(tmp_path / f"{name}/small") for name in ("together", "alone"))
     assert len(found) == 12
     # float32 sums in another order, through twelve updates of Adam.
