@@ -103,6 +103,7 @@ def facts(
     told = Plan(
         experiment=e.name,
         place=name,
+        slices=where.count,
         topology=where.topology,
         chips=where.chips,
         devices=where.devices,
@@ -252,8 +253,10 @@ def text(told: Plan) -> str:
         if told["fits"]
         else f"does not fit by {size(peak - capacity)}"
     )
+    several = f"{told['slices']} x " if told["slices"] > 1 else ""
     lines = [
-        f"{told['experiment']} on {told['place']}: {told['chips']} chips ({told['topology']}), "
+        f"{told['experiment']} on {told['place']}: {told['chips']} chips "
+        f"({several}{told['topology']}), "
         f"mesh {told['mesh']}, {told['microbatches']} micro-batch(es), remat {told['remat']!r}",
         "",
         f"Memory      {size(peak)} of {size(capacity)} per device: {verdict}",
