@@ -20,6 +20,7 @@ AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
 CONTEXT = ("ring", "gather")
 REMAT = ("none", "dots", "attention", "block", "stage")
 SUMS = ("float32", "bfloat16")
+OFFLOAD = ("optimizer", "layers")
 # What may be kept by name, of each layer.
 KEPT = ("attention", "qkv", "attention_out", "ffn_hidden")
 
@@ -158,6 +159,8 @@ class Place:
         products with gate and up; not those of an MoE's routed experts).
       accumulate: the number format in which gradients are summed over micro-batches: 'bfloat16'
         takes half the memory, and loses what is below 1/256 of a sum.
+      offload: what lies in the host's memory while it is not used: 'optimizer', its state, between
+        updates; 'layers', the input of each layer, from its forward to its backward pass.
     """
 
     mesh: Mesh = Mesh()
@@ -166,6 +169,7 @@ class Place:
     context: str = "ring"
     remat: str | tuple[str, ...] = "none"
     accumulate: str = "float32"
+    offload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         numbers = {"microbatches": self.microbatches, "rounds": self.rounds}
@@ -173,6 +177,13 @@ class Place:
         check_remat("place.remat", self.remat)
         check_name("place.context", self.context, CONTEXT)
         check_name("place.accumulate", self.accumulate, SUMS)
+        for name in self.offload:
+            check_name("place.offload", name, OFFLOAD)
+        if "layers" in self.offload and self.mesh.pipe > 1:
+            raise Refused(
+                f"place.offload={self.offload!r} moves no layers' inputs with mesh.pipe="
+                f"{self.mesh.pipe}; leave 'layers' out, and use remat='stage' to keep fewer."
+            )
         if self.microbatches == 1 and self.accumulate != "float32":
             raise Refused(
                 f"place.accumulate={self.accumulate!r} has nothing to sum with "

@@ -247,7 +247,8 @@ class Program:
         """The state before the first step, born sharded."""
         e = self.experiment
         return training.init_state(
-            e.model, self.transformation, e.precision, e.seed, self.mesh, self.rules
+            *(e.model, self.transformation, e.precision, e.seed, self.mesh, self.rules),
+            offload=self.place.offload,
         )
 
     def abstract_batch(self) -> Batch:
@@ -302,7 +303,9 @@ def assemble_at(
     e = experiment
     schedule = e.schedule.resolve(e.batch)
     transformation = e.optimizer.build(schedule.at, model.axes(e.model))
-    shardings = training.state_shardings(e.model, transformation, e.precision, built, rules)
+    shardings = training.state_shardings(
+        e.model, transformation, e.precision, built, rules, place.offload
+    )
     step = training.make_step(
         e.model,
         e.objective,
@@ -313,6 +316,7 @@ def assemble_at(
         rounds=place.rounds,
         remat=place.remat,
         accumulate=place.accumulate,
+        offload=place.offload,
         seed=e.seed,
     )
     return Program(

@@ -138,6 +138,10 @@ def test_a_place_checks_its_fields():
         Place(remat="blocks")
     with pytest.raises(Refused, match="place.remat='qkw' is not known. Did you mean 'qkv'"):
         Place(remat=("attention", "qkw"))
+    with pytest.raises(Refused, match="place.offload='optimiser' is not known. Did you mean 'opt"):
+        Place(offload=("optimiser",))
+    with pytest.raises(Refused, match="moves no layers' inputs with mesh.pipe=2"):
+        Place(mesh=Mesh(pipe=2), microbatches=2, offload=("layers",))
     with pytest.raises(Refused, match="place.accumulate='float16' is not known"):
         Place(microbatches=2, accumulate="float16")
     with pytest.raises(Refused, match="place.accumulate='bfloat16' has nothing to sum"):

@@ -346,6 +346,7 @@ def _checksums(flat: Mapping[str, Any]) -> dict[str, int]:
 def _sum_of_bits(x: jax.Array) -> jax.Array:
     """Elements as whole numbers times odd weights by their place, modulo 2**32: exact, so in any
     order."""
+    x = jax.device_put(x, jax.memory.Space.Device)  # it may lie in the host's memory
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     place, stride = jnp.zeros(x.shape, jnp.uint32), 1

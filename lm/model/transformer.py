@@ -253,6 +253,7 @@ def forward(
     microbatches: int | None = None,
     rounds: int = 1,
     accumulate: str = "float32",
+    offload: bool = False,
 ) -> Output:
     """Hidden states of the tokens; computes in the dtype of `params`.
 
@@ -268,6 +269,7 @@ def forward(
       remat: what the backward pass computes anew, as lm.mesh.Place has it.
       microbatches, rounds, accumulate: of the pipeline, where the mesh has one (see lm.pipeline);
         None: as many micro-batches as there are stages.
+      offload: keeps the inputs of layers in the host's memory until the backward pass.
     """
     check_remat("remat", remat)
     if cache is not None and segments_bt is not None:
@@ -288,7 +290,14 @@ def forward(
     positions = _positions(config, documents, cached=cache is not None)
 
     def apply(layer, x_btd, layer_cache, number, in_scan):
-        run = _remat(lambda *a: a[0](a[1], positions, *a[2:]), remat, in_scan)
+        def of_layer(layer, x_btd, *rest):
+            x_btd = checkpoint_name(x_btd, _LAYER) if offload else x_btd
+            return layer(x_btd, positions, *rest)
+
+        policy = _offloading(_policy(remat)) if offload else _policy(remat)
+        # A scan already keeps the two passes apart; elsewhere XLA would merge them and undo the
+        # saving.
+        run = jax.checkpoint(of_layer, policy=policy, prevent_cse=not in_scan)
         return run(layer, x_btd, layer_cache, _fold(dropout_key, 1 + number))
 
     x_btd = _dropout(model.embed(tokens_bt), config.dropout, _fold(dropout_key, 0))
@@ -449,7 +458,7 @@ _ELEMENTWISE = {
 }  # fmt: skip
 
 
-_LAYER = "layer"  # the name of what enters a layer, for policies of stages
+_LAYER = "layer"  # the name of what enters a layer, for policies of stages and for offloading
 
 
 def _policy(remat: str | tuple[str, ...]) -> Callable[..., bool] | None:
@@ -476,9 +485,21 @@ def _policy_of_stages(remat: str | tuple[str, ...]) -> Callable[..., bool] | Non
     return jax.checkpoint_policies.save_from_both_policies(inputs, policy)
 
 
-def _remat(function: Callable, remat: str | tuple[str, ...], in_scan: bool) -> Callable:
-    # A scan already keeps the two passes apart; elsewhere XLA would merge them and undo the saving.
-    return jax.checkpoint(function, policy=_policy(remat), prevent_cse=not in_scan)
+def _offloading(policy: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The same, with the inputs of layers in the host's memory."""
+    inputs = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+    def both(primitive: Any, *args: Any, **params: Any) -> Any:
+        if params.get("name") == _LAYER or policy is None:
+            return inputs(primitive, *args, **params)
+        return policy(primitive, *args, **params)
+
+    return both
 
 
 def _fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:

@@ -54,6 +54,7 @@ class Estimate(NamedTuple):
     links: float
     exposed: float
     bubble: float
+    offloaded: bool = False
 
     @property
     def state(self) -> int:
@@ -61,7 +62,10 @@ class Estimate(NamedTuple):
 
     @property
     def peak(self) -> int:
-        return self.state + self.gradients + self.activations + self.working
+        passes = self.activations + self.working
+        if self.offloaded:  # the optimizer's state is there only for the update
+            return self.parameters + self.gradients + max(passes, self.optimizer)
+        return self.state + self.gradients + passes
 
     @property
     def seconds(self) -> float:
@@ -146,6 +150,7 @@ def estimate(
         links=on_links,
         exposed=exposed,
         bubble=schedule.bubble if schedule else 0.0,
+        offloaded="optimizer" in place.offload,
     )
 
 
@@ -273,6 +278,7 @@ def _saved(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> fl
     """Bytes kept for the backward pass. A pipeline keeps them of every iteration."""
     size, tensor, dim = (2 if _half(e) else 4), place.mesh.tensor, e.model.dim
     stream = dim / tensor
+    given = 0 if "layers" in place.offload else stream  # what enters a layer
 
     def width(layer: _Sizes, remat: str | tuple[str, ...]) -> float:
         # What the names of lm.mesh.KEPT stand for; the log of each softmax is left out.
@@ -283,10 +289,10 @@ def _saved(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> fl
             "ffn_hidden": 2 * layer.hidden / tensor,
         }
         if not isinstance(remat, str):
-            return stream + sum(named[name] for name in remat)
+            return given + sum(named[name] for name in remat)
         if remat == "attention":
-            return stream + named["attention"]
-        kept = stream
+            return given + named["attention"]
+        kept = given
         if remat in ("dots", "none"):
             kept += sum(named.values())
         if remat == "none":

@@ -81,16 +81,23 @@ def state_shardings(
     precision: Precision,
     mesh: jax.sharding.Mesh,
     rules: sharding.Rules | None = None,
+    offload: tuple[str, ...] = (),
 ) -> State:
-    """A NamedSharding for every leaf of the state: the optimizer's lie beside their parameters,
-    scalars everywhere."""
+    """A NamedSharding for every leaf of the state: the optimizer's lie beside their parameters, in
+    the host's memory if `offload` (see lm.mesh.Place) says so, scalars everywhere."""
     shapes = model.shapes(config)
     params = sharding.weight_shardings(model.axes(config), shapes, mesh, rules)
     copy = sharding.replicated(mesh)
+    opt_state = optim.state_shardings(transformation, shapes, params, mesh)
+    if "optimizer" in offload:
+        arrays = jax.eval_shape(transformation.init, shapes)
+        opt_state = jax.tree.map(
+            lambda x, s: s.with_memory_kind("pinned_host") if x.ndim else s, arrays, opt_state
+        )
     return State(
         step=copy,
         params=params,
-        opt_state=optim.state_shardings(transformation, shapes, params, mesh),
+        opt_state=opt_state,
         loss_scale=ScaleState(copy, copy) if precision.loss_scale else None,
         skipped=copy,
     )
@@ -103,10 +110,11 @@ def init_state(
     seed: int,
     mesh: jax.sharding.Mesh,
     rules: sharding.Rules | None = None,
+    offload: tuple[str, ...] = (),
 ) -> State:
     """The state before the first step, each device computing only its own part. The values do not
     depend on the mesh."""
-    shardings = state_shardings(config, transformation, precision, mesh, rules)
+    shardings = state_shardings(config, transformation, precision, mesh, rules, offload)
 
     def init(seed: jax.Array) -> State:
         return new_state(config, transformation, precision, jax.random.key(seed))

@@ -41,14 +41,15 @@ def make_step(
     rounds: int = 1,
     remat: str | tuple[str, ...] = "none",
     accumulate: str = "float32",
+    offload: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Step:
     """The pure function step(state, batch) -> (state, metrics), for `compile_step`.
 
-    schedule(step) is the learning rate, `seed` drives dropout; `microbatches`, `rounds`, `remat`
-    and `accumulate` are those of lm.mesh.Place. An update whose loss or gradient is not finite
-    leaves parameters and optimizer state as they are, counts in `skipped`, and takes its step of
-    the schedule.
+    schedule(step) is the learning rate, `seed` drives dropout; `microbatches`, `rounds`, `remat`,
+    `accumulate` and `offload` are those of lm.mesh.Place. An update whose loss or gradient is not
+    finite leaves parameters and optimizer state as they are, counts in `skipped`, and takes its
+    step of the schedule.
 
     Metrics, float32 scalars: loss (what is minimised, per unit of label weight), nll and the
     model's side losses (per unit of label weight), grad_norm (before clipping), param_norm (after
@@ -56,7 +57,7 @@ def make_step(
     1), and loss_scale where there is one.
     """
     transformation = optimizer.build(schedule, model.axes(config))
-    options = {"remat": remat, "rounds": rounds}
+    options = {"remat": remat, "rounds": rounds, "offload": "layers" in offload}
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -75,10 +76,15 @@ def make_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
 
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
+            # Fetched in this branch, it is not there while activations need the memory.
+            if "optimizer" in offload:
+                opt_state = _moved(opt_state, jax.memory.Space.Device)
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) * (to_mean * clip), gradient.grads)
             params = cast(params, "float32")
             updates, opt_state = transformation.update(grads, opt_state, params, step=state.step)
             params = jax.tree.map(jnp.add, params, updates)
+            if "optimizer" in offload:
+                opt_state = _moved(opt_state, jax.memory.Space.Host)
             load = jax.tree.map(lambda x: x * share, loss.load)
             return precision.to_params(model.update_balance(config, params, load)), opt_state
 
@@ -109,6 +115,11 @@ def make_step(
         return new, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
 
     return step
+
+
+def _moved(opt_state: Any, space: jax.memory.Space) -> Any:
+    """Its arrays in this memory; numbers stay where they are."""
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt_state)
 
 
 def compile_step(

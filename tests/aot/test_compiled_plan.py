@@ -55,6 +55,24 @@ def test_what_does_not_fit_is_told_and_by_how_much():
 
 
 @pytest.mark.slow
+def test_the_hosts_memory_takes_off_the_chips():
+    """The optimizer's state, fetched only for the update, and each layer's input."""
+    plans = []
+    for offload in ((), ("optimizer", "layers")):
+        places = {"v5p-8": Place(mesh=Mesh(fsdp=4), remat="block", offload=offload)}
+        larger = ["model.layers=8", "model.dim=1024", "model.ffn.hidden=2048"]
+        plans.append(plan.plan(override(small(places=places), larger), "v5p-8"))
+    before, after = plans
+    optimizer = before["optimizer_bytes_per_device"]
+    inputs = 8 * (32 * 256 / 4) * 1024 * 2
+    assert after["host_bytes_per_device"] == pytest.approx(optimizer + inputs, rel=0.02)
+    given = [told["argument_bytes_per_device"] for told in plans]
+    assert given[0] - given[1] == pytest.approx(optimizer, rel=0.02)
+    # What the update fetches counts where it is more than what activations took.
+    assert after["peak_bytes_per_device"] < before["peak_bytes_per_device"] - optimizer / 4
+
+
+@pytest.mark.slow
 def test_a_search_compiles_the_best_and_the_declared():
     declared = Place(mesh=Mesh(fsdp=4), microbatches=2, remat="block")
     found = plan.search(small(places={"v5p-8": declared}), "v5p-8", few=1)

@@ -49,6 +49,7 @@ VARIANTS = {
     "moe capacity": declare(model=moe(dispatch=model.Capacity(factor=1.25), z_loss=1e-3)),
     "dropout": declare(model=config(layers=1, dropout=0.1)),
     "remat": declare(places={"cpu": Place(mesh=Mesh(), remat="block")}),
+    "offload": declare(places={"cpu": Place(mesh=Mesh(), offload=("optimizer", "layers"))}),
     "sgd": declare(
         optimizer=optim.SGD(momentum=0.9, nesterov=True),
         schedule=optim.Constant(peak=0.3, steps=STEPS),
@@ -138,7 +139,8 @@ def test_a_place_may_change_while_a_run_goes_on(runs, monkeypatch):
     with pytest.raises(Enough):
         run.train(first, workdir=runs)
     monkeypatch.undo()
-    elsewhere = {"other": Place(mesh=Mesh(), microbatches=2, remat="block")}
+    away = ("optimizer", "layers")
+    elsewhere = {"other": Place(mesh=Mesh(), microbatches=2, remat="block", offload=away)}
     run.train(dataclasses.replace(first, places=elsewhere), workdir=runs)
     moved = losses(runs / "moved")
     assert moved[:6] == whole[:6]
