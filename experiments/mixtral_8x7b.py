@@ -28,9 +28,10 @@ STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 476,837
 # gathered from fewer devices: over fsdp=8 of 64, not over 64.
 PLACES = {
     "v5p-128": Place(mesh=Mesh(fsdp=8, expert=8), microbatches=4, remat="block"),  # 2 each
-    # libtpu 0.0.42 has no ragged exchange of rows on a whole pod of 16 x 16.
-    "v5e-256": Place(mesh=Mesh(fsdp=256), microbatches=2, remat="block"),  # 1 each
-    "v6e-256": Place(mesh=Mesh(fsdp=256), remat="block"),  # 2 each
+    "v5e-256": Place(
+        mesh=Mesh(fsdp=256), microbatches=2, remat="block"
+    ),  # no exchange of rows there
+    "v6e-256": Place(mesh=Mesh(fsdp=32, expert=8), microbatches=2, remat="block"),
     "tpu7x-128": Place(mesh=Mesh(fsdp=16, expert=8), microbatches=4, remat="block"),
 }
 
