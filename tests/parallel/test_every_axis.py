@@ -9,13 +9,22 @@ from pathlib import Path
 
 import pytest
 from place_runs import RUNS, place
-from test_meshes import ALONE, ONE_STEP, Numbers, differences, environments, results, start, wait
+from test_meshes import (
+    ALONE,
+    EIGHT,
+    ONE_STEP,
+    Numbers,
+    differences,
+    environments,
+    results,
+    start,
+    wait,
+)
 
 from lm import show
 from lm.errors import Refused
 
 WORKER = Path(__file__).with_name("place_runs.py")
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 QUICK = (
     "pipe=2,data=2,tensor=2",
@@ -42,6 +51,7 @@ DENSE = (
     "fsdp=2,tensor=2,context=2 context=gather",
     "pipe=2,tensor=2,context=2 rounds=2 microbatches=4",
     "pipe=2,fsdp=2,context=2",
+    "context=8 remat=block",
     "pipe=4 microbatches=8",
     "pipe=4,data=2 microbatches=4 remat=stage",
     "pipe=2,tensor=4 rounds=2 microbatches=4 remat=block",

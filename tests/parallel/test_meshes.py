@@ -24,6 +24,11 @@ DENSE = (ALONE, "data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
 MOE = (ALONE, "expert=4", "fsdp=2,expert=2,tensor=2")
 TWO_PROCESSES = ("data=8", "data=2,fsdp=2,tensor=2")
 
+# XLA's CPU executor starts collectives that do not depend on each other in any order, and each
+# blocks its device: two devices may wait in different ones for ever. In program order they do not.
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+EIGHT = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {IN_ORDER}"}
+
 ONE_STEP, TWENTY_STEPS = 1e-5, 1e-4
 
 Numbers = Mapping[str, np.ndarray]
@@ -55,7 +60,7 @@ def results(folder: Path, meshes: Sequence[str]) -> dict[str, Numbers]:
 
 
 def on_virtual_devices(folder: Path, run: str, meshes: Sequence[str]) -> dict[str, Numbers]:
-    wait(start(folder, run, meshes, XLA_FLAGS="--xla_force_host_platform_device_count=8"))
+    wait(start(folder, run, meshes, **EIGHT))
     return results(folder, meshes)
 
 
@@ -92,7 +97,7 @@ def environments(processes: int) -> list[dict[str, str]]:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     shared = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} {IN_ORDER}",
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(processes),
     }
