@@ -21,7 +21,7 @@ HBM = 0.85  # of the bandwidth in streaming: assumed
 # what the softmax leaves, counted from the compiled kernels (kernels_pallas/README.md). The vector
 # units take a time for each score, whatever the width of a head.
 ATTENTION = {
-    "v5e": (0.81, 0.90), "v5p": (0.85, 0.91), "v6e": (0.33, 0.39), "tpu7x": (0.32, 0.39),
+    "v5e": (0.85, 0.88), "v5p": (0.84, 0.88), "v6e": (0.44, 0.45), "tpu7x": (0.47, 0.47),
 }  # fmt: skip
 # A product's operands are read once for every tile of its result: the side of a square tile whose
 # float32 sums and operands fill the 16 MiB of vector memory that a program gets by default.
