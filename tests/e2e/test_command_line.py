@@ -79,7 +79,8 @@ def test_from_text_to_generated_text(folder):
     assert code == 0, err
     assert "Traceback" not in err and "Warning" not in err
     assert "python -m lm generate runs/small" in out
-    assert "python -m experiments.text --set schedule.steps=20" in out
+    (longer,) = (line for line in out.splitlines() if "-m experiments.text" in line)
+    assert "--set model.dim=16" in longer and longer.endswith(" --set schedule.steps=20")
     assert len(losses(folder / "runs/small")) == 10
 
     words = ("lm", "generate", "runs/small", "--prompt", "the tree", "--max-tokens", "8")
