@@ -38,6 +38,10 @@ def initialize() -> None:
         jax.distributed.initialize()
     else:
         return
+    _watch_the_others()
+
+
+def _watch_the_others() -> None:
     joined = coordination.global_state
     host = joined.coordinator_address.rsplit(":", 1)[0].strip("[]")
     peers.watch(joined.client, host, joined.process_id, joined.num_processes)
