@@ -92,12 +92,15 @@ class Rules:
 def rules_at(place: Place) -> Rules:
     """The rules of a place. A pipeline of several rounds needs layers from all over the stack on
     each stage: there `pipe` splits the width of the stack's weights, and they are brought to their
-    stage in every step."""
+    stage in every step. Within a pipeline `tensor` leaves the residual stream whole, since XLA's
+    partitioner, of jax 0.10, ends the process over experts of a capacity that meet it in parts."""
     weights, activations = WEIGHTS, ACTIVATIONS
+    if place.mesh.pipe > 1:
+        activations = {**activations, "stream": ("context",)}
     if place.rounds > 1:
         weights = {**WEIGHTS, "layers": ()}
     if place.context == "gather":
-        activations = {**ACTIVATIONS, "keys": ()}
+        activations = {**activations, "keys": ()}
     return Rules(weights=weights, activations=activations)
 
 

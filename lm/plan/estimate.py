@@ -277,7 +277,7 @@ def _again(place: Place) -> tuple[float, float]:
 def _saved(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> float:
     """Bytes kept for the backward pass. A pipeline keeps them of every iteration."""
     size, tensor, dim = (2 if _half(e) else 4), place.mesh.tensor, e.model.dim
-    stream = dim / tensor
+    stream = dim / (tensor if place.mesh.pipe == 1 else 1)
     given = 0 if "layers" in place.offload else stream  # what enters a layer
 
     def width(layer: _Sizes, remat: str | tuple[str, ...]) -> float:

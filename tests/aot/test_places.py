@@ -11,6 +11,7 @@ import importlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -82,14 +83,27 @@ def kept_text(told: plan.Plan) -> str:
     return "\n".join(lines) + "\n"
 
 
+@pytest.fixture(scope="module")
+def compiling(request):
+    """By place, its process. Two at a time, each alone, since libtpu keeps hundreds of MB of every
+    program."""
+    test = test_a_place_compiles_and_fits_and_is_what_it_was.__name__
+    items = [each for each in request.session.items if each.name.startswith(test)]
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(in_process, name) for name in (i.callspec.id for i in items)}
+
+
+def in_process(name: str) -> subprocess.CompletedProcess:
+    found = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, "--text", name]
+    return subprocess.run(command, env=found, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not compiled.available(), reason="libtpu is not installed")
 @pytest.mark.parametrize("name", declared())
-def test_a_place_compiles_and_fits_and_is_what_it_was(name):
-    # In a process of its own, since libtpu keeps hundreds of MB of every program.
-    command = [sys.executable, __file__, "--text", name]
-    found = {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=os.environ | found, capture_output=True, text=True)
+def test_a_place_compiles_and_fits_and_is_what_it_was(name, compiling):
+    done = compiling[name].result()
     assert done.returncode == 0, done.stderr[-3000:]
     path = path_of(name)
     kept = path.read_text() if path.exists() else ""
