@@ -429,9 +429,14 @@ def main(arguments: list[str] | None = None) -> None:
                 f"libtpu it can't compile for one; {ADVICE}"
             )
     found = rows_on_cpu(chosen) if options.cpu else rows(chosen, options.chips, here)
+    report(found, options.json)
+
+
+def report(found: list[dict[str, Any]], path: str | None) -> None:
+    """The table; and the rows as JSON, where a path is given."""
     print(table(found))
-    if options.json:
-        with open(options.json, "w") as file:
+    if path:
+        with open(path, "w") as file:
             json.dump(found, file, indent=1)
 
 

@@ -10,7 +10,6 @@ counts sums and roundings of scores as often as the largest score says.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 import kernels_pallas
 from kernels_pallas import quantized_matmul
 from kernels_pallas.attention import reference as attention_reference
-from kernels_pallas.bench import say, table
+from kernels_pallas.bench import report, say
 from kernels_pallas.cross_entropy import reference as cross_entropy_reference
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -211,10 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     for row in measured():
         say(row)
         found.append(row)
-    print(table(found))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(found, file, indent=1)
+    report(found, options.json)
 
 
 if __name__ == "__main__":
