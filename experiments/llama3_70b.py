@@ -29,6 +29,13 @@ PLACES = {
     "v5e-256": Place(mesh=Mesh(fsdp=64, tensor=4), microbatches=16, remat="block"),
     "v6e-256": Place(mesh=Mesh(fsdp=256), microbatches=2, remat="block"),
     "tpu7x-512": Place(mesh=Mesh(fsdp=512), remat="block"),  # 256 chips, 2 each
+    # In three dimensions: stages on four slices that a network joins, each split over its chips.
+    "4xv5e-256": Place(
+        mesh=Mesh(pipe=4, fsdp=64, tensor=4), microbatches=16, rounds=2, remat="stage"
+    ),
+    # Debugging, on the fewest chips that hold it (8): 18 GB of weights a device, 35 GB of moments
+    # in the host's memory.
+    "tpu7x-16": Place(mesh=Mesh(fsdp=16), microbatches=64, remat="block", offload=("optimizer",)),
 }
 
 

@@ -6,8 +6,9 @@ of R rows holds, the rest in further rounds. An even load is M rows: there is on
 device has more than R / M times that, any other load takes more rounds, and no row is lost.
 
 So each row moves once, where gathering the tokens would move each to P - 1 devices; and memory is
-that of R rows, where the worst case would be all rows of all devices. On platforms whose compiler
-has no ragged all-to-all (all but TPUs) rows are gathered, and the numbers are the same.
+that of R rows, where the worst case would be all rows of all devices. Where the compiler has no
+ragged all-to-all (beyond 16 chips of v5e, and on all but TPUs) rows are gathered, and the numbers
+are the same.
 """
 
 from collections.abc import Callable
@@ -17,12 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.attention.blocks import chip
 from kernels_pallas.varying import varying_alike
 
 AXIS = "expert"
 # The buffer, in even loads. Balanced routers stay below; memory grows with it, and a second round
 # costs the time to read the experts' weights once more.
 SLACK = 1.5
+# Chips of v5e among which libtpu 0.0.42 compiles a ragged all-to-all: not in a slice of 4 x 8.
+MOST_V5E = 16
 
 Rows = Any  # a pytree of arrays [M, ...] on the side of the tokens, [R, ...] on that of the experts
 Feed = Callable[[Rows, jax.Array, Any], jax.Array]
@@ -173,6 +177,8 @@ def _give(window: _Window, there: Rows, into: Rows) -> Rows:
 
 
 def _by_platform(ragged: Callable, gathered: Callable, *arrays: Any) -> jax.Array:
+    if chip() == "v5e" and jax.sharding.get_abstract_mesh().size > MOST_V5E:
+        return gathered(*arrays)
     return jax.lax.platform_dependent(*arrays, tpu=ragged, default=gathered)
 
 

@@ -94,10 +94,11 @@ def facts(
     *,
     price: float | None = None,
     compile: bool = True,
+    attention: tuple[float, float] | None = None,
 ) -> Plan:
-    """The plan of a place that has been checked."""
+    """The plan of a place that has been checked; `attention` as in `estimate`."""
     e, chip = experiment, where.chip
-    guess = estimate(e, place, where)
+    guess = estimate(e, place, where, attention=attention)
     schedule = e.schedule.resolve(e.batch)
     tokens = e.batch.sequences * e.batch.length
     told = Plan(
@@ -124,7 +125,7 @@ def facts(
         compiled=compile and compiled.available(),
     )
     if told["compiled"]:
-        told.update(_compiled(e, name, place, where))
+        told.update(_compiled(e, name, place, where, attention or ATTENTION[where.generation]))
     else:
         told.update(_uncompiled(guess, int(chip.hbm)))
     told.update(_course(told, chip.flops, e.batch.tokens_before(schedule.steps), price))
@@ -157,8 +158,14 @@ def _uncompiled(guess: Estimate, capacity: int) -> dict[str, Any]:
     }
 
 
-def _compiled(e: Experiment, name: str, place: Place, where: Slice) -> dict[str, Any]:
+def _compiled(
+    e: Experiment, name: str, place: Place, where: Slice, attention: tuple[float, float]
+) -> dict[str, Any]:
     """The compiler's word, and a roofline over its program."""
+    terminal.note(
+        f"compiling {e.name} for {name}: mesh {place.mesh}, {place.microbatches} micro-batch(es), "
+        f"remat {place.remat!r}; a minute or several ..."
+    )
     result = compiled.step(e, name, place, where)
     chip = where.chip
     told: dict[str, Any] = {
@@ -180,7 +187,7 @@ def _compiled(e: Experiment, name: str, place: Place, where: Slice) -> dict[str,
     layout = links.Layout(result.mesh.devices, AXES, where, across)
     rows = links.collectives(result.program, layout)
     on_links, hidden = sum(row.seconds for row in rows), sum(row.hidden for row in rows)
-    in_kernels = _in_kernels(e, place, where, done.kernels)
+    in_kernels = _in_kernels(e, place, where, done.kernels, attention)
     on_chip = done.seconds + in_kernels.seconds
     return told | {
         "flops_per_device_per_step": done.flops + in_kernels.flops,
@@ -201,7 +208,13 @@ class _InKernels(NamedTuple):
     seconds: float
 
 
-def _in_kernels(e: Experiment, place: Place, where: Slice, kernels: dict[str, int]) -> _InKernels:
+def _in_kernels(
+    e: Experiment,
+    place: Place,
+    where: Slice,
+    kernels: dict[str, int],
+    shares: tuple[float, float],
+) -> _InKernels:
     """Per device, of kernels whose work depends on what they are given.
 
     Attention: two products forward, as often as it runs, and five backward. Grouped products: those
@@ -217,7 +230,6 @@ def _in_kernels(e: Experiment, place: Place, where: Slice, kernels: dict[str, in
     if backward:
         each, head_dim = attention_of(e)
         flops += tokens * each * (forward / backward + 2.5)
-        shares = ATTENTION[where.generation]
         at_peak += in_attention(tokens * each, forward / backward, head_dim, shares)
     return _InKernels(flops, at_peak * where.chip.devices / where.chip.flops)
 

@@ -88,20 +88,30 @@ def _ranked(e: Experiment, where: Slice) -> list[Place]:
 def _candidates(e: Experiment, where: Slice) -> Iterator[tuple[Place, Estimate]]:
     """Places that divide the experiment and come near to fitting."""
     most = ROOM * where.chip.hbm
-    for mesh in _meshes(e, where.devices):
-        for rounds in (1, 2) if mesh.pipe > 1 else (1,):
-            state = None
-            for microbatches, remat in itertools.product(MICROBATCHES, REMAT):
-                try:
-                    place = Place(mesh=mesh, microbatches=microbatches, rounds=rounds, remat=remat)
-                    report.check(e, where.name, place, where)
-                except Refused:
-                    continue
-                if state is None:
-                    state = state_at(e, place)
-                guess = estimate(e, place, where, state=state)
-                if guess.peak <= most:
-                    yield place, guess
+    meshes = list(_meshes(e, where.devices))
+    with terminal.progress("estimating meshes", len(meshes)) as bar:
+        for mesh in meshes:
+            for rounds in (1, 2) if mesh.pipe > 1 else (1,):
+                for place, guess in _spendings(e, where, mesh, rounds):
+                    if guess.peak <= most:
+                        yield place, guess
+            bar.advance()
+
+
+def _spendings(
+    e: Experiment, where: Slice, mesh: Mesh, rounds: int
+) -> Iterator[tuple[Place, Estimate]]:
+    """All micro-batches and remat policies that a mesh allows."""
+    state = None
+    for microbatches, remat in itertools.product(MICROBATCHES, REMAT):
+        try:
+            place = Place(mesh=mesh, microbatches=microbatches, rounds=rounds, remat=remat)
+            report.check(e, where.name, place, where)
+        except Refused:
+            continue
+        if state is None:
+            state = state_at(e, place)
+        yield place, estimate(e, place, where, state=state)
 
 
 def _meshes(e: Experiment, devices: int) -> Iterator[Mesh]:
