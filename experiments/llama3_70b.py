@@ -31,7 +31,7 @@ PLACES = {
     "tpu7x-512": Place(mesh=Mesh(fsdp=512), remat="block"),  # 256 chips, 2 each
     # In three dimensions: stages on four slices that a network joins, each split over its chips.
     "4xv5e-256": Place(
-        mesh=Mesh(pipe=4, fsdp=64, tensor=4), microbatches=16, rounds=2, remat="stage"
+        mesh=Mesh(pipe=4, fsdp=64, tensor=4), microbatches=16, rounds=4, remat="stage"
     ),
     # Debugging, on the fewest chips that hold it (8): 18 GB of weights a device, 35 GB of moments
     # in the host's memory.

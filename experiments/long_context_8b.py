@@ -32,10 +32,6 @@ STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 4,768
 # 0.7. Weights are split over fsdp alone: context devices hold copies.
 # Sequences per chip and micro-batch: 32 / fsdp / microbatches.
 PLACES = {
-    # Debugging, on 4 chips: 16 GB of weights each, 32 GB of moments in the host's memory.
-    "v5p-8": Place(
-        mesh=Mesh(fsdp=2, context=2), microbatches=16, remat="block", offload=("optimizer",)
-    ),
     "v5p-64": Place(mesh=Mesh(fsdp=8, context=4), microbatches=4, remat="block"),  # 12 GB of state
     "v5e-256": Place(mesh=Mesh(fsdp=32, context=8), remat="block"),  # 3 GB of state
     "v6e-256": Place(mesh=Mesh(fsdp=32, context=8), remat="block"),

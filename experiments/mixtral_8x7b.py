@@ -33,10 +33,7 @@ PLACES = {
     ),  # no exchange of rows there
     "v6e-256": Place(mesh=Mesh(fsdp=32, expert=8), microbatches=2, remat="block"),
     "tpu7x-128": Place(mesh=Mesh(fsdp=16, expert=8), microbatches=4, remat="block"),
-    # Debugging, on 4 chips: 24 GB of weights a device, 48 GB of moments in the host's memory.
-    "tpu7x-8": Place(
-        mesh=Mesh(fsdp=4, expert=2), microbatches=16, remat="block", offload=("optimizer",)
-    ),
+    "tpu7x-16": Place(mesh=Mesh(fsdp=8, expert=2), microbatches=32, remat="block"),  # debugging
 }
 
 

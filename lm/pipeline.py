@@ -15,6 +15,7 @@ lie on all stages and move down, one slot at each iteration, to stage 0, which p
 where it took a fresh one. So embedding and head, done before and after, cost each stage its share.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -105,7 +106,7 @@ def pipeline(
         x after the last layer, and the sums over micro-batches, stacked by layer.
     """
     leaves, structure = jax.tree.flatten(stacked)
-    leaves = [_by_stage(w, schedule) for w in leaves]
+    leaves = [_by_stage(w, p, schedule) for w, p in zip(leaves, partitions, strict=True)]
     # By hand over `data` too: there the gradients of the weights are summed once, after the loop.
     shards = sharding.active_mesh().shape["data"]
 
@@ -242,16 +243,32 @@ def _summed_into_backward(like: jax.Array, gradient: jax.Array) -> tuple[None, j
 _summed_into.defvjp(_summed_into_forward, _summed_into_backward)
 
 
-def _by_stage(w: jax.Array, schedule: Schedule) -> jax.Array:
-    """[layers, ...] -> [rounds, stages, depth, ...], filled up with zeros."""
+# Where the axes of a weight begin, once its layers are [rounds, stages, depth].
+_REST = 3
+
+
+def _by_stage(w: jax.Array, partition: PartitionSpec, schedule: Schedule) -> jax.Array:
+    """[layers, ...] -> [rounds, stages, depth, ...], filled up with zeros. An axis that `pipe`
+    splits becomes three: what the other mesh axes split, what `pipe` splits, and the rest. So it is
+    brought to a stage without the compiler having to undo the other splits."""
     groups = (schedule.rounds, schedule.stages, schedule.depth)
     short = groups[0] * groups[1] * groups[2] - schedule.layers
     w = jnp.pad(w, [(0, short)] + [(0, 0)] * (w.ndim - 1)) if short else w
-    return w.reshape(*groups, *w.shape[1:])
+    w = w.reshape(*groups, *w.shape[1:])
+    axis = _pipe_axis(partition)
+    if axis is None or axis == 1:
+        return w
+    others = _without_pipe(partition[axis - _REST + 1])
+    ways = math.prod(sharding.active_mesh().shape[name] for name in others)
+    w = w.reshape(*w.shape[:axis], ways, schedule.stages, -1, *w.shape[axis + 1 :])
+    return sharding.constrain(w, _in_parts(partition, "pipe"))
 
 
-# Where the axes of a weight begin, once its layers are [rounds, stages, depth].
-_REST = 3
+def _in_parts(partition: PartitionSpec, pipe: str | None) -> PartitionSpec:
+    """Of a weight in groups with an axis in three parts, the middle one split by `pipe`."""
+    rest = [_without_pipe(part) or None for part in partition[1:]]
+    at = _pipe_axis(partition) - _REST
+    return PartitionSpec(*(None,) * _REST, *rest[: at + 1], pipe, None, *rest[at + 1 :])
 
 
 def _pipe_axis(partition: PartitionSpec) -> int | None:
@@ -260,9 +277,15 @@ def _pipe_axis(partition: PartitionSpec) -> int | None:
     return split[0] + _REST - 1 if split and split[0] else 1 if split else None
 
 
+def _without_pipe(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return tuple(name for name in sharding.split_over(part) if name != "pipe")
+
+
 def _on_pipe(partition: PartitionSpec) -> PartitionSpec:
     axis = _pipe_axis(partition)
-    return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, "pipe")
+    if axis is None:
+        return PartitionSpec()
+    return PartitionSpec(*(None,) * (axis if axis == 1 else axis + 1), "pipe")
 
 
 def _own(w: jax.Array, partition: PartitionSpec, stage: jax.Array) -> jax.Array:
@@ -271,17 +294,44 @@ def _own(w: jax.Array, partition: PartitionSpec, stage: jax.Array) -> jax.Array:
     if axis is None:
         w = jax.lax.dynamic_slice_in_dim(w, stage, 1, axis=1)
     elif axis > 1:
-        w = jax.lax.all_to_all(w, "pipe", split_axis=1, concat_axis=axis, tiled=True)
+        w = _exchanged(w, 1, axis + 1, _in_parts(partition, None))
+        w = w.reshape(*w.shape[:axis], -1, *w.shape[axis + 3 :])
     return _constrain(w[:, 0], partition)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _exchanged(w: jax.Array, split: int, concat: int, parts: PartitionSpec) -> jax.Array:
+    """All-to-all over `pipe`, by hand over the other axes too: XLA's partitioner would first gather
+    what they split."""
+    exchange = partial(
+        jax.lax.all_to_all, axis_name="pipe", split_axis=split, concat_axis=concat, tiled=True
+    )
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = set(sharding.remaining(*mesh.axis_names))
+    return jax.shard_map(
+        exchange, mesh=mesh, in_specs=parts, out_specs=parts, axis_names=axes, check_vma=False
+    )(w)
+
+
+def _exchanged_forward(
+    w: jax.Array, split: int, concat: int, parts: PartitionSpec
+) -> tuple[jax.Array, None]:
+    return _exchanged(w, split, concat, parts), None
+
+
+def _exchanged_backward(
+    split: int, concat: int, parts: PartitionSpec, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    return (_exchanged(gradient, concat, split, parts),)
+
+
+_exchanged.defvjp(_exchanged_forward, _exchanged_backward)
 
 
 def _constrain(w: jax.Array, partition: PartitionSpec) -> jax.Array:
     """A stage's part of a weight, split over the other axes of the mesh as the whole is."""
-    rest = [
-        tuple(name for name in sharding.split_over(part) if name != "pipe")
-        for part in partition[1:]
-    ]
-    return sharding.constrain(w, PartitionSpec(None, None, *(names or None for names in rest)))
+    rest = [_without_pipe(part) or None for part in partition[1:]]
+    return sharding.constrain(w, PartitionSpec(None, None, *rest))
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -28,7 +28,7 @@ AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 WEIGHTS: Mapping[str, MeshAxes] = {
     "layers": ("pipe",),
     "vocab": ("tensor",),
-    "embed": ("pipe", "fsdp"),
+    "embed": ("fsdp", "pipe"),  # in this order: lm.pipeline takes pipe's parts together
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head": (),

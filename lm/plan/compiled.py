@@ -181,10 +181,12 @@ def _total(folder: str) -> int:
 
 
 def _live(folder: str, program: hlo.Program) -> list[Live]:
-    """What the report of live ranges lists at the peak, with shapes and sources."""
+    """What the report of live ranges lists at the peak in the chip's main memory, with shapes and
+    sources."""
     report = _file(folder, "live-range")
     _, _, at_peak = report.partition("(peak):\n")
     instructions = {i.name: i for body in program.computations.values() for i in body}
+    laid_out = _laid_out(folder)
     live = []
     for line in at_peak.splitlines():
         found = re.match(r"\s+([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", line)
@@ -192,8 +194,20 @@ def _live(folder: str, program: hlo.Program) -> list[Live]:
             break
         name, index, nbytes = found.group(1), found.group(2), int(found.group(3))
         each = instructions.get(name)
-        arrays = each.arrays if each else ()
-        place = int(index.split(",")[0]) if index else 0
-        array = arrays[place] if place < len(arrays) else None
-        live.append(Live(nbytes, str(array or "?"), (each.op_name if each else "") or name))
+        arrays, place = each.arrays if each else (), int(index.split(",")[0] or 0)
+        # A loop's values are not in the layout by this name, a fusion's not in the program.
+        array = laid_out.get((name, index)) or next(iter(arrays[place:]), None)
+        if array is None or array.space == 0:
+            source = each.op_name if each else ""
+            live.append(Live(nbytes, str(array or "?"), source or name))
     return sorted(live, reverse=True)
+
+
+def _laid_out(folder: str) -> dict[tuple[str, str], hlo.Array]:
+    """(instruction, place in its result as in '0,1') -> the array."""
+    found = re.findall(
+        r"value: <\d+ ([\w.\-]+)(?:\{([\d,]*)\})? @\d+> \(size=\d+,offset=\d+\): (\S+)",
+        _file(folder, "buffer-assignment"),
+    )
+    shapes = ((name, index, hlo.arrays(shape)) for name, index, shape in found)
+    return {(name, index): arrays[0] for name, index, arrays in shapes if arrays}

@@ -90,7 +90,7 @@ class Instruction:
     def op_name(self) -> str:
         """Where in the program it comes from, as in 'jit(step)/while/body/dot_general'."""
         found = _OP_NAME.search(self.rest)
-        return found.group(1) if found else ""
+        return found.group(1).replace("\\'", "'") if found else ""
 
     @property
     def called(self) -> tuple[str, ...]:

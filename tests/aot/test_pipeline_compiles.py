@@ -3,6 +3,8 @@ vmapped over stages, and the stream rolled from stage to stage for the partition
 
 `python tests/aot/test_pipeline_compiles.py` prints both."""
 
+from functools import partial
+
 import described
 import jax
 import jax.numpy as jnp
@@ -20,18 +22,18 @@ pytestmark = pytest.mark.slow
 SCHEDULE = Schedule(layers=12, stages=4, rounds=1, microbatches=8)
 WIDTH, BATCH, LENGTH = 2048, 32, 4096
 WEIGHT = PartitionSpec("pipe", None, None)
-ROWS = PartitionSpec(("pipe", "data"))
+ROWS = PartitionSpec(("pipe", "data", "fsdp"))
 
 
 def layer(x, w):
     return x + jnp.tanh(jnp.einsum("btd,df->btf", x, w))
 
 
-def ours(w, x):
+def ours(w, x, schedule=SCHEDULE, weight=WEIGHT):
     def begin(along, microbatch):
         return lambda w, x, number: (layer(x, w), {})
 
-    return pipeline(begin, w, x, {}, SCHEDULE, partitions=[WEIGHT])[0]
+    return pipeline(begin, w, x, {}, schedule, partitions=[weight])[0]
 
 
 def plain(w, x):
@@ -57,12 +59,13 @@ def plain(w, x):
     return left[stages - 1 :].swapaxes(0, 1).reshape(BATCH, LENGTH, WIDTH)
 
 
-def compiled(form):
+def compiled(form, weight=WEIGHT, **sizes):
     """(collectives, bytes at the fullest moment) of one device, forward and backward."""
-    shape = [{"data": 4, "pipe": 4}.get(axis, 1) for axis in AXES]
+    sizes = sizes or {"data": 4, "pipe": 4}
+    shape = [sizes.get(axis, 1) for axis in AXES]
     devices = np.array(described.devices(described.SIXTEEN)).reshape(shape)
     mesh = jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    weights, rows, one = (NamedSharding(mesh, p) for p in (WEIGHT, ROWS, PartitionSpec()))
+    weights, rows, one = (NamedSharding(mesh, p) for p in (weight, ROWS, PartitionSpec()))
     w = jax.ShapeDtypeStruct((SCHEDULE.layers, WIDTH, WIDTH), jnp.float32, sharding=weights)
     x = jax.ShapeDtypeStruct((BATCH, LENGTH, WIDTH), jnp.bfloat16, sharding=rows)
 
@@ -94,6 +97,20 @@ def test_only_the_stream_passes_and_gradients_are_summed_once():
     other, most = compiled(plain)
     assert sum(row.count for row in other) > sum(row.count for row in found)
     assert any(row.kind == "all-gather" for row in other) and most > peak
+
+
+def test_weights_of_several_rounds_travel_in_the_parts_in_which_they_are_kept():
+    """By an exchange between stages alone: nothing is gathered for it."""
+    schedule = Schedule(layers=12, stages=2, rounds=2, microbatches=4)
+    weight = PartitionSpec(None, ("fsdp", "pipe"), "tensor")
+    form = partial(ours, schedule=schedule, weight=weight)
+    found, _ = compiled(form, weight, pipe=2, fsdp=4, tensor=2)
+    part = schedule.layers * WIDTH * WIDTH // 16 * 2  # bytes, in bfloat16
+    exchanges = [row for row in found if row.kind == "all-to-all"]
+    assert [(row.axes, row.count, row.nbytes) for row in exchanges] == [("pipe", 2, 2 * part)]
+    # Layers gather weights over fsdp and activations over tensor; over both there is nothing to.
+    gathered = {row.axes for row in found if row.kind == "all-gather"}
+    assert gathered <= {"fsdp", "tensor"}
 
 
 if __name__ == "__main__":

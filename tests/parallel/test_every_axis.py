@@ -47,6 +47,7 @@ DENSE = (
     # triples, and more of the pipeline
     "data=2,fsdp=2,pipe=2 rounds=2",
     "fsdp=2,tensor=2,pipe=2",
+    "fsdp=2,tensor=2,pipe=2 rounds=2",
     "data=2,tensor=2,context=2",
     "fsdp=2,tensor=2,context=2 context=gather",
     "pipe=2,tensor=2,context=2 rounds=2 microbatches=4",
