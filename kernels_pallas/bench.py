@@ -122,14 +122,17 @@ def attention_on_gpu(length: int, backward: bool, document: int | None = None) -
         ids = jnp.broadcast_to(jnp.arange(length) // document, (b, length)) if document else None
         return *arrays, ids
 
-    def ours(q, k, v, ids):
-        return kernels_pallas.flash_attention(q, k, v, segment_ids=ids)
+    def ours(q, k, v, ids, implementation=None):
+        return kernels_pallas.flash_attention(
+            q, k, v, segment_ids=ids, implementation=implementation
+        )
 
     def jax_nn(q, k, v, ids, implementation):
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
     cudnn = functools.partial(jax_nn, implementation="cudnn")
-    forms = {"ours": ours, "cuDNN, no documents" if document else "cuDNN": cudnn}
+    forms = {"ours": ours, "ours, hopper": functools.partial(ours, implementation="hopper")}
+    forms["cuDNN, no documents" if document else "cuDNN"] = cudnn
     if not document and length == 4096:  # beyond, its square of scores does not fit
         forms["jax.nn, XLA"] = functools.partial(jax_nn, implementation="xla")
     if backward:

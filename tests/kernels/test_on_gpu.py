@@ -30,6 +30,7 @@ CASES = {
     "positions": {"positions": np.broadcast_to(np.arange(T) // 2, (B, T))},
     "prefix": {"prefix": np.array([3, 400])},
 }
+NOT_ON_HOPPER = ("prefix",)
 
 
 def arrays(dtype=jnp.bfloat16):
@@ -53,9 +54,11 @@ def results(function, arrays):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("implementation", [None, "reference", "hopper"])
 def test_equals_the_specification(name, implementation):
     options = CASES[name]
+    if implementation == "hopper" and name in NOT_ON_HOPPER:
+        pytest.skip("the kernels refuse it")
     got = results(
         lambda *a: flash_attention(*a, implementation=implementation, **options), arrays()
     )
@@ -67,8 +70,9 @@ def test_equals_the_specification(name, implementation):
         assert difference.max() < 0.02 * np.abs(expected).max(), leaf
 
 
-def test_gradients_are_the_same_each_time():
-    options = {"segment_ids": SEGMENTS}
+@pytest.mark.parametrize("implementation", [None, "hopper"])
+def test_gradients_are_the_same_each_time(implementation):
+    options = {"segment_ids": SEGMENTS, "implementation": implementation}
     first, second = (results(lambda *a: flash_attention(*a, **options), arrays()) for _ in range(2))
     for leaf, value in first.items():
         np.testing.assert_array_equal(np.float32(value), np.float32(second[leaf]), err_msg=leaf)
