@@ -6,7 +6,7 @@ them for the TPUs named by --chips, which needs libtpu and no TPU, and says what
 With --cpu it times the form of attention for CPUs beside einsum attention, on this machine.
 
 On a GPU, `--only attention` is attention beside cuDNN's and, where PyTorch is installed with CUDA,
-PyTorch's flash attention, in a few minutes.
+PyTorch's flash attention, in a few minutes; `--only hopper` is our own kernels for that generation.
 """
 
 import argparse
@@ -111,10 +111,12 @@ def attention(length: int, backward: bool) -> Case:
     return Case(name, f"B {b} T {length} N {n} K {k} H {h}", make, forms, flops)
 
 
-def attention_on_gpu(length: int, backward: bool, document: int | None = None) -> Case:
+def attention_on_gpu(
+    length: int, backward: bool, document: int | None = None, hopper: bool = False
+) -> Case:
     """16k tokens, causal, 32 query heads on 8, head width 128; in rows of one document, or of
     documents of so many tokens. cuDNN, as jax.nn offers it, knows no documents: there its row is
-    the time of the whole triangle, another result."""
+    the time of the whole triangle, another result. With `hopper`, our own kernels alone."""
     b, n, k, h = 16_384 // length, 32, 8, 128
 
     def make():
@@ -131,16 +133,18 @@ def attention_on_gpu(length: int, backward: bool, document: int | None = None) -
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
 
     cudnn = functools.partial(jax_nn, implementation="cudnn")
-    forms = {"ours": ours, "ours, hopper": functools.partial(ours, implementation="hopper")}
-    forms["cuDNN, no documents" if document else "cuDNN"] = cudnn
-    if not document and length == 4096:  # beyond, its square of scores does not fit
+    forms = {"ours": ours, "cuDNN, no documents" if document else "cuDNN": cudnn}
+    if hopper:
+        forms = {"ours": functools.partial(ours, implementation="hopper")}
+    elif not document and length == 4096:  # beyond, its square of scores does not fit
         forms["jax.nn, XLA"] = functools.partial(jax_nn, implementation="xla")
     if backward:
         forms = {name: gradients(form, 3) for name, form in forms.items()}
-    if not document and importlib.util.find_spec("torch"):
+    if not document and not hopper and importlib.util.find_spec("torch"):
         sizes = b, length, n, k, h, "gradients" if backward else "forward"
         forms["PyTorch, flash"] = Process("kernels_pallas.bench_torch", sizes)
-    name = "attention" + (f", documents of {document}" if document else "")
+    name = "hopper kernels" if hopper else "attention"
+    name += f", documents of {document}" if document else ""
     flops = 2 * b * n * length * (document or length) * h * (3.5 if backward else 1)
     name += ", gradients" if backward else ""
     return Case(name, f"B {b} T {length} N {n} K {k} H {h}", make, forms, flops)
@@ -285,22 +289,27 @@ def gradients(form: Callable[..., Any], count: int) -> Callable[..., Any]:
 
 def cases(gpu: bool = False) -> list[Case]:
     """All, at sizes of a model of a few billion parameters."""
-    both_ways = [attention(4096, backward) for backward in (False, True)]
+    first, last = [attention(4096, backward) for backward in (False, True)], []
     if gpu:
-        both_ways = [
-            attention_on_gpu(length, backward, document)
-            for document in (None, 1024)
-            for length in (4096, 16_384)
-            for backward in (False, True)
-        ]
+        # What has never run on one comes last: it may hang.
+        first, last = (
+            [
+                attention_on_gpu(length, backward, document, hopper)
+                for document in (None, 1024)
+                for length in (4096, 16_384)
+                for backward in (False, True)
+            ]
+            for hopper in (False, True)
+        )
     return [
-        *both_ways,
+        *first,
         *(paged_attention(dtype) for dtype in (BF16, jnp.int8)),
         *(grouped_matmul(16_384, 2048, 1408, 64, backward) for backward in (False, True)),
         *(grouped_matmul(8192, 4096, 14_336, 8, backward) for backward in (False, True)),
         cross_entropy(16_384, 4096, 131_072),
         *(eight_bits(m, 4096, 14_336) for m in (16, 4096)),
         *(few_bits(m, 4096, 14_336, bits) for m in (16, 4096) for bits in (4, 3)),
+        *last,
     ]
 
 

@@ -46,12 +46,15 @@ class Mask(NamedTuple):
     segments: bool
     keys: int | None  # how many there are, where those that fill up the last chunk are to be hidden
 
+    def hides(self) -> bool:
+        return self.causal or self.segments or self.keys is not None
+
     def visible(self, pos, ids, key_first, kv_ids, shape, queries: int) -> jax.Array:
         """Of `shape`, whose axis `queries` is that of pos and ids; the other is that of keys."""
         key = key_first + lax.broadcasted_iota(INT32, shape, 1 - queries)
-        at = lax.broadcast_in_dim(pos, shape, [queries])
         terms = []
         if self.causal:
+            at = lax.broadcast_in_dim(pos, shape, [queries])
             terms.append(key <= at)
         if self.window is not None:
             terms.append(at - key < self.window)
@@ -60,7 +63,7 @@ class Mask(NamedTuple):
             terms.append(lax.broadcast_in_dim(ids, shape, [queries]) == of_key)
         if self.keys is not None:
             terms.append(key < self.keys)
-        return functools.reduce(jnp.logical_and, terms, key >= 0)
+        return functools.reduce(jnp.logical_and, terms)
 
 
 class Chunks(NamedTuple):
@@ -83,8 +86,10 @@ class Chunks(NamedTuple):
     def number(self, step):
         return jnp.where(step < self.head, step, self.low + step - self.head)
 
-    def each(self, meet: Callable[..., Any], carry: Any) -> Any:
+    def each(self, mask: Mask, meet: Callable[..., Any], carry: Any) -> Any:
         """carry = meet(step, carry, masked=...) for every step in turn."""
+        if not mask.hides():
+            return lax.fori_loop(0, self.count, functools.partial(meet, masked=False), carry)
         edges = (
             *(jnp.int32(0), self.head + self.full_low - self.low),
             *(self.head + self.full_high - self.low, self.count),
@@ -137,7 +142,9 @@ def _scores(options: Options, products) -> jax.Array:
     """In units of log2."""
     if options.softcap is None:
         return products * (options.scale * LOG2_E)
-    return jnp.tanh(products * (options.scale / options.softcap)) * (options.softcap * LOG2_E)
+    # The chip's own tanh is right to 11 bits only, its exp2 to 22.
+    grown = jnp.exp2(products * (2 * LOG2_E * options.scale / options.softcap))
+    return (1 - 2 / (1 + grown)) * (options.softcap * LOG2_E)
 
 
 def _down(x, shape) -> jax.Array:
@@ -187,11 +194,14 @@ def forward(
         def _():
             plgpu.set_max_registers(232, action="increase")
             mine = q_sm.at[group]
-            pairs = [(q_ref.at[row, here, head], mine), (pos_ref.at[row, here], pos_sm.at[group])]
+            pairs = [(q_ref.at[row, here, head], mine)]
+            if mask.causal:
+                pairs.append((pos_ref.at[row, here], pos_sm.at[group]))
             if mask.segments:
                 pairs.append((ids_ref.at[row, here], ids_sm.at[group]))
             _fetch(pairs, once.at[group])
-            pos = pos_sm.at[group][...]
+            # What is loaded and never read has no layout, which the compiler refuses.
+            pos = pos_sm.at[group][...] if mask.causal else None
             ids = ids_sm.at[group][...] if mask.segments else None
 
             def meet(step, carry, masked):
@@ -216,7 +226,7 @@ def forward(
 
             zeros = jnp.zeros((EACH,), F32)
             start = jnp.zeros((EACH, h), F32), jnp.full((EACH,), LEAST, F32), zeros
-            out, top, total = chunks.each(meet, start)
+            out, top, total = chunks.each(mask, meet, start)
             safe = jnp.where(total > 0, total, 1.0)
             mine[...] = (out / _down(safe, out.shape)).astype(dtype)
             lse = top * (1 / LOG2_E) + jnp.log(safe)
@@ -303,12 +313,14 @@ def backward_queries(
                 (dout_ref.at[row, here, head], dout_sm.at[group]),
                 (lse_ref.at[row, head, here], lse_sm.at[group]),
                 (delta_ref.at[row, head, here], delta_sm.at[group]),
-                (pos_ref.at[row, here], pos_sm.at[group]),
             ]
+            if mask.causal:
+                pairs.append((pos_ref.at[row, here], pos_sm.at[group]))
             if mask.segments:
                 pairs.append((ids_ref.at[row, here], ids_sm.at[group]))
             _fetch(pairs, once.at[group])
-            lse, delta, pos = (x.at[group][...] for x in (lse_sm, delta_sm, pos_sm))
+            lse, delta = lse_sm.at[group][...], delta_sm.at[group][...]
+            pos = pos_sm.at[group][...] if mask.causal else None
             ids = ids_sm.at[group][...] if mask.segments else None
 
             def run(dq):
@@ -331,7 +343,7 @@ def backward_queries(
                     plgpu.barrier_arrive(free.at[slot])
                     return carry
 
-                chunks.each(meet, None)
+                chunks.each(mask, meet, None)
                 return dq[...]
 
             dq = pl.run_scoped(run, plgpu.ACC((EACH, h), F32))
@@ -419,7 +431,7 @@ def backward_keys(
                     shape, seen = (EACH, chunk), None
                     products = _product(k_sm.at[group], q_turned_sm.at[slot], shape)
                     if masked:
-                        pos = pos_sm.at[slot][...]
+                        pos = pos_sm.at[slot][...] if mask.causal else None
                         ids = ids_sm.at[slot][...] if mask.segments else None
                         seen = mask.visible(pos, ids, start, kv_ids, shape, queries=1)
                     p, slope = _weights(options, mask, products, seen, lse_sm.at[slot][...], 1)
@@ -438,7 +450,7 @@ def backward_keys(
 
                 @pl.loop(0, per_head)
                 def _(i):
-                    chunks.each(meet, i * chunks.count)
+                    chunks.each(mask, meet, i * chunks.count)
 
                 return dk[...], dv[...]
 
@@ -466,8 +478,9 @@ def backward_keys(
                 (lambda step: dout_turned_ref.at[row, head(step), :, at(step)], dout_turned_sm),
                 (lambda step: lse_ref.at[row, head(step), at(step)], lse_sm),
                 (lambda step: delta_ref.at[row, head(step), at(step)], delta_sm),
-                (lambda step: pos_ref.at[row, at(step)], pos_sm),
             ]
+            if mask.causal:
+                copies.append((lambda step: pos_ref.at[row, at(step)], pos_sm))
             if mask.segments:
                 copies.append((lambda step: ids_ref.at[row, at(step)], ids_sm))
             _feed(per_head * chunks.count, copies, full, free)
@@ -491,7 +504,7 @@ def backward_keys(
         "backward_keys",
         kernel,
         [(k_bskh.shape, dtype)] * 2,
-        *(scratch, 7 + mask.segments, grid, names),
+        *(scratch, 6 + mask.causal + mask.segments, grid, names),
         *(q_btnh, q_bnht, k_bskh, v_bskh, dout_btnh, dout_bnht, lse_bnt, delta_bnt),
         *(pos_bt, ids_bt, kv_ids_bs, table),
     )

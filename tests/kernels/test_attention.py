@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from kernels_pallas import flash_attention
 from kernels_pallas.attention import blocked, op, reference
@@ -151,6 +152,28 @@ def test_chunk_by_chunk_equals_the_specification(name, monkeypatch):
     assert bool(met) == ("sinks" not in options)
     for leaf in want:
         np.testing.assert_allclose(got[leaf], want[leaf], atol=1e-5, rtol=1e-5, err_msg=leaf)
+
+
+def test_chunk_by_chunk_inside_shard_map(monkeypatch):
+    monkeypatch.setattr(blocked, "CHUNK", 4)
+    q, k, v, *_ = inputs(17, 17, 4, 2)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
+    rows = PartitionSpec("x")
+    function = partial(flash_attention, implementation="reference")
+    mapped = jax.shard_map(
+        lambda q, k, v, ids: function(q, k, v, segment_ids=ids),
+        mesh=mesh,
+        in_specs=(rows,) * 4,
+        out_specs=rows,
+    )
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(function(*a) ** 2), (0, 1, 2)))(q, k, v)
+
+    got = gradients(lambda *a: mapped(*a, SEGMENTS))
+    want = gradients(lambda *a: reference.flash_attention(*a, segment_ids=SEGMENTS)[0])
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
 
 
 def test_chunks_met_grow_with_the_documents_and_not_with_the_row():
