@@ -76,14 +76,15 @@ def results(implementation, arrays, options):
 
 
 def compare(name: str) -> None:
-    from jax._src.pallas.mosaic_gpu.interpret import params
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params
 
     *shape, options = CASES[name]
     dtype = options.pop("dtype", jnp.bfloat16)
     arrays = inputs(*shape, dtype)
-    with params.force_gpu_interpret_mode(params.InterpretGPUParams()):
+    with params.force_gpu_interpret_mode(params.InterpretGPUParams(detect_races=True)):
         got = results("hopper", arrays, options)
         got = {leaf: np.float32(value) for leaf, value in got.items()}
+    assert not interpret_pallas_call.get_races().races_found
     want = results("reference", [x.astype(jnp.float32) for x in arrays], options)
     for leaf, expected in want.items():
         largest = max(1.0, np.abs(np.where(expected < -1e29, 0, expected)).max())
