@@ -4,14 +4,19 @@ On a TPU or GPU it times them, and says what share of the time is the chip's flo
 its bf16 rate, or each array read or written once, whichever takes longer. Elsewhere it compiles
 them for the TPUs named by --chips, which needs libtpu and no TPU, and says what memory they take.
 With --cpu it times the form of attention for CPUs beside einsum attention, on this machine.
+
+On a GPU, `--only attention` is attention beside cuDNN's and, where PyTorch is installed with CUDA,
+PyTorch's flash attention, in a few minutes; `--only hopper` is our own kernels for that generation.
 """
 
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -46,8 +51,23 @@ class Case(NamedTuple):
     name: str
     size: str
     make: Callable[[], tuple[jax.Array, ...]]
-    forms: dict[str, Callable[..., Any]]
+    forms: dict[str, "Callable[..., Any] | Process"]
     flops: float
+
+
+class Process(NamedTuple):
+    """A form that a Python process of its own times: this module, run with these arguments, prints
+    the seconds of a call."""
+
+    module: str
+    arguments: tuple[Any, ...]
+
+    def seconds(self) -> float:
+        command = [sys.executable, "-m", self.module, *map(str, self.arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        return float(done.stdout.split()[-1])
 
 
 def normal(seed: int, *shape: int, dtype: Any = BF16) -> jax.Array:
@@ -80,16 +100,53 @@ def attention(length: int, backward: bool) -> Case:
         q, k, v = (x.swapaxes(1, 2) for x in (q * h**-0.5, k, v))
         return jax.vmap(run)(q, k, v).swapaxes(1, 2)
 
-    def jax_nn(q, k, v, implementation=None):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    def jax_nn(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
     forms = {"ours": kernels_pallas.flash_attention, "splash": splash, "jax.nn": jax_nn}
-    if jax.default_backend() == "gpu":
-        forms["cuDNN"] = functools.partial(jax_nn, implementation="cudnn")
     if backward:
         forms = {name: gradients(form, 3) for name, form in forms.items()}
     flops = 2 * b * n * length**2 * h * (3.5 if backward else 1)
     name = "attention, gradients" if backward else "attention"
+    return Case(name, f"B {b} T {length} N {n} K {k} H {h}", make, forms, flops)
+
+
+def attention_on_gpu(
+    length: int, backward: bool, document: int | None = None, hopper: bool = False
+) -> Case:
+    """16k tokens, causal, 32 query heads on 8, head width 128; in rows of one document, or of
+    documents of so many tokens. cuDNN, as jax.nn offers it, knows no documents: there its row is
+    the time of the whole triangle, another result. With `hopper`, our own kernels alone."""
+    b, n, k, h = 16_384 // length, 32, 8, 128
+
+    def make():
+        arrays = [normal(i, b, length, heads, h) for i, heads in enumerate((n, k, k))]
+        ids = jnp.broadcast_to(jnp.arange(length) // document, (b, length)) if document else None
+        return *arrays, ids
+
+    def ours(q, k, v, ids, implementation=None):
+        return kernels_pallas.flash_attention(
+            q, k, v, segment_ids=ids, implementation=implementation
+        )
+
+    def jax_nn(q, k, v, ids, implementation):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+
+    cudnn = functools.partial(jax_nn, implementation="cudnn")
+    forms = {"ours": ours, "cuDNN, no documents" if document else "cuDNN": cudnn}
+    if hopper:
+        forms = {"ours": functools.partial(ours, implementation="hopper")}
+    elif not document and length == 4096:  # beyond, its square of scores does not fit
+        forms["jax.nn, XLA"] = functools.partial(jax_nn, implementation="xla")
+    if backward:
+        forms = {name: gradients(form, 3) for name, form in forms.items()}
+    if not document and not hopper and importlib.util.find_spec("torch"):
+        sizes = b, length, n, k, h, "gradients" if backward else "forward"
+        forms["PyTorch, flash"] = Process("kernels_pallas.bench_torch", sizes)
+    name = "hopper kernels" if hopper else "attention"
+    name += f", documents of {document}" if document else ""
+    flops = 2 * b * n * length * (document or length) * h * (3.5 if backward else 1)
+    name += ", gradients" if backward else ""
     return Case(name, f"B {b} T {length} N {n} K {k} H {h}", make, forms, flops)
 
 
@@ -230,16 +287,29 @@ def gradients(form: Callable[..., Any], count: int) -> Callable[..., Any]:
     return run
 
 
-def cases() -> list[Case]:
+def cases(gpu: bool = False) -> list[Case]:
     """All, at sizes of a model of a few billion parameters."""
+    first, last = [attention(4096, backward) for backward in (False, True)], []
+    if gpu:
+        # What has never run on one comes last: it may hang.
+        first, last = (
+            [
+                attention_on_gpu(length, backward, document, hopper)
+                for document in (None, 1024)
+                for length in (4096, 16_384)
+                for backward in (False, True)
+            ]
+            for hopper in (False, True)
+        )
     return [
-        *(attention(4096, backward) for backward in (False, True)),
+        *first,
         *(paged_attention(dtype) for dtype in (BF16, jnp.int8)),
         *(grouped_matmul(16_384, 2048, 1408, 64, backward) for backward in (False, True)),
         *(grouped_matmul(8192, 4096, 14_336, 8, backward) for backward in (False, True)),
         cross_entropy(16_384, 4096, 131_072),
         *(eight_bits(m, 4096, 14_336) for m in (16, 4096)),
         *(few_bits(m, 4096, 14_336, bits) for m in (16, 4096) for bits in (4, 3)),
+        *last,
     ]
 
 
@@ -298,11 +368,11 @@ def side_by_side(case: Case, rounds: int = 200, seconds: float = 20.0) -> list[d
     return found
 
 
-def floor(case: Case, form: Callable[..., Any], chip: str) -> float:
+def floor(case: Case, chip: str) -> float:
     """Seconds in which no program can do it on that chip."""
     _, _, rate, bandwidth = CHIPS[chip]
     inputs = jax.eval_shape(case.make)
-    arrays = jax.tree.leaves((inputs, jax.eval_shape(form, *inputs)))
+    arrays = jax.tree.leaves((inputs, jax.eval_shape(case.forms["ours"], *inputs)))
     moved = sum(x.size * x.dtype.itemsize for x in arrays)
     return max(case.flops / rate, moved / bandwidth)
 
@@ -351,8 +421,9 @@ def rows(chosen: list[Case], chips: list[str], here: str | None) -> list[dict[st
                 row = {"kernel": case.name, "size": case.size, "form": name, "chip": chip}
                 try:
                     if here:
-                        seconds = timed(case, form)
-                        share = floor(case, form, here) / seconds
+                        elsewhere = isinstance(form, Process)
+                        seconds = form.seconds() if elsewhere else timed(case, form)
+                        share = floor(case, here) / seconds
                         row |= {"ms": round(1e3 * seconds, 3), "share_of_floor": round(share, 3)}
                     else:
                         row |= compiled(case, form, described(chip))
@@ -414,7 +485,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="kernels whose names have it")
     parser.add_argument("--json", metavar="FILE", help="also write the rows there")
     options = parser.parse_args(arguments)
-    every = cases_on_cpu() if options.cpu else cases()
+    # Other processes need memory beside this one, which by itself would take most of a GPU's.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    gpu = not options.cpu and jax.default_backend() == "gpu"
+    every = cases_on_cpu() if options.cpu else cases(gpu)
     chosen = [c for c in every if not options.only or any(w in c.name for w in options.only)]
     if not chosen:
         names = ", ".join(sorted({case.name for case in every}))

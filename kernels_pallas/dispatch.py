@@ -12,7 +12,7 @@ import jax
 
 log = logging.getLogger(__name__)
 
-NAMES = ("tpu", "gpu", "reference")
+NAMES = ("tpu", "gpu", "hopper", "reference")
 
 
 def on_platform(
@@ -22,14 +22,16 @@ def on_platform(
     tpu: Callable[..., Any] | None = None,
     gpu: Callable[..., Any] | None = None,
     cpu: Callable[..., Any] | None = None,
+    hopper: Callable[..., Any] | None = None,
 ) -> Any:
     """Calls one form with `arrays` (pytrees): the platform's, where it has none `reference`, or
-    whatever the platform the one that `implementation` names. "gpu" is CUDA.
+    whatever the platform the one that `implementation` names. "gpu" is CUDA; "hopper", for GPUs of
+    that generation, is no platform's own and runs only where it is named.
 
     Raises:
       ValueError: for an unknown name, or that of a form which this kernel does not have.
     """
-    forms = {"tpu": tpu, "gpu": gpu, "reference": reference}
+    forms = {"tpu": tpu, "gpu": gpu, "hopper": hopper, "reference": reference}
     if implementation is None:
         platforms = {"tpu": tpu, "cuda": gpu, "cpu": cpu}
         own = {platform: form for platform, form in platforms.items() if form is not None}

@@ -2,9 +2,13 @@
 
 A block of queries meets all the keys it may see at once, so its softmax is the plain one. Blocks
 are gathered in a few sections; keys that a whole section cannot see (later ones under a causal
-mask, those before a window) are never multiplied. The backward pass computes the scores anew from
-the log of the softmax's denominator (FlashAttention, arXiv:2205.14135), and transposed, so that
-each of its five products reads its operands as they lie: XLA on CPU would copy the large ones.
+mask, those before a window) are never multiplied. With `by_chunks`, for accelerators, rows of
+packed documents meet their keys chunk by chunk instead, and those chunks alone that some query of
+the block sees: products and scores then grow with the documents, not with the row.
+
+The backward pass computes the scores anew from the log of the softmax's denominator
+(FlashAttention, arXiv:2205.14135), and transposed, so that each of its five products reads its
+operands as they lie: XLA on CPU would copy the large ones.
 
 Shapes inside: q_bkgth with N = K * G, k_bksh, v_bksh; a block of queries is [B, K, G * block, H].
 """
@@ -16,12 +20,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.attention.ranges import HEAD, HIGH, LOW, ranges
 from kernels_pallas.attention.reference import HIDDEN
 from kernels_pallas.varying import varying_alike
 
 # Into how many sections a causal mask is cut at most: 4 leave 5/8 of the square, close to the half
 # that is needed. Each adds its code to the program, which pays where it has this many blocks.
 SECTIONS, BLOCKS_OF_A_SECTION = 4, 4
+# Queries of a block, and keys of a chunk, of packed documents with `by_chunks`.
+CHUNK = 512
 F32 = jnp.float32
 
 
@@ -85,9 +92,12 @@ def forward(
     *,
     options: Options,
     block: int,
+    by_chunks: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(out_btnh, lse_bkgt); a row that sees nothing gives 0 and an lse of HIDDEN."""
     t, kv_heads = q_btnh.shape[1], k_bskh.shape[2]
+    if by_chunks and _packed(extras, t):
+        return _forward_by_chunks(q_btnh, k_bskh, v_bskh, extras, options)
     block = min(block, t)
     q = _by_group(q_btnh, kv_heads, block)
     k, v = jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2)
@@ -96,7 +106,10 @@ def forward(
     for section in sections(t, k.shape[2], block, options, extras.anywhere()):
 
         def body(_, i, section=section):
-            return None, _block_forward(options, section, i, q, k, v, extras)
+            q_start = section.start + i * section.size
+            k_start = _k_start(section, q_start, options, k.shape[2])
+            out, lse = _block_forward(options, section, q_start, k_start, q, k, v, extras)
+            return None, (out.astype(q.dtype), lse)
 
         out, lse = _loop(body, None, section.blocks)[1]
         outs.append(_join(out))
@@ -116,10 +129,12 @@ def backward(
     *,
     options: Options,
     block: int,
+    by_chunks: bool = False,
 ) -> tuple[Any, ...]:
     """Gradients of q_btnh, k_bskh, v_bskh, sinks_n and alibi_n; of these two None if not given."""
     b, t, n, _ = q_btnh.shape
-    block = min(block, t)
+    by_chunks = by_chunks and _packed(extras, t)
+    block = CHUNK if by_chunks else min(block, t)
     s, kv_heads = k_bskh.shape[1:3]
     groups = n // kv_heads
     delta_btn = jnp.sum(dout_btnh.astype(F32) * out_btnh.astype(F32), axis=-1)
@@ -135,21 +150,103 @@ def backward(
     k, v = jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2)
     rows = q, dout, _pad(delta, 3, block), _pad(lse_bkgt, 3, block)
     padded = _padded(extras, block)
+    if by_chunks:
+        k, v, padded = _in_chunks(k, v, padded)
     zeros = [jnp.zeros(shape, F32) for shape in (k.shape, v.shape, (kv_heads, groups))]
     sums = tuple(varying_alike(*zeros, q)[:3])
     dqs = []
-    for section in sections(t, s, block, options, extras.anywhere()):
+    if by_chunks:
+        sums, dq = _backward_by_chunks(sums, rows, k, v, extras, padded, options)
+        dqs.append(dq)
+    for section in [] if by_chunks else sections(t, s, block, options, extras.anywhere()):
 
         def body(sums, i, section=section):
-            return _block_backward(options, section, i, sums, rows, k, v, padded)
+            q_start = section.start + i * section.size
+            k_start = _k_start(section, q_start, options, s)
+            arrays = sums, rows, k, v, padded
+            sums, dq = _block_backward(options, section, q_start, k_start, *arrays)
+            return sums, dq.astype(q_btnh.dtype)
 
         sums, dq = _loop(body, sums, section.blocks)
         dqs.append(_join(dq))
     dk, dv, dalibi = sums
+    dk, dv = dk[:, :, :s], dv[:, :, :s]
     dalibi_n = None if extras.alibi_n is None else dalibi.reshape(n).astype(extras.alibi_n.dtype)
     dk_bskh = jnp.swapaxes(dk, 1, 2).astype(k.dtype)
     dv_bskh = jnp.swapaxes(dv, 1, 2).astype(v.dtype)
     return _ungroup(jnp.concatenate(dqs, 3), t), dk_bskh, dv_bskh, dsinks_n, dalibi_n
+
+
+def _packed(extras, t):
+    """Whether ids hide keys from blocks of queries. A softmax with sinks is not met in parts."""
+    return extras.segments_bt is not None and extras.sinks_n is None and t > CHUNK
+
+
+def _forward_by_chunks(q_btnh, k_bskh, v_bskh, extras, options):
+    """Each chunk gives its own softmax and log-sum-exp, by which they are merged."""
+    t, s, kv_heads = q_btnh.shape[1], *k_bskh.shape[1:3]
+    q = _by_group(q_btnh, kv_heads, CHUNK)
+    k, v = jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2)
+    low, high = _reach(options, extras, t, s)
+    k, v, extras = _in_chunks(k, v, _padded(extras, CHUNK))
+    section = Section(0, q.shape[3] // CHUNK, CHUNK, CHUNK, False)
+    shape = (*q.shape[:3], CHUNK)
+    nothing = jnp.zeros((*shape, v.shape[-1]), F32), jnp.full(shape, HIDDEN, F32)
+    nothing = tuple(varying_alike(*nothing, q)[:2])
+
+    def body(_, i):
+        def meet(j, carry):
+            out, lse = carry
+            starts = i * CHUNK, j * CHUNK
+            more, more_lse = _block_forward(options, section, *starts, q, k, v, extras)
+            both = jnp.logaddexp(lse, more_lse)
+            old, new = (jnp.exp(x - both)[..., None] for x in (lse, more_lse))
+            return out * old + more * new, both
+
+        out, lse = jax.lax.fori_loop(low[i], high[i], meet, nothing)
+        return None, (out.astype(q.dtype), lse)
+
+    out, lse = _loop(body, None, section.blocks)[1]
+    return _ungroup(_join(out), t), _join(lse)[..., :t]
+
+
+def _backward_by_chunks(sums, rows, k, v, extras, padded, options):
+    """(gradients of k, v and alibi; dq_bkgth)."""
+    q = rows[0]
+    low, high = _reach(options, extras, extras.segments_bt.shape[1], extras.kv_segments_bs.shape[1])
+    section = Section(0, q.shape[3] // CHUNK, CHUNK, CHUNK, False)
+    nothing = varying_alike(jnp.zeros((*q.shape[:3], CHUNK, q.shape[4]), F32), q)[0]
+
+    def body(sums, i):
+        def meet(j, carry):
+            sums, dq = carry
+            starts = i * CHUNK, j * CHUNK
+            sums, more = _block_backward(options, section, *starts, sums, rows, k, v, padded)
+            return sums, dq + more
+
+        sums, dq = jax.lax.fori_loop(low[i], high[i], meet, (sums, nothing))
+        return sums, dq.astype(q.dtype)
+
+    sums, dq = _loop(body, sums, section.blocks)
+    return sums, _join(dq)
+
+
+def _reach(options, extras, t, s):
+    """[blocks] each: the first chunk of keys that a block of queries sees in any row of the batch,
+    and the one after the last."""
+    table = jnp.asarray(ranges(options, extras, t, s, rows=CHUNK, chunk=CHUNK))
+    low, high = jnp.where(table[..., HEAD] > 0, 0, table[..., LOW]), table[..., HIGH]
+    low = jnp.where(low < high, low, -(-s // CHUNK))
+    return jnp.min(low, 0), jnp.max(high, 0)
+
+
+def _in_chunks(k, v, extras):
+    """Keys and values filled up to whole chunks by those of a document that no query belongs to."""
+    short = -k.shape[2] % CHUNK
+    nobody = jnp.max(extras.segments_bt) + 1
+    ids = jnp.pad(extras.kv_segments_bs, ((0, 0), (0, short)), constant_values=nobody)
+    ranks = None if extras.ranks_bs is None else _pad(extras.ranks_bs, 1, CHUNK)
+    return _pad(k, 2, CHUNK), _pad(v, 2, CHUNK), extras._replace(kv_segments_bs=ids, ranks_bs=ranks)
 
 
 def _by_group(x_btnh, kv_heads, block):
@@ -193,11 +290,9 @@ def _join(y):
     return y.reshape(*y.shape[:3], -1, *y.shape[5:])
 
 
-def _block_forward(options, section, i, q, k, v, extras):
-    """(out, lse) of block i of a section."""
+def _block_forward(options, section, q_start, k_start, q, k, v, extras):
+    """(out, lse), in float32, of a block of queries and as many keys as the section has."""
     b, kv, g, _, h = q.shape
-    q_start = section.start + i * section.size
-    k_start = _k_start(section, q_start, options, k.shape[2])
     q = _rows(q, q_start, section.size, 3).reshape(b, kv, -1, h)
     k = _rows(k, k_start, section.span, 2)
     v = _rows(v, k_start, section.span, 2)
@@ -229,16 +324,15 @@ def _block_forward(options, section, i, q, k, v, extras):
         # Only segments can hide all keys of a row: then the top is HIDDEN, each weight exp(0).
         seen = top > HIDDEN
         out, lse = jnp.where(seen, out, 0), jnp.where(seen, lse, HIDDEN)
-    return out.astype(q.dtype), lse[..., 0]
+    return out, lse[..., 0]
 
 
-def _block_backward(options, section, i, sums, rows, k, v, extras):
-    """Adds a block's part to the gradients of k, v and alibi, and returns its own of q."""
+def _block_backward(options, section, q_start, k_start, sums, rows, k, v, extras):
+    """Adds a block's part to the gradients of k, v and alibi, and returns its own of q, in
+    float32."""
     q, dout, delta, lse = rows
     dk, dv, dalibi = sums
     b, kv, g, _, h = q.shape
-    q_start = section.start + i * section.size
-    k_start = _k_start(section, q_start, options, k.shape[2])
     q = _rows(q, q_start, section.size, 3).reshape(b, kv, -1, h)
     dout = _rows(dout, q_start, section.size, 3).reshape(b, kv, q.shape[2], -1)
     delta = _rows(delta, q_start, section.size, 3).reshape(b, kv, 1, -1)
@@ -267,9 +361,7 @@ def _block_backward(options, section, i, sums, rows, k, v, extras):
     p = p.astype(dout.dtype)
     dk = _add_rows(dk, k_start, jnp.einsum("bkst,bkth->bksh", ds, q, preferred_element_type=F32))
     dv = _add_rows(dv, k_start, jnp.einsum("bkst,bkth->bksh", p, dout, preferred_element_type=F32))
-    dq = jnp.einsum(
-        "bkhs,bkst->bkht", jnp.swapaxes(k, 2, 3), ds, preferred_element_type=F32
-    ).astype(q.dtype)
+    dq = jnp.einsum("bkhs,bkst->bkht", jnp.swapaxes(k, 2, 3), ds, preferred_element_type=F32)
     dq = jnp.swapaxes(dq, 2, 3).reshape(b, kv, g, section.size, h)
     return (dk, dv, dalibi), dq
 

@@ -2,7 +2,7 @@
 
 JAX's own kernels for GPUs are no choice: its Triton backend is deprecated since 0.11, and its
 Mosaic attention takes float16 alone and has no causal backward pass. What cuDNN lacks stays with
-the plain form in blocks.
+the plain form in blocks, or is asked of our own kernels by name (`hopper.py`).
 """
 
 from functools import partial

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.attention import blocked, cudnn, tpu
+from kernels_pallas.attention import blocked, cudnn, hopper, tpu
 from kernels_pallas.attention.blocked import Extras, Options
 from kernels_pallas.attention.reference import ranks_in_documents
 from kernels_pallas.dispatch import announce, on_platform
@@ -67,9 +67,11 @@ def flash_attention(
       scale: factor on the scores; H ** -0.5 when None.
       return_lse: also return the natural log of each softmax's denominator.
       implementation: "tpu", the Mosaic kernel (bfloat16 or float32, no `alibi`); "gpu", cuDNN's
-        (`causal`, `window` and `scale` alone, bfloat16 or float16, on a machine that has it); or
-        "reference", plain JAX in blocks. None takes that of the platform for which the program is
-        lowered, where it has what is asked for, else plain JAX in blocks.
+        (`causal`, `window` and `scale` alone, bfloat16 or float16, on a machine that has it);
+        "hopper", our kernels for H100 and H200 (also documents, positions, soft cap and
+        `return_lse`; tried in an interpreter alone); or "reference", plain JAX in blocks. None
+        takes that of the platform for which the program is lowered, where it has what is asked for
+        ("hopper" is none's), else plain JAX in blocks.
 
     Returns:
       out_btnh in the dtype of q; the softmax is in float32. With `return_lse`, (out_btnh, lse_btn),
@@ -96,6 +98,8 @@ def flash_attention(
     tpu_lacks = tpu.lacks(q_btnh, k_bskh, v_bskh, extras)
     gpu_lacks = cudnn.lacks(q_btnh, k_bskh, v_bskh, extras, options, return_lse)
     lacks = {"tpu": tpu_lacks, "gpu": gpu_lacks}.get(implementation)
+    if implementation == "hopper":
+        lacks = hopper.lacks(q_btnh, k_bskh, v_bskh, extras, options)
     if lacks:
         raise ValueError(
             f"implementation={implementation!r} has no {lacks}; leave implementation out."
@@ -201,7 +205,8 @@ def _on_platform(implementation, direction, options, q_btnh, k_bskh, v_bskh, ext
         if tpu.lacks(q_btnh, k_bskh, v_bskh, extras)
         else partial(getattr(tpu, direction), options=options),
         cpu=partial(in_blocks, options=options, block=BLOCK["cpu"]),
-        reference=partial(in_blocks, options=options, block=BLOCK["default"]),
+        hopper=partial(getattr(hopper, direction), options=options),
+        reference=partial(in_blocks, options=options, block=BLOCK["default"], by_chunks=True),
     )
 
 

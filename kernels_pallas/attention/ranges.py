@@ -12,10 +12,13 @@ import numpy as np
 HEAD, LOW, FULL_LOW, FULL_HIGH, HIGH = FIELDS = range(5)
 
 
-def ranges(options: Any, extras: Any, t: int, s: int, *, rows: int, chunk: int) -> Any:
+def ranges(
+    options: Any, extras: Any, t: int, s: int, *, rows: int, chunk: int, by_keys: bool = False
+) -> Any:
     """[B or 1, blocks, 5] integers, of numpy where nothing but lengths decides.
 
-    `rows` queries to a block, `chunk` keys to a chunk. Ids and positions may come in any order:
+    `rows` queries to a block, `chunk` keys to a chunk; with `by_keys` a row for each chunk of keys,
+    which says what blocks of queries see it. Ids and positions may come in any order:
     what is said of chunks then is true, if not the tightest.
     """
     given = extras.segments_bt, extras.positions_bt, extras.prefix_b
@@ -46,6 +49,8 @@ def ranges(options: Any, extras: Any, t: int, s: int, *, rows: int, chunk: int) 
         k_least, k_most = (x[:, None] for x in _extremes(extras.kv_segments_bs, chunk, xp))
         some = some & (q_least <= k_most) & (k_least <= q_most)
         every = every & (q_least == k_most) & (k_least == q_most)
+    if by_keys:
+        some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
     return _table(some, every, xp)
 
 

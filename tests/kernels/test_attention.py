@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from kernels_pallas import flash_attention
 from kernels_pallas.attention import blocked, op, reference
@@ -125,6 +126,73 @@ def test_equals_the_specification(name, monkeypatch):
         np.testing.assert_allclose(got[leaf], want[leaf], atol=1e-5, rtol=1e-5, err_msg=leaf)
 
 
+# A softmax with sinks is not met in chunks.
+PACKED = [name for name, case in CASES.items() if "segment_ids" in case[4]]
+
+
+@pytest.mark.parametrize("name", [*PACKED, "packed_alibi"])
+def test_chunk_by_chunk_equals_the_specification(name, monkeypatch):
+    alibi = {"segment_ids": SEGMENTS, "alibi": True, "softcap": 2.0, "window": 5}
+    *shape, options = CASES.get(name, (17, 17, 6, 2, alibi))
+    monkeypatch.setattr(blocked, "CHUNK", 4)
+    met = []
+    monkeypatch.setattr(
+        blocked, "_reach", lambda *a, reach=blocked._reach: met.append(a) or reach(*a)
+    )
+
+    @jax.jit
+    def both(arrays):
+        ours = partial(with_lse, implementation="reference")
+        return [
+            value_and_gradients(function, arrays, options)
+            for function in (ours, reference.flash_attention)
+        ]
+
+    got, want = both(arrays_of(*shape, options))
+    assert bool(met) == ("sinks" not in options)
+    for leaf in want:
+        np.testing.assert_allclose(got[leaf], want[leaf], atol=1e-5, rtol=1e-5, err_msg=leaf)
+
+
+def test_chunk_by_chunk_inside_shard_map(monkeypatch):
+    monkeypatch.setattr(blocked, "CHUNK", 4)
+    q, k, v, *_ = inputs(17, 17, 4, 2)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("x",))
+    rows = PartitionSpec("x")
+    function = partial(flash_attention, implementation="reference")
+    mapped = jax.shard_map(
+        lambda q, k, v, ids: function(q, k, v, segment_ids=ids),
+        mesh=mesh,
+        in_specs=(rows,) * 4,
+        out_specs=rows,
+    )
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(function(*a) ** 2), (0, 1, 2)))(q, k, v)
+
+    got = gradients(lambda *a: mapped(*a, SEGMENTS))
+    want = gradients(lambda *a: reference.flash_attention(*a, segment_ids=SEGMENTS)[0])
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+def test_chunks_met_grow_with_the_documents_and_not_with_the_row():
+    def met(length, document):
+        ids = jnp.arange(length)[None] // document
+        options = op.Options(True, None, 0, None, 1.0)
+        extras = op.Extras(ids, ids, *[None] * 5)
+        low, high = blocked._reach(options, extras, length, length)
+        return int(jnp.sum(high - low))
+
+    blocks = 32
+    length = blocks * blocked.CHUNK
+    assert met(length, length) == blocks * (blocks + 1) // 2
+    # A document of two blocks: the first meets one chunk, the second both.
+    assert met(length, 2 * blocked.CHUNK) == 3 * blocks // 2
+    # Edges within blocks, and ids of both rows decide.
+    assert met(length, 700) < 3 * blocks
+
+
 def test_rows_that_see_nothing_are_zero_and_have_no_gradient():
     t, s, n, k, options = CASES["nothing_visible"]
     results = value_and_gradients(with_lse, arrays_of(t, s, n, k, options), options)
@@ -228,6 +296,21 @@ def test_memory_grows_with_the_length_and_not_its_square():
 
     # Four times the length: four times the blocks' scores and inputs, where the square would be 16.
     assert gradient_memory(4096) < 6 * gradient_memory(1024)
+
+
+def test_in_chunks_scores_do_not_grow_with_the_length():
+    def gradient_memory(length):
+        q, k, v, *_ = inputs(length, length, 2, 1)
+        options = {"segment_ids": np.ones((B, length), int), "implementation": "reference"}
+
+        def loss(q, k, v):
+            return jnp.sum(flash_attention(q, k, v, **options) ** 2)
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # What grows are the inputs and their gradients, 8 numbers wide here.
+    assert gradient_memory(8192) < 2 * gradient_memory(2048)
 
 
 def test_a_window_reads_only_the_keys_in_reach():

@@ -18,12 +18,13 @@ SMALL = bench.Case(
 )
 
 
-def test_every_case_has_a_form_of_ours_that_traces():
-    for case in bench.cases():
+@pytest.mark.parametrize("gpu", [False, True])
+def test_every_case_has_a_form_of_ours_that_traces(gpu):
+    for case in bench.cases(gpu):
         arrays = jax.eval_shape(case.make)
         assert jax.eval_shape(next(iter(case.forms.values())), *arrays) is not None
         assert next(iter(case.forms)) == "ours"
-        assert 0 < bench.floor(case, case.forms["ours"], "v5e") < 1
+        assert 0 < bench.floor(case, "v5e") < 1
 
 
 def test_a_form_that_fails_is_a_row_with_its_reason():
@@ -35,9 +36,34 @@ def test_a_form_that_fails_is_a_row_with_its_reason():
     ]  # fmt: skip
 
 
+def test_attention_on_a_gpu_is_beside_what_others_have(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: True)
+    cases = [case for case in bench.cases(gpu=True) if case.name.startswith("attention")]
+    forms = {(case.name, case.size.split()[3]): list(case.forms) for case in cases}
+    for direction in ("", ", gradients"):
+        name, documents = (f"attention{words}{direction}" for words in ("", ", documents of 1024"))
+        assert forms[name, "4096"] == ["ours", "cuDNN", "jax.nn, XLA", "PyTorch, flash"]
+        assert forms[name, "16384"] == ["ours", "cuDNN", "PyTorch, flash"]
+        for length in ("4096", "16384"):
+            assert forms[documents, length] == ["ours", "cuDNN, no documents"]
+    last = bench.cases(gpu=True)[-8:]
+    assert all(case.name.startswith("hopper") and list(case.forms) == ["ours"] for case in last)
+    for case in cases + last:  # so that the share of the floor is that of the chip's bf16 rate
+        assert bench.floor(case, "h100") == case.flops / 989e12
+
+
+def test_a_form_may_be_a_process_of_its_own(monkeypatch, tmp_path):
+    (tmp_path / "theirs.py").write_text("import sys\nprint('ready')\nprint(float(sys.argv[1]))")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    forms = {name: bench.Process("theirs", (value,)) for name, value in (("a", 0.5), ("b", "x"))}
+    one, broken = bench.rows([SMALL._replace(forms=forms | SMALL.forms)], [], "h100")[:2]
+    assert one["ms"] == 500
+    assert broken["error"] == "RuntimeError: ValueError: could not convert string to float: 'x'"
+
+
 def test_compiles_for_a_chip_that_is_not_there(monkeypatch, tmp_path, capsys):
     pytest.importorskip("libtpu")
-    monkeypatch.setattr(bench, "cases", lambda: [SMALL])
+    monkeypatch.setattr(bench, "cases", lambda gpu: [SMALL])
     bench.main(["--chips", "v5e", "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["form"] for row in rows] == ["ours", "broken"]

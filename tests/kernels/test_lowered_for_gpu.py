@@ -1,5 +1,6 @@
 """What a GPU gets, read from programs lowered for CUDA on a machine without one: cuDNN's attention
-where its options suffice, plain JAX for the rest and for every other kernel."""
+where its options suffice, plain JAX for the rest and for every other kernel; and our own kernels
+where they are asked for by name."""
 
 import json
 import logging
@@ -95,6 +96,26 @@ def test_what_cudnn_lacks_is_plain_and_without_the_square(found, name):
     assert f"{T}x{T}" not in text
     with pytest.raises(ValueError, match=f"implementation='gpu' has no {name}; leave"):
         flash_attention(*shapes(), implementation="gpu", **LACKING[name])
+
+
+OURS = "mosaic_gpu"
+
+
+@pytest.mark.parametrize("options", [{}, {"segment_ids": IDS, "softcap": 30.0, "window": 100}])
+def test_our_kernels_are_taken_by_name_alone(found, options):
+    assert OURS not in both_ways(options, shapes())
+    text = both_ways(options | {"implementation": "hopper"}, shapes())
+    assert len(re.findall(rf"custom_call @{OURS}\w*", text)) == 3  # forward, queries, keys
+    assert calls(text) == []
+
+
+def test_our_kernels_are_for_hopper(found, monkeypatch):
+    class Ampere:
+        compute_capability = "8.0"
+
+    monkeypatch.setattr(cudnn.jax, "devices", lambda: [Ampere()])
+    with pytest.raises(ValueError, match=r"no GPUs of compute capability 8.0 \(9.0, Hopper's\)"):
+        flash_attention(*shapes(), implementation="hopper")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Attention on a real GPU, values and gradients beside the specification in float32:
+
+    JAX_PLATFORMS=cuda,cpu python -m pytest tests/kernels/test_on_gpu.py
+
+bfloat16 rounds weights, their gradients and results to 8 bits (2**-9 relative each).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import flash_attention
+from kernels_pallas.attention import reference
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="there is no GPU here")
+
+B, T, N, K, H = 2, 1100, 4, 2, 128
+SEGMENTS = np.repeat([[1, 2, 3, 4, 0], [5, 5, 5, 6, 6]], T // 5, axis=1)
+# cuDNN takes the first four.
+CASES = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 200},
+    "scale": {"scale": 0.2},
+    "segments": {"segment_ids": SEGMENTS},
+    "segments_full": {"segment_ids": SEGMENTS, "causal": False},
+    "segments_window": {"segment_ids": SEGMENTS, "window": 100},
+    "softcap": {"softcap": 5.0},
+    "positions": {"positions": np.broadcast_to(np.arange(T) // 2, (B, T))},
+    "prefix": {"prefix": np.array([3, 400])},
+}
+NOT_ON_HOPPER = ("prefix",)
+
+
+def arrays(dtype=jnp.bfloat16):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [
+        2 * jax.random.normal(key, (B, T, n, H)).astype(dtype) for key, n in zip(keys, (N, K, K))
+    ]
+
+
+def results(function, arrays):
+    """Output and gradients of a fixed projection of it."""
+
+    def projected(*arrays):
+        out = function(*arrays)
+        toward = jax.random.normal(jax.random.key(9), out.shape)
+        return jnp.sum(out.astype(jnp.float32) * toward), out
+
+    run = jax.jit(jax.value_and_grad(projected, (0, 1, 2), has_aux=True))
+    (_, out), gradients = run(*arrays)
+    return {"out": out} | dict(zip(("dq", "dk", "dv"), gradients))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("implementation", [None, "reference", "hopper"])
+def test_equals_the_specification(name, implementation):
+    options = CASES[name]
+    if implementation == "hopper" and name in NOT_ON_HOPPER:
+        pytest.skip("the kernels refuse it")
+    got = results(
+        lambda *a: flash_attention(*a, implementation=implementation, **options), arrays()
+    )
+    with jax.default_matmul_precision("highest"):
+        exact = [x.astype(jnp.float32) for x in arrays()]
+        want = results(lambda *a: reference.flash_attention(*a, **options)[0], exact)
+    for leaf, expected in want.items():
+        difference = np.abs(np.float32(got[leaf]) - np.float32(expected))
+        assert difference.max() < 0.02 * np.abs(expected).max(), leaf
+
+
+@pytest.mark.parametrize("implementation", [None, "hopper"])
+def test_gradients_are_the_same_each_time(implementation):
+    options = {"segment_ids": SEGMENTS, "implementation": implementation}
+    first, second = (results(lambda *a: flash_attention(*a, **options), arrays()) for _ in range(2))
+    for leaf, value in first.items():
+        np.testing.assert_array_equal(np.float32(value), np.float32(second[leaf]), err_msg=leaf)
