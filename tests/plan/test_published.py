@@ -122,18 +122,22 @@ def compile_run(run: Run) -> report.Plan:
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.name} on {run.where}")
 def test_an_estimate_is_near_what_was_published(run):
-    # Published runs wait for links, hosts and kernels that the estimate thinks perfect.
-    # The last keeps activations in the host's memory, which is not modelled.
-    assert modelled(run) == pytest.approx(run.mfu, abs=0.15 if "405B" in run.name else 0.06)
+    # Published runs wait for links, hosts and kernels that the estimate thinks perfect. Those of
+    # the 405B also move activations to the host and weights over a network, which is not modelled;
+    # that of the 1024B hides sums over tensor=16, of which the estimate waits for each.
+    far = "405B" in run.name or run.place.mesh.tensor == 16
+    assert modelled(run) == pytest.approx(run.mfu, abs=0.11 if far else 0.06)
 
 
-def test_generations_come_in_the_published_order():
-    by = {f"{run.name} {run.where}": modelled(run) for run in RUNS}
-    published = {f"{run.name} {run.where}": run.mfu for run in RUNS}
-    best = max(by, key=by.get)
-    assert best == max(published, key=published.get)
-    v6e = [value for name, value in by.items() if "v6e" in name]
-    assert max(v6e) < min(value for name, value in by.items() if "v6e" not in name)
+def test_estimates_come_in_the_published_order():
+    """But for the two that are furthest off, the 1024B and the 405B with fsdp alone."""
+    outliers = ("1024B", "Llama 3.1 405B")
+    runs = [run for run in RUNS if run.name not in outliers]
+    assert len(runs) == 6
+    assert sorted(runs, key=modelled) == sorted(runs, key=lambda run: run.mfu)
+    # The generation tells more than the model does.
+    v6e, others = ([modelled(r) for r in RUNS if ("v6e" in r.where) == is_v6e] for is_v6e in (1, 0))
+    assert max(v6e) < min(others)
 
 
 def table(names: list[str]) -> str:
