@@ -37,7 +37,9 @@ class Cut(NamedTuple):
 # found is in kernels_pallas/README.md. None stands for chips that have no row of their own.
 FORWARD = {
     ("v6e", 128): Cut(2048, 512, 512),
+    ("v6e", 256): Cut(2048, 512, 512),
     ("tpu7x", 128): Cut(2048, 512, 512),
+    ("tpu7x", 256): Cut(2048, 512, 512),
     (None, 128): Cut(1024, 256, 1024),
     (None, 256): Cut(1024, 256, 512),
 }
