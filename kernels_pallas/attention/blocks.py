@@ -37,7 +37,9 @@ class Cut(NamedTuple):
 # found is in kernels_pallas/README.md. None stands for chips that have no row of their own.
 FORWARD = {
     ("v6e", 128): Cut(2048, 512, 512),
+    ("v6e", 256): Cut(2048, 512, 512),
     ("tpu7x", 128): Cut(2048, 512, 512),
+    ("tpu7x", 256): Cut(2048, 512, 512),
     (None, 128): Cut(1024, 256, 1024),
     (None, 256): Cut(1024, 256, 512),
 }
@@ -47,9 +49,10 @@ BACKWARD = {
 }
 # Keys that a mask may cut.
 NARROW = 256
-# Keys in memory at a time: forward, as many as 4 MiB hold, which with the values, and the next of
-# both, are 16; backward, where their gradients lie beside them, fewer.
-FORWARD_BYTES, BACKWARD_KEYS = 4 * 2**20, 4096
+# Keys in memory at a time: as many as take so many bytes. With the values, and the next of both,
+# they are 32 MiB forward; backward, with the gradients, summed in float32 and on their way out, 48.
+# Few queries wait for their keys, so that those that they do not see had better not be fetched.
+FORWARD_BYTES, FEW_BYTES, BACKWARD_BYTES = 8 * 2**20, 2**20, 4 * 2**20
 KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
          "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}  # fmt: skip
 
@@ -65,15 +68,17 @@ def chip() -> str | None:
 def forward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:
     """For T queries, S keys, `groups` query heads to a key/value head."""
     cut = _cut(FORWARD, width, dtype)
-    most = FORWARD_BYTES // (-(-width // LANES) * LANES * jnp.dtype(dtype).itemsize)
-    rows, heads = _few(t, groups, cut) if t < LANES else _rows(t, groups, cut)
+    few = t < LANES
+    rows, heads = _few(t, groups, cut) if few else _rows(t, groups, cut)
+    most = (FEW_BYTES if few else FORWARD_BYTES) // _bytes(width, dtype)
     return Sizes(rows, heads, *_keys(s, cut, most))
 
 
 def backward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:
     """As `forward_sizes`."""
     cut = _cut(BACKWARD, width, dtype)
-    return Sizes(*_rows(t, groups, cut), *_keys(s, cut, BACKWARD_KEYS))
+    most = BACKWARD_BYTES // _bytes(width, dtype)
+    return Sizes(*_rows(t, groups, cut), *_keys(s, cut, most))
 
 
 def _cut(table, width, dtype):
@@ -103,6 +108,11 @@ def _few(t, groups, cut):
     fits = [d for d in range(2, groups + 1) if groups % d == 0 and d * rows(d) <= cut.total]
     heads = max(fits, default=1)
     return rows(heads), heads
+
+
+def _bytes(width, dtype):
+    """What a key takes in memory."""
+    return -(-width // LANES) * LANES * jnp.dtype(dtype).itemsize
 
 
 def _keys(s, cut, most):

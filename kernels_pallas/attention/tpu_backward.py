@@ -9,6 +9,7 @@ of all sums is fixed.
 """
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ def call(q, k, v, dout, lse, delta, masks, options, sizes) -> tuple[jax.Array, .
     varies = {"manual_axis_type": jax.typeof(q).manual_axis_type}
     dq = jax.ShapeDtypeStruct(q.shape, q.dtype if spans == 1 else F32, **varies)
     dk, dv = (jax.ShapeDtypeStruct(x.shape, x.dtype, **varies) for x in (k, v))
-    in_place = [pltpu.VMEM((sizes.heads, sizes.rows, h), F32), pltpu.SemaphoreType.DMA]
+    of_block = pltpu.VMEM((sizes.heads, sizes.rows, h), F32)
+    in_place = [of_block, of_block, pltpu.SMEM((1,), jnp.int32), *[pltpu.SemaphoreType.DMA] * 2]
     return pl.pallas_call(
         partial(_kernel, tuple(extras), masks, options, sizes, (blocks, spans)),
         out_shape=(dq, dk, dv),
@@ -91,10 +93,16 @@ def _kernel(
     chunks = sizes.block // sizes.narrow
     factor = tpu_mask.factor(options)
 
+    heads = pl.ds(split * sizes.heads, sizes.heads)
+    place = b, kv, heads, pl.ds(i * sizes.rows, sizes.rows), slice(None)
+    running = _Running(dq_ref.at[place], *in_place) if spans > 1 else None
+
     @pl.when((split == 0) & (i == 0))
     def start():
         _clear(dk)
         _clear(dv)
+        if running:
+            running.begin()
 
     def meet(size, masked, chunk):
         seen = None
@@ -108,8 +116,8 @@ def _kernel(
         _gather(dq, dk.at[at], dv.at[at], *of_queries, *of_keys, options.softcap, seen)
 
     live = tpu_mask.is_live(tpu_mask.row_of(table, masks, b, i, blocks), j, chunks)
-    heads = pl.ds(split * sizes.heads, sizes.heads)
-    place = b, kv, heads, pl.ds(i * sizes.rows, sizes.rows), slice(None)
+    if running:
+        pl.when(live & (j > 0))(running.fetch)
 
     @pl.when(live)
     def run():
@@ -127,10 +135,13 @@ def _kernel(
     if spans == 1:
         dq_ref[0, 0] = dq[...].T.reshape(dq_ref.shape[2:]).astype(dq_ref.dtype)
     else:
-        pl.when(live | (j == 0))(partial(_add, dq, dq_ref.at[place], j > 0, *in_place))
+        pl.when(live & (j > 0))(partial(running.add_to, dq))
+        pl.when(live | (j == 0))(partial(running.store, dq))
 
     @pl.when((split == pl.num_programs(3) - 1) & (i == blocks - 1))
     def finish():
+        if running:
+            running.settle()
         dk_ref[0, 0] = (dk[...] * (options.scale / factor)).astype(dk_ref.dtype)
         dv_ref[0, 0] = dv[...].astype(dv_ref.dtype)
 
@@ -158,17 +169,43 @@ def _clear(ref):
     ref[...] = jnp.zeros_like(ref)
 
 
-def _add(part, sum_hbm, started, buffer, semaphore):
-    """Adds `part`, [h, queries], to the sum, which is there if `started`."""
+class _Running(NamedTuple):
+    """The sum in HBM of a block's dq over spans of keys, copied while blocks are computed: read
+    from when a block begins, written until the next block is done. Within a span no place comes
+    twice, and a span ends with its last write done, so none is read before it is written.
 
-    @pl.when(started)
-    def read():
-        copy = pltpu.make_async_copy(sum_hbm, buffer, semaphore)
-        copy.start()
-        copy.wait()
-        part[...] += buffer[...].reshape(part.shape[::-1]).T
+    `busy` is 1 while a write is under way: blocks that see nothing of a span write nothing.
+    """
 
-    buffer[...] = part[...].T.reshape(buffer.shape)
-    copy = pltpu.make_async_copy(buffer, sum_hbm, semaphore)
-    copy.start()
-    copy.wait()
+    place: Any
+    read: Any
+    written: Any
+    busy: Any
+    read_done: Any
+    write_done: Any
+
+    def begin(self) -> None:
+        self.busy[0] = 0
+
+    def fetch(self) -> None:
+        self._reading().start()
+
+    def add_to(self, dq) -> None:
+        self._reading().wait()
+        dq[...] += self.read[...].reshape(dq.shape[::-1]).T
+
+    def store(self, dq) -> None:
+        self.settle()
+        self.written[...] = dq[...].T.reshape(self.written.shape)
+        self._writing().start()
+        self.busy[0] = 1
+
+    def settle(self) -> None:
+        """Waits for the write that is under way, if any: all are of one size."""
+        pl.when(self.busy[0] == 1)(self._writing().wait)
+
+    def _reading(self):
+        return pltpu.make_async_copy(self.place, self.read, self.read_done)
+
+    def _writing(self):
+        return pltpu.make_async_copy(self.written, self.place, self.write_done)

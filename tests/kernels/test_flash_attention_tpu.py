@@ -51,6 +51,17 @@ CASES = {
     ),
 }  # fmt: skip
 
+# Of three spans of keys in small blocks, so that dq is summed in HBM. Documents that come back
+# leave blocks of queries that see nothing of a span between others that do, a window leaves them at
+# a span's end; of few queries, one block comes again and again.
+RETURNING = np.array([[1] * 256 + [2] * 256 + [1] * 188, [3] * 100 + [4] * 400 + [3] * 200])
+SPANS = {
+    "causal": (700, 700, 2, 1, 32, 32, {}),
+    "returning": (700, 700, 2, 1, 32, 32, {"segment_ids": RETURNING}),
+    "window": (700, 700, 2, 2, 32, 32, {"window": 200}),
+    "few_queries": (5, 700, 2, 1, 32, 32, {"positions": 2 * POSITIONS}),
+    "split_group": (130, 700, 16, 1, 32, 32, {"causal": False}),
+}
 
 QUICK = {name: CASES[name] for name in ("causal", "heads_share_lanes", "split_group", "everything")}
 
@@ -164,6 +175,24 @@ def test_large_scores(name, size, small_blocks):
 def test_two_cores_do_not_race(small_blocks, capfd):
     *shape, options = CASES["segments"]
     compare(shape, options, detect_races=True, num_cores_or_threads=2)
+    assert "race" not in capfd.readouterr().out.lower()
+
+
+def test_several_spans(small_blocks, capfd):
+    check_spans("returning", capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cores", "copies"), [(1, "eager"), (1, "on_wait"), (2, "on_wait")])
+@pytest.mark.parametrize("name", SPANS)
+def test_several_spans_too(name, cores, copies, small_blocks, capfd):
+    """Copies are done as soon as they are started, or only when they are waited for."""
+    check_spans(name, capfd, dma_execution_mode=copies, num_cores_or_threads=cores)
+
+
+def check_spans(name, capfd, **interpret):
+    *shape, options = SPANS[name]
+    compare(shape, options, detect_races=True, **interpret)
     assert "race" not in capfd.readouterr().out.lower()
 
 
