@@ -28,12 +28,14 @@ STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 596,046
 # State with a bfloat16 first moment is 10 bytes a weight, 3.9 TB: 15 GB a device on 256. A layer's
 # experts are 13 GB in bfloat16, which every device gathers, but for what the expert axis splits; on
 # that axis each row travels twice. A row is 10 KB, there are 8 for each token: with 8,192 tokens a
-# device 0.7 GB go out and come back for a layer, so that a wide axis costs more than it saves. On
-# v6e and v5e no slice, nor four or eight of them, was found to hold it (LOG.md, 2026-11-26).
+# device 0.7 GB go out and come back for a layer, so that a wide axis costs more than it saves.
 PLACES = {
     "v5p-512": Place(mesh=Mesh(fsdp=128, expert=2), remat="block"),  # 8 sequences each
     "v5p-2048": Place(mesh=Mesh(fsdp=256, expert=4), remat="block"),  # 2 each
     "tpu7x-256": Place(mesh=Mesh(fsdp=128, expert=2), remat="block"),  # 128 chips, 8 each
+    # It fits four slices of v6e, at 8 % by plan: rows and weights wait for the links. On v5e, with
+    # half the memory and no exchange of rows, no place was found (LOG.md, 2026-11-26).
+    "4xv6e-256": Place(mesh=Mesh(fsdp=128, expert=8), microbatches=2, remat="block"),
 }
 
 
