@@ -48,7 +48,7 @@ def start(
 def wait(*processes: subprocess.Popen) -> None:
     try:
         for process in processes:
-            said, _ = process.communicate(timeout=900)
+            said, _ = process.communicate(timeout=1800)
             assert process.returncode == 0, said[-4000:]
     finally:
         for process in processes:
