@@ -722,7 +722,7 @@ def _this_command() -> str:
     typed = sys.argv[1:]
     kept = [
         word
-        for word, after in zip(typed, [*typed[1:], ""], strict=True)
+        for word, after in zip(typed, [*typed, ""][1:], strict=True)
         if not _names_this_run(word) and not (word == "--set" and _names_this_run(after))
     ]
     return shlex.join(["python", "-m", spec.name, *kept])

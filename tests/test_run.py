@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -213,3 +214,18 @@ def test_calling_the_room_trains_too():
     """`lm.train` names the room, and what a notebook says to train."""
     assert callable(lm.train)
     assert lm.train.NextToken is type(experiment().objective)
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("", ""),
+        ("--set schedule.steps=5", ""),
+        ("--workdir w --set model.layers=2 --set=name=mine", " --workdir w --set model.layers=2"),
+    ],
+)
+def test_the_next_command_keeps_what_was_typed(typed, kept, monkeypatch):
+    started = SimpleNamespace(__spec__=SimpleNamespace(name="experiments.stdlib"))
+    monkeypatch.setitem(sys.modules, "__main__", started)
+    monkeypatch.setattr(sys, "argv", ["stdlib.py", *typed.split()])
+    assert run._this_command() == f"python -m experiments.stdlib{kept}"
