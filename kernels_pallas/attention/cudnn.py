@@ -44,18 +44,24 @@ def lacks(q_btnh, k_bskh, v_bskh, extras: Extras, options: Options, lse: bool) -
     for words, wanted in asked.items():
         if wanted:
             return words
-    kinds, width = {x.dtype for x in (q_btnh, k_bskh, v_bskh)}, q_btnh.shape[-1]
-    if len(kinds) > 1:
+    if words := lacks_for_arrays(q_btnh, k_bskh, v_bskh):
+        return words
+    if not _found():
+        return 'cuDNN on this machine (pip install "jax[cuda12]" brings it)'
+    width, widest = q_btnh.shape[-1], _widest()
+    if width % 8 or width > widest:
+        return f"heads of {width} (multiples of 8 up to {widest})"
+    return None
+
+
+def lacks_for_arrays(q_btnh, k_bskh, v_bskh) -> str | None:
+    """As `lacks`, of dtypes and widths: what holds for the tensor cores of any form."""
+    if len({x.dtype for x in (q_btnh, k_bskh, v_bskh)}) > 1:
         return "queries, keys and values in several dtypes"
     if q_btnh.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{q_btnh.dtype} (bfloat16 and float16)"
-    if v_bskh.shape[-1] != width:
+    if v_bskh.shape[-1] != q_btnh.shape[-1]:
         return "values of another width than the keys"
-    if not _found():
-        return 'cuDNN on this machine (pip install "jax[cuda12]" brings it)'
-    widest = _widest()
-    if width % 8 or width > widest:
-        return f"heads of {width} (multiples of 8 up to {widest})"
     return None
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention.blocked import Extras, Options
+from kernels_pallas.attention.cudnn import lacks_for_arrays
 from kernels_pallas.attention.ranges import ranges
 from kernels_pallas.attention.reference import HIDDEN
 
@@ -20,13 +21,9 @@ def lacks(q_btnh, k_bskh, v_bskh, extras: Extras, options: Options) -> str | Non
             return words
     if options.sink_tokens:
         return "sink_tokens"
-    kinds, width = {x.dtype for x in (q_btnh, k_bskh, v_bskh)}, q_btnh.shape[-1]
-    if len(kinds) > 1:
-        return "queries, keys and values in several dtypes"
-    if q_btnh.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"{q_btnh.dtype} (bfloat16 and float16)"
-    if v_bskh.shape[-1] != width:
-        return "values of another width than the keys"
+    if words := lacks_for_arrays(q_btnh, k_bskh, v_bskh):
+        return words
+    width = q_btnh.shape[-1]
     if width not in WIDTHS:
         return f"heads of {width} ({' and '.join(map(str, WIDTHS))})"
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")
