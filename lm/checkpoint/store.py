@@ -12,6 +12,7 @@ import inspect
 import logging
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -278,7 +279,10 @@ class Store:
 
 
 def _not_raised(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname and "tensorstore_spec" not in record.getMessage()
+    frames = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
+    files = [record.pathname, *(frame.f_code.co_filename for frame, _ in frames)]
+    message = record.getMessage()
+    return not any("orbax" in file for file in files) and "tensorstore_spec" not in message
 
 
 # What Orbax logs as errors, pages of traceback from each of its threads and tasks, is raised as
@@ -294,9 +298,9 @@ def _quiet_leftovers() -> None:
     sentence that tells of the failure itself."""
     raised, unraisable = sys.excepthook, sys.unraisablehook
 
-    def on_raised(kind: Any, error: Any, traceback: Any) -> None:
+    def on_raised(kind: Any, error: Any, trace: Any) -> None:
         if "Event loop is closed" not in str(error):
-            raised(kind, error, traceback)
+            raised(kind, error, trace)
 
     def on_unraisable(event: Any) -> None:
         closed = "Event loop is closed" in str(event.exc_value)

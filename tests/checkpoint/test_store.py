@@ -1,5 +1,7 @@
 """What was saved comes back bit for bit, on any mesh; what is damaged or foreign is refused."""
 
+import asyncio
+import gc
 import os
 import shutil
 import subprocess
@@ -352,3 +354,21 @@ def test_one_flipped_bit_changes_the_checksum(dtype: str) -> None:
             assert _checksums({"x": content}) != {"x": before}
             flat[place] ^= 1 << bit
     assert _checksums({"x": content}) == {"x": before}
+
+
+@pytest.mark.parametrize(("file", "told"), [("orbax/checkpoint/writes.py", 0), ("mine.py", 1)])
+def test_a_forgotten_task_of_orbax_prints_no_traceback(
+    caplog: pytest.LogCaptureFixture, file: str, told: int
+) -> None:
+    """On a full disk several writes fail, and the first is what `wait` raises; asyncio logs the
+    others when their tasks are collected."""
+    code: dict[str, Any] = {}
+    exec(compile("async def write(): raise ValueError('RESOURCE_EXHAUSTED')", file, "exec"), code)
+
+    async def forget() -> None:
+        asyncio.get_running_loop().create_task(code["write"]())
+        await asyncio.sleep(0)
+
+    asyncio.run(forget())
+    gc.collect()
+    assert len(caplog.records) == told
