@@ -7,8 +7,12 @@ processes that tests start.
 import getpass
 import os
 import tempfile
+import time
 
 import pytest
+
+LONGEST = ("test_every_axis.py", "test_places.py")
+BEGAN = time.monotonic()
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
@@ -20,6 +24,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
+    parser.addoption("--minutes", type=float, help="slow tests not begun by then are skipped")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,6 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # So that `--minutes` cuts off nothing else.
+    items.sort(key=lambda item: item.path.name in LONGEST)
     # `-m slow` and `path::name` ask for a test by hand, and get it.
     if config.getoption("--slow") or config.getoption("-m"):
         return
@@ -35,6 +42,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes and item.get_closest_marker("slow") and time.monotonic() - BEGAN > 60 * minutes:
+        pytest.skip(f"slow, and the {minutes:g} minutes are over")
 
 
 @pytest.fixture(scope="session")

@@ -25,23 +25,23 @@ SEGMENTS = np.repeat([[1, 2, 0], [4, 4, 5]], [70, 50, 30], axis=1)
 CASES = {
     "small": (1, 100, 100, 2, 1, 64, {"segment_ids": SEGMENTS[:1, :100]}),
     "everything": (
-        *(2, 150, 150, 2, 1, 64),
+        *(2, 150, 150, 1, 1, 64),
         {"segment_ids": SEGMENTS, "window": 60, "softcap": 3.0, "scale": 0.2},
     ),
-    "causal": (1, 300, 300, 2, 2, 64, {}),
+    "causal": (1, 260, 260, 1, 1, 64, {}),
     "float16": (
-        *(1, 130, 130, 2, 1, 128),
+        *(1, 130, 130, 1, 1, 128),
         {"dtype": jnp.float16, "segment_ids": SEGMENTS[:1, :130]},
     ),
-    "full": (1, 70, 200, 2, 1, 64, {"causal": False}),
-    "window": (1, 400, 400, 1, 1, 64, {"window": 20}),
+    "full": (1, 70, 200, 1, 1, 64, {"causal": False}),
+    "window": (1, 300, 300, 1, 1, 64, {"window": 20}),
     "segments_full": (1, 150, 150, 1, 1, 64, {"segment_ids": SEGMENTS[:1], "causal": False}),
     "ids_that_come_again": (
-        *(1, 520, 520, 1, 1, 64),
-        {"segment_ids": np.repeat([[1, 2, 1, 2]], 130, axis=1)},
+        *(1, 390, 390, 1, 1, 64),
+        {"segment_ids": np.repeat([[1, 2, 1]], 130, axis=1)},
     ),
     "positions": (
-        *(2, 5, 150, 2, 1, 64),
+        *(2, 5, 150, 1, 1, 64),
         {"positions": np.array([[3, 4, 5, 6, 7], [149, 140, 9, 0, 160]]), "window": 100},
     ),
     "nothing_visible": (
