@@ -36,6 +36,10 @@ PLACES = {
     "v5e-256": Place(mesh=Mesh(fsdp=32, context=8), remat="block"),  # 3 GB of state
     "v6e-256": Place(mesh=Mesh(fsdp=32, context=8), remat="block"),
     "tpu7x-128": Place(mesh=Mesh(fsdp=16, context=8), microbatches=2, remat="block"),  # 64 chips
+    # Debugging, on 4 chips: 16 GB of weights a chip, 32 of moments in the host's memory.
+    "v5p-8": Place(
+        mesh=Mesh(fsdp=2, context=2), microbatches=16, remat="block", offload=("optimizer",)
+    ),
 }
 
 
