@@ -78,27 +78,11 @@ def describe(where: Slice) -> list[Any]:
     ).devices
 
 
-def assembled(experiment: Experiment, name: str, place: Place, where: Slice) -> run.Program:
-    """What training would run on the slice, its state and batch described."""
-    return run.assemble_at(experiment, name, place, describe(where))
-
-
-def lowered_text(experiment: Experiment, name: str, place: Place, where: Slice) -> str:
-    """The step as it is handed to the compiler. Where two are equal, so is what they compile to:
-    nothing of it says in which folder or line its source lies."""
-    kept = jax.config.jax_traceback_in_locations_limit
-    jax.config.update("jax_traceback_in_locations_limit", 0)  # Pallas keeps them in its kernels
-    try:
-        program = assembled(experiment, name, place, where)
-        return program.step.lower(program.abstract, program.abstract_batch()).as_text()
-    finally:
-        jax.config.update("jax_traceback_in_locations_limit", kept)
-
-
 def step(experiment: Experiment, name: str, place: Place, where: Slice) -> Compiled:
     """Compiles the step that training would run. Raises Refused where the mesh does not fit the
     slice, or the compiler can't do with it."""
-    program = assembled(experiment, name, place, where)
+    devices = describe(where)
+    program = run.assemble_at(experiment, name, place, devices)
     began = time.perf_counter()
     given = program.abstract, program.abstract_batch()
     lowered = program.step.lower(*given)
