@@ -48,7 +48,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes = item.config.getoption("--minutes")
     if minutes and item.get_closest_marker("slow") and time.monotonic() - BEGAN > 60 * minutes:
-        pytest.skip(f"slow, and the {minutes:g} minutes are over")
+        # The name makes each reason another, so that -rs lists the tests one by one.
+        pytest.skip(f"{item.nodeid} is slow, and the {minutes:g} minutes are over")
 
 
 @pytest.fixture(scope="session")

@@ -25,10 +25,10 @@ SEGMENTS = np.repeat([[1, 2, 0], [4, 4, 5]], [70, 50, 30], axis=1)
 CASES = {
     "small": (1, 100, 100, 2, 1, 64, {"segment_ids": SEGMENTS[:1, :100]}),
     "everything": (
-        *(2, 150, 150, 1, 1, 64),
+        *(2, 150, 150, 2, 1, 64),
         {"segment_ids": SEGMENTS, "window": 60, "softcap": 3.0, "scale": 0.2},
     ),
-    "causal": (1, 260, 260, 1, 1, 64, {}),
+    "causal": (1, 260, 260, 2, 2, 64, {}),
     "float16": (
         *(1, 130, 130, 1, 1, 128),
         {"dtype": jnp.float16, "segment_ids": SEGMENTS[:1, :130]},
