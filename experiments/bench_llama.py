@@ -10,10 +10,10 @@ Asks: which share of the machine's own matmul rate does a whole step reach?
 Answer: 53 % on two CPU cores in float32 (2026-11-20, revision 4992cbe); LOG.md has the conditions.
 """
 
-from lm import data, model, optim, train
+from lm import data, model, objectives, optim
 from lm.experiment import Experiment
 from lm.main import main
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 
 
 def experiment() -> Experiment:
@@ -33,7 +33,7 @@ def experiment() -> Experiment:
         data=data.StandardLibrary(),
         tokenizer=data.SentencePiece(vocab=4096, split_scripts=False),
         batch=data.BatchShape(sequences=16, length=256),
-        objective=train.NextToken(),
+        objective=objectives.NextToken(),
         optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0),
         schedule=optim.WarmupCosine(peak=1e-3, warmup=100, steps=1_000),
         places={"single": Place(mesh=Mesh())},

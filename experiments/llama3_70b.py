@@ -7,10 +7,10 @@ Asks: which meshes hold a 70B with float32 state, and what do the links cost the
 Answer: the plans are in README.md's table; no pod has run it yet.
 """
 
-from lm import checkpoint, data, evals, model, optim, train
+from lm import checkpoint, data, evals, model, objectives, optim
 from lm.experiment import Experiment
 from lm.main import main
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 from lm.precision import BF16
 
 DIM, HIDDEN, LAYERS, VOCAB = 8192, 28_672, 80, 128_256
@@ -31,7 +31,7 @@ PLACES = {
     "tpu7x-512": Place(mesh=Mesh(fsdp=512), remat="block"),  # 256 chips, 2 each
     # In three dimensions: stages on four slices that a network joins, each split over its chips.
     "4xv5e-256": Place(
-        mesh=Mesh(pipe=4, fsdp=64, tensor=4), microbatches=16, rounds=4, remat="stage"
+        mesh=Mesh(pipe=4, fsdp=64, tensor=4), microbatches=16, circular_repeats=4, remat="stage"
     ),
     # Debugging, on the fewest chips that hold it (8): 18 GB of weights a device, 35 GB of moments
     # in the host's memory.
@@ -63,7 +63,7 @@ def experiment() -> Experiment:
         ),
         tokenizer=data.TokenizerFile(path="gs://my-bucket/tokenizer.model"),
         batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
-        objective=train.NextToken(z_loss=1e-4),
+        objective=objectives.NextToken(z_loss=1e-4),
         optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0),
         schedule=optim.WarmupCosine(peak=1.5e-4, warmup=2_000, steps=STEPS),
         precision=BF16,

@@ -8,10 +8,10 @@ Asks: what does an 8B take on each generation of TPU, and does the plan hold whe
 Answer: the plans are in README.md's table; no pod has run it yet.
 """
 
-from lm import checkpoint, data, evals, model, optim, train
+from lm import checkpoint, data, evals, model, objectives, optim
 from lm.experiment import Experiment
 from lm.main import main
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 from lm.precision import BF16
 
 DIM, HIDDEN, LAYERS, VOCAB = 4096, 14_336, 32, 128_256
@@ -55,7 +55,7 @@ def experiment() -> Experiment:
         data=data.Tfds("c4/en", data_dir="gs://my-bucket/tfds", held_out=0.0001),
         tokenizer=data.SentencePiece(vocab=128_000),
         batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
-        objective=train.NextToken(z_loss=1e-4),
+        objective=objectives.NextToken(z_loss=1e-4),
         optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0),
         schedule=optim.WarmupCosine(peak=3e-4, warmup=2_000, steps=STEPS),
         precision=BF16,

@@ -15,7 +15,7 @@ from experiments import llama3_8b
 from lm import data, evals, model, optim
 from lm.experiment import Experiment
 from lm.main import main
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 
 SEQUENCES, LENGTH = 32, 131_072  # 4.2 million tokens a step, as before
 BUDGET = 20e9  # tokens of this stage

@@ -8,10 +8,10 @@ Answer: by plan, on v5p-128, no: modelled MFU is 52 % on fsdp=8, expert=8 and 56
 takes 64 GB a chip instead of 26 (README.md's tables). No pod has run it yet.
 """
 
-from lm import checkpoint, data, evals, model, optim, train
+from lm import checkpoint, data, evals, model, objectives, optim
 from lm.experiment import Experiment
 from lm.main import main
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 from lm.precision import BF16
 
 DIM, HIDDEN, LAYERS, VOCAB = 4096, 14_336, 32, 32_000
@@ -60,7 +60,7 @@ def experiment() -> Experiment:
             ),
             ffn=model.MoE(
                 experts=EXPERTS,
-                active=ACTIVE,
+                experts_per_token=ACTIVE,
                 hidden=HIDDEN,
                 balance=model.LoadBalance(weight=0.02),
                 z_loss=1e-3,
@@ -69,7 +69,7 @@ def experiment() -> Experiment:
         data=data.Tfds("c4/en", data_dir="gs://my-bucket/tfds", held_out=0.0001),
         tokenizer=data.SentencePiece(vocab=VOCAB),
         batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
-        objective=train.NextToken(z_loss=1e-4),
+        objective=objectives.NextToken(z_loss=1e-4),
         optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0),
         schedule=optim.WarmupCosine(peak=3e-4, warmup=2_000, steps=STEPS),
         precision=BF16,

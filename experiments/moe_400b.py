@@ -8,10 +8,10 @@ Asks: what does a model of this kind need, with attention of the ordinary groupe
 Answer: the plans are in README.md's table; no pod has run it yet.
 """
 
-from lm import checkpoint, data, evals, model, optim, train
+from lm import checkpoint, data, evals, model, objectives, optim
 from lm.experiment import Experiment
 from lm.main import main
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 from lm.precision import BF16
 
 DIM, LAYERS, DENSE, VOCAB = 5120, 60, 2, 128_256
@@ -58,7 +58,7 @@ def experiment() -> Experiment:
             ),
             ffn=model.MoE(
                 experts=EXPERTS,
-                active=ACTIVE,
+                experts_per_token=ACTIVE,
                 hidden=HIDDEN,
                 router=model.SigmoidRouter(scale=2.5),
                 shared=model.Shared(hidden=HIDDEN),
@@ -69,7 +69,7 @@ def experiment() -> Experiment:
         data=data.Tfds("c4/en", data_dir="gs://my-bucket/tfds", held_out=0.0001),
         tokenizer=data.SentencePiece(vocab=128_000),
         batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
-        objective=train.NextToken(z_loss=1e-4),
+        objective=objectives.NextToken(z_loss=1e-4),
         optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0, moments="bfloat16"),
         schedule=optim.WSD(peak=2.2e-4, warmup=2_000, decay=0.2, steps=STEPS),
         precision=BF16,

@@ -15,10 +15,10 @@ SwiGLU and warm-up, stable, decay in place of AdamW, learned positions, GELU and
 them matters was not taken apart.
 """
 
-from lm import checkpoint, data, evals, model, optim, train
+from lm import checkpoint, data, evals, model, objectives, optim
 from lm.experiment import Experiment
 from lm.main import main
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 
 
 def experiment() -> Experiment:
@@ -38,7 +38,7 @@ def experiment() -> Experiment:
         data=data.Text(path="input.txt", held_out=0.1),
         tokenizer=data.SentencePiece(vocab=72, kind="char", byte_fallback=False, coverage=1.0),
         batch=data.BatchShape(sequences=12, length=64, packing=data.Concatenate()),
-        objective=train.NextToken(),
+        objective=objectives.NextToken(),
         optimizer=optim.Muon(weight_decay=0.1, clip_norm=1.0),
         schedule=optim.WSD(peak=3e-3, warmup=0.05, decay=0.4, steps=2_000),
         evals=(evals.Perplexity(every=500),),

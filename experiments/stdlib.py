@@ -9,10 +9,10 @@ Answer: yes, by 5 %: 1.480 bits per byte against 1.563 by `xz -9` on the same he
 choice of files, which both share.
 """
 
-from lm import checkpoint, data, evals, model, optim, train
+from lm import checkpoint, data, evals, model, objectives, optim
 from lm.experiment import Experiment
 from lm.main import main
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 
 VOCAB, DIM, LAYERS = 4096, 192, 4
 SEQUENCES, LENGTH, STEPS = 8, 512, 400  # 4,096 tokens a step, 1.6 million in all
@@ -35,7 +35,7 @@ def experiment() -> Experiment:
         data=data.StandardLibrary(held_out=0.05),
         tokenizer=data.SentencePiece(vocab=VOCAB, split_scripts=False),
         batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
-        objective=train.NextToken(z_loss=1e-4),
+        objective=objectives.NextToken(z_loss=1e-4),
         optimizer=optim.Muon(weight_decay=0.1, clip_norm=1.0),
         schedule=optim.WSD(peak=6e-3, warmup=0.05, decay=0.5, steps=STEPS),
         evals=(evals.Perplexity(every=200),),

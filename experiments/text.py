@@ -6,10 +6,10 @@
 documents (of a single file, its end) is held out, and a tokenizer is trained on the rest.
 """
 
-from lm import checkpoint, data, evals, model, optim, train
+from lm import checkpoint, data, evals, model, objectives, optim
 from lm.experiment import Experiment
 from lm.main import main
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 
 VOCAB = 4096
 SEQUENCES, LENGTH, STEPS = 16, 256, 500  # 4,096 tokens a step, 2 million in all
@@ -32,7 +32,7 @@ def experiment() -> Experiment:
         data=data.Text(path="*.txt", held_out=0.05),
         tokenizer=data.SentencePiece(vocab=VOCAB, kind="bpe"),
         batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
-        objective=train.NextToken(z_loss=1e-4),
+        objective=objectives.NextToken(z_loss=1e-4),
         optimizer=optim.AdamW(b2=0.95, weight_decay=0.1, clip_norm=1.0),
         schedule=optim.WSD(peak=2e-3, warmup=0.05, decay=0.3, steps=STEPS),
         evals=(evals.Perplexity(every=250),),

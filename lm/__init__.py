@@ -1,34 +1,32 @@
 """lm: one experiment file declares model, mesh and schedule; the rest follows from it.
 
-The rooms, in the order in which data passes through them (imports run left to right only):
-
-    errors, terminal    refusals in one sentence; progress bars and tables
-    declaration         plain dataclasses changed by path, to JSON and back, as text
-    trees, precision, mesh, sharding, pipeline, peers, distributed, hardware
-    data                documents in, Batch out
-    model               Batch in, logits out
-    optim               optimizers and schedules
-    train               objective, step, loop, metrics
-    checkpoint          orbax: saves and restores on any mesh; the weights of Hugging Face
-    generate, evals     a trained model speaks and is measured
-    experiment          what is declared, as one object; its name follows its changes
-    run, show, bench    the conductor (read lm/run.py first)
-    plan                a run on a TPU slice before anyone books it
-    exchange            Hugging Face folders in and out
-    main                the two doors
+import lm
+run = lm.train(experiment())
+run = lm.load("runs/stdlib")
+print(lm.plan(experiment(), on="v5p-64"))
 """
 
-import importlib
 from typing import Any
 
 __all__ = ["load", "plan", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    # The notebook's words, imported on first use so that a room can be had without all the others.
-    # `lm.train` and `lm.plan` are rooms that can be called (see lm/train/__init__.py).
-    if name == "load":
-        return importlib.import_module("lm.run").load
-    if name in ("plan", "train"):
-        return importlib.import_module(f"lm.{name}")
-    raise AttributeError(f"module 'lm' has no attribute {name!r}")
+def train(*args: Any, **options: Any) -> Any:
+    """Trains an experiment; see lm.run.train."""
+    from lm import run
+
+    return run.train(*args, **options)
+
+
+def load(*args: Any, **options: Any) -> Any:
+    """Opens a run folder or a Hugging Face folder; see lm.run.load."""
+    from lm import run
+
+    return run.load(*args, **options)
+
+
+def plan(*args: Any, **options: Any) -> Any:
+    """Plans an experiment on a TPU slice; see lm.planning.plan."""
+    from lm import planning
+
+    return planning.plan(*args, **options)

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lm.errors import Refused, nearest
+from lm.errors import UserError, nearest
 
 Hint = Any  # a type hint, as typing.get_type_hints gives it
 
@@ -129,7 +129,7 @@ def _classes(kind: type) -> list[type]:
 
 
 def fit(value: Any, hint: Hint, path: str, lenient: bool = False) -> Any:
-    """`value` if it is of the hinted type, else Refused naming what is wanted.
+    """`value` if it is of the hinted type, else UserError naming what is wanted.
 
     An int may stand for a float. If `lenient`, also lists for tuples and 2e3 for 2000.
     """
@@ -146,10 +146,10 @@ def fit(value: Any, hint: Hint, path: str, lenient: bool = False) -> Any:
         for index, kind in enumerate(own):
             try:
                 return _fit_elements(value, kind, path, lenient)
-            except Refused:
+            except UserError:
                 if index == len(own) - 1:
                     raise
-    raise Refused(f"{path}={text(value)} must be {words(hint)}.")
+    raise UserError(f"{path}={text(value)} must be {words(hint)}.")
 
 
 def _is(value: Any, kind: Hint) -> bool:
@@ -165,7 +165,7 @@ def _is(value: Any, kind: Hint) -> bool:
 def _fit_elements(value: Any, kind: Hint, path: str, lenient: bool) -> Any:
     if isinstance(value, dict):
         if bad := [key for key in value if not isinstance(key, str)]:
-            raise Refused(f"{path} has the key {bad[0]!r}; keys must be text.")
+            raise UserError(f"{path} has the key {bad[0]!r}; keys must be text.")
         return {
             key: fit(item, _element(kind, 0), f"{path}.{key}", lenient)
             for key, item in value.items()
@@ -173,7 +173,7 @@ def _fit_elements(value: Any, kind: Hint, path: str, lenient: bool) -> Any:
     arguments = typing.get_args(kind)
     fixed = typing.get_origin(kind) is tuple and arguments and arguments[-1] is not Ellipsis
     if fixed and len(arguments) != len(value):
-        raise Refused(f"{path}={text(value)} must have {len(arguments)} elements.")
+        raise UserError(f"{path}={text(value)} must have {len(arguments)} elements.")
     return tuple(
         fit(item, _element(kind, index), f"{path}.{index}", lenient)
         for index, item in enumerate(value)
@@ -181,7 +181,7 @@ def _fit_elements(value: Any, kind: Hint, path: str, lenient: bool) -> Any:
 
 
 def check_types(value: Any, path: str = "") -> None:
-    """Raises Refused at the first field, at any depth, whose value is not of the hinted type."""
+    """Raises UserError at the first field, at any depth, whose value is not of the hinted type."""
     for key, child, hint in _children(value, Any):
         below = _join(path, key)
         if _is_config(value):
@@ -222,7 +222,7 @@ def _changed(value: Any) -> list[str]:
 
 
 def parse(written: str, hint: Hint, path: str) -> Any:
-    """What a user wrote after `path=`, as a value of the hinted type; Refused if it is none.
+    """What a user wrote after `path=`, as a value of the hinted type; UserError if it is none.
 
     Text needs no quotes unless it would read as something else that is allowed there. An object is
     written as the call of its class with literal arguments: SwiGLU(hidden=128).
@@ -238,11 +238,11 @@ def parse(written: str, hint: Hint, path: str) -> Any:
         if str in allowed:
             return written
         if not any(_container(kind) is tuple for kind in allowed):
-            raise Refused(f"{path}={written} must be {words(hint)}.") from None
+            raise UserError(f"{path}={written} must be {words(hint)}.") from None
         return _list_of_text(plain, hint, path)
     try:
         return fit(literal, hint, path, lenient=True)
-    except Refused:
+    except UserError:
         if str in allowed:
             return written
         raise
@@ -298,7 +298,7 @@ def _find(name: str, hint: Hint, path: str) -> type:
     if last not in known or not set(room) <= set(known[last].__module__.split(".")):
         if str in kinds(hint):
             raise _NotLiteral
-        raise Refused(f"{path}={name}(...) is not known there.{nearest(last, known)}")
+        raise UserError(f"{path}={name}(...) is not known there.{nearest(last, known)}")
     return known[last]
 
 
@@ -321,17 +321,17 @@ def _construct(cls: type, call: ast.Call, path: str) -> Any:
     hints, given = _hints(cls), {}
     positional = [field.name for field in dataclasses.fields(cls) if not field.kw_only]
     if len(call.args) > len(positional):
-        raise Refused(f"{path}: {cls.__name__}(...) needs names, as in {next(iter(hints))}=....")
+        raise UserError(f"{path}: {cls.__name__}(...) needs names, as in {next(iter(hints))}=....")
     arguments = [*zip(positional, call.args), *((word.arg, word.value) for word in call.keywords)]
     for name, node in arguments:
         below = _join(path, str(name))
         if name not in hints:
-            raise Refused(f"{below} is not known.{nearest(str(name), hints)}")
+            raise UserError(f"{below} is not known.{nearest(str(name), hints)}")
         try:
             given[name] = fit(_node(node, hints[name], below), hints[name], below, lenient=True)
         except _NotLiteral:
             wanted = words(hints[name])
-            raise Refused(f"{below}={ast.unparse(node)} must be {wanted}.") from None
+            raise UserError(f"{below}={ast.unparse(node)} must be {wanted}.") from None
     return _call(cls, given, path)
 
 
@@ -339,7 +339,7 @@ def _call(cls: type, given: Mapping[str, Any], path: str) -> Any:
     for field in dataclasses.fields(cls):
         default = (field.default, field.default_factory)
         if field.init and field.name not in given and set(default) == {dataclasses.MISSING}:
-            raise Refused(f"{path}: {cls.__name__}(...) needs {field.name}=....")
+            raise UserError(f"{path}: {cls.__name__}(...) needs {field.name}=....")
     return cls(**given)
 
 
@@ -404,14 +404,14 @@ def _refuse_path(wanted: str, path: str, value: Any, hint: Hint) -> typing.NoRet
     if not known:
         whole = [cls.__name__ for cls in _reachable(hint)]
         fix = f" Choose it whole, as in {path}={whole[0]}(...)." if whole else ""
-        raise Refused(f"{wanted} is not known: {path} is {text(value)}.{fix}")
+        raise UserError(f"{wanted} is not known: {path} is {text(value)}.{fix}")
     rest = wanted.removeprefix(path).lstrip(".")
     same_end = [each for each in known if each.split(".")[-1] == rest.split(".")[-1]]
     close = difflib.get_close_matches(rest, same_end or known, n=1, cutoff=0.5)
     if close:
-        raise Refused(f"{wanted} is not known. Did you mean {_join(path, close[0])!r}?")
+        raise UserError(f"{wanted} is not known. Did you mean {_join(path, close[0])!r}?")
     there = ", ".join(_join(path, key) for key, _, _ in _children(value, hint))
-    raise Refused(f"{wanted} is not known. Known: {there}.")
+    raise UserError(f"{wanted} is not known. Known: {there}.")
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
@@ -463,7 +463,7 @@ def _tag(cls: type) -> str:
 
 
 def from_json(written: Any, path: str = "") -> Any:
-    """The value that `to_json` wrote. Raises Refused for what this version does not know."""
+    """The value that `to_json` wrote. Raises UserError for what this version does not know."""
     if isinstance(written, list):
         return tuple(from_json(item, _join(path, str(i))) for i, item in enumerate(written))
     if not isinstance(written, dict):
@@ -477,7 +477,7 @@ def from_json(written: Any, path: str = "") -> Any:
     known = _hints(cls)
     for name in written:
         if name != "type" and name not in known:
-            raise Refused(
+            raise UserError(
                 f"{_join(path, name)} is not a field of {cls.__name__} in this version of lm; "
                 f"the file was written by another one.{nearest(name, known)}"
             )
@@ -496,7 +496,7 @@ def _tagged(tag: str, path: str) -> type:
             found = None
         if isinstance(found, type) and dataclasses.is_dataclass(found):
             return found
-    raise Refused(
+    raise UserError(
         f"{path or 'the declaration'} has the type {tag!r}, which this version of lm does not know;"
         " the file was written by another one."
     )

@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Iterable
 
 
-class Refused(ValueError):
+class UserError(ValueError):
     """A declaration, path, file or record that cannot be used. The user sees the message as is."""
 
 
@@ -23,14 +23,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:
-    """Raises Refused unless `name` is one of `known`; `what` is the field as the user writes it."""
+    """Raises UserError unless `name` is one of `known`; `what` is the field as the user writes it."""
     known = list(known)
     if name not in known:
-        raise Refused(f"{what}={name!r} is not known.{nearest(str(name), known)}")
+        raise UserError(f"{what}={name!r} is not known.{nearest(str(name), known)}")
 
 
 def check_positive(**fields: float) -> None:
-    """Raises Refused naming the first field that is not a number above zero."""
+    """Raises UserError naming the first field that is not a number above zero."""
     for field, value in fields.items():
         if not (isinstance(value, numbers.Real) and value > 0):
-            raise Refused(f"{field}={value!r} must be above zero.")
+            raise UserError(f"{field}={value!r} must be above zero.")

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lm import checkpoint, data, distributed, model, run, sharding, trees
-from lm import train as training
-from lm.errors import Refused
+from lm import checkpoint, data, hf, model, run, training, trees
+from lm.errors import UserError
 from lm.experiment import describe
-from lm.mesh import Mesh
-from lm.model import families
+from lm.hf import families
+from lm.parallel import distributed, sharding
+from lm.parallel.mesh import Mesh
 from lm.precision import STORAGE, cast
 
 SHARD_BYTES = 5 * 10**9  # of a file, as the Hub's tools have it
@@ -34,11 +34,11 @@ def import_run(
     """Makes a run folder from a Hugging Face folder: its declaration, tokenizer and weights, these
     as a checkpoint of step 0. On a `mesh` each process reads and writes the parts of its devices.
 
-    Raises Refused for a folder that exists, or that no run can be made from.
+    Raises UserError for a folder that exists, or that no run can be made from.
     """
     target = _free(folder)
-    if not checkpoint.is_pretrained(source) and (epath.Path(source) / "experiment.json").exists():
-        raise Refused(f"{source} is a run already; copy it, or export it.")
+    if not hf.is_pretrained(source) and (epath.Path(source) / "experiment.json").exists():
+        raise UserError(f"{source} is a run already; copy it, or export it.")
     given = run.load(source, mesh=mesh)
     tokenizer = data.TokenizerFile(path=str(folder))
     experiment = dataclasses.replace(given.experiment, name=target.name, tokenizer=tokenizer)
@@ -54,10 +54,10 @@ def import_run(
 
 
 def _free(folder: str | os.PathLike) -> epath.Path:
-    """Where a folder will lie. Raises Refused where something lies already."""
+    """Where a folder will lie. Raises UserError where something lies already."""
     target = epath.Path(str(folder).rstrip("/"))
     if target.exists() and any(target.iterdir()):
-        raise Refused(f"{target} exists; delete it, or choose another name.")
+        raise UserError(f"{target} exists; delete it, or choose another name.")
     return target
 
 
@@ -103,12 +103,12 @@ def export_run(
         dtype: "float32" or "bfloat16", to store the weights in; default: as the run stores them.
         shard_bytes: of a file, at most.
 
-    Raises Refused for a folder that exists, and for a model that no architecture there computes.
+    Raises UserError for a folder that exists, and for a model that no architecture there computes.
     """
     if dtype is not None and dtype not in STORAGE:
-        raise Refused(f"dtype={dtype!r} is not known; take {' or '.join(STORAGE)}.")
+        raise UserError(f"dtype={dtype!r} is not known; take {' or '.join(STORAGE)}.")
     if "://" in str(folder):
-        raise Refused(f"{folder}: write the export to a local folder, and copy that.")
+        raise UserError(f"{folder}: write the export to a local folder, and copy that.")
     target = _free(folder)
     given, facts = run.load(source, step=step, mesh=mesh), run.read_facts(source)
     origin = facts.get("origin") or {"config": {}, "generation_config": {}}
@@ -117,9 +117,7 @@ def export_run(
     if dtype is not None:
         given = dataclasses.replace(given, params=cast(given.params, dtype))
     with _aside(target) as aside:
-        checkpoint.write_pretrained(
-            Path(aside), family, given.experiment.model, given.params, shard_bytes
-        )
+        hf.write_pretrained(Path(aside), family, given.experiment.model, given.params, shard_bytes)
         if distributed.is_main():
             _write_texts(Path(aside), given, facts, origin, fields, length)
         distributed.barrier("exported")
@@ -148,12 +146,12 @@ def _write_texts(
         "torch_dtype": formats.pop() if len(formats) == 1 else "float32",
         "use_cache": True,
     }
-    _write_json(folder / checkpoint.CONFIG, config)
+    _write_json(folder / hf.CONFIG, config)
     generation = origin["generation_config"] or {"_from_model_config": True, **tokens}
-    _write_json(folder / checkpoint.GENERATION, generation)
+    _write_json(folder / hf.GENERATION, generation)
     if given.tokenizer is not None:
-        for name, content in data.export_files(given.tokenizer, length).items():
-            if name != checkpoint.GENERATION:
+        for name, content in hf.export_files(given.tokenizer, length).items():
+            if name != hf.GENERATION:
                 (folder / name).write_bytes(content)
     (folder / "README.md").write_text(card(given, facts, config))
 
@@ -179,12 +177,12 @@ def _check(folder: epath.Path, given: "run.Run", mesh: Mesh | None) -> None:
     params = again.params
     if model.shapes(again.experiment.model) != model.shapes(config):  # stacked in another way
         where = jax.tree.map(lambda x: x.sharding, given.params)
-        params = checkpoint.Pretrained(folder).params(where, config=config)
+        params = hf.Pretrained(folder).params(where, config=config)
     for path, x in trees.flatten(given.params).items():
         if not _same(x, trees.flatten(params)[path]):
-            raise Refused(f"The export does not read back as it was written: {path} differs.")
+            raise UserError(f"The export does not read back as it was written: {path} differs.")
     if not np.allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max()):
-        raise Refused("The export does not compute the logits of the run; please report it.")
+        raise UserError("The export does not compute the logits of the run; please report it.")
 
 
 def _logits(given: "run.Run", tokens_bt: np.ndarray) -> np.ndarray:

@@ -14,16 +14,17 @@ from typing import Any
 from lm import declaration, model
 from lm.checkpoint import Save
 from lm.data import AnySource, BatchShape, Mixture, SentencePiece, Shards, TokenizerFile
-from lm.errors import Refused, nearest
+from lm.errors import UserError, nearest
 from lm.evals import Perplexity
-from lm.mesh import Mesh, Place
 from lm.model import Capacity
+from lm.objectives import NextToken
 from lm.optim import Optimizer
 from lm.optim import Schedule as LearningRate
-from lm.pipeline import Schedule
+from lm.parallel.mesh import Mesh, Place
+from lm.parallel.pipeline import Schedule
+from lm.parallel.sharding import rules_at
 from lm.precision import Precision
-from lm.sharding import rules_at
-from lm.train import Log, NextToken
+from lm.training import Log
 from lm.trees import flatten
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
@@ -75,17 +76,17 @@ class Experiment:
 
     def _check_names(self) -> None:
         if not NAME.fullmatch(self.name) or len(self.name) > LONGEST_NAME:
-            raise Refused(
+            raise UserError(
                 f"name={self.name!r} must be a folder's name: letters, digits and ._+=,- "
                 f"after a letter or digit, at most {LONGEST_NAME} in all."
             )
         if not self.places:
-            raise Refused('places={} must name one place at least, as in {"single": Place()}.')
+            raise UserError('places={} must name one place at least, as in {"single": Place()}.')
 
     def _check_vocabulary(self) -> None:
         vocab = getattr(self.tokenizer, "vocab", 0)  # a tokenizer's file is not read yet
         if vocab > self.model.vocab:
-            raise Refused(
+            raise UserError(
                 f"tokenizer.vocab={vocab} is more than model.vocab={self.model.vocab}; "
                 f"set model.vocab={vocab}."
             )
@@ -96,20 +97,20 @@ class Experiment:
         known = self.data.sources if isinstance(self.data, Mixture) else [self.data.label]
         for index, each in enumerate(self.evals):
             if each.source is not None and each.source not in known:
-                raise Refused(
+                raise UserError(
                     f"evals.{index}.source={each.source!r} is not a source of data."
                     f"{nearest(each.source, known)}"
                 )
 
     def check_place(self, place: Place) -> None:
-        """Raises Refused if batch or model do not divide over the mesh of `place`."""
+        """Raises UserError if batch or model do not divide over the mesh of `place`."""
         mesh = place.mesh
         parts = place.microbatches * mesh.batch_size // mesh.pipe
         sizes = {"batch.sequences=": self.batch.sequences}
         sizes |= {f"batch.ramp.{i}.1=": n for i, (_, n) in enumerate(self.batch.ramp)}
         for where, sequences in sizes.items():
             if sequences % parts:
-                raise Refused(
+                raise UserError(
                     f"{where}{sequences} must be a multiple of {parts}: microbatches="
                     f"{place.microbatches} times the {parts // place.microbatches} parts in which "
                     f"mesh {mesh} splits each."
@@ -127,7 +128,7 @@ class Experiment:
         if parts == 1:
             return
         if self.batch.length % (2 * parts):
-            raise Refused(
+            raise UserError(
                 f"batch.length={self.batch.length} must be a multiple of {2 * parts}: each of "
                 f"mesh.context={parts} devices holds two parts of a sequence."
             )
@@ -135,7 +136,7 @@ class Experiment:
         # XLA's partitioner, of jax 0.10, ends the process over the exchange of tokens there.
         dispatches = [getattr(block.ffn, "dispatch", None) for block in self.model.layout.blocks]
         if place.mesh.pipe > 1 and any(isinstance(one, Capacity) for one in dispatches):
-            raise Refused(
+            raise UserError(
                 f"mesh {place.mesh} cannot have both pipe and context with "
                 "model.ffn.dispatch=Capacity(...); use Dropless(), or one of the two axes."
             )
@@ -147,7 +148,7 @@ class Experiment:
         return Schedule(
             layers=self.model.layout.repeats,
             stages=place.mesh.pipe,
-            rounds=place.rounds,
+            circular_repeats=place.circular_repeats,
             microbatches=place.microbatches,
         )
 
@@ -163,9 +164,9 @@ def override(experiment: Experiment, changes: Sequence[str]) -> Experiment:
         path, equals, value = written.partition("=")
         path = path.strip()
         if not equals:
-            raise Refused(f"--set {written} needs a value, as in {path}=VALUE.")
+            raise UserError(f"--set {written} needs a value, as in {path}=VALUE.")
         if given.get(path, value) != value:
-            raise Refused(f"--set {path} is given twice: {given[path]} and {value}.")
+            raise UserError(f"--set {path} is given twice: {given[path]} and {value}.")
         given[path] = value
     changed, different = declaration.change(experiment, given)
     if "name" in given or not different:
@@ -199,10 +200,10 @@ def to_json(experiment: Experiment) -> dict[str, Any]:
 
 
 def from_json(written: dict[str, Any]) -> Experiment:
-    """What `to_json` wrote. Raises Refused for a file that this version does not understand."""
+    """What `to_json` wrote. Raises UserError for a file that this version does not understand."""
     experiment = declaration.from_json(written)
     if not isinstance(experiment, Experiment):
-        raise Refused(f"This is not an experiment but {type(experiment).__name__}.")
+        raise UserError(f"This is not an experiment but {type(experiment).__name__}.")
     return experiment
 
 

@@ -15,10 +15,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from lm import distributed, peers
-from lm.errors import Refused, nearest
+from lm.errors import UserError, nearest
 from lm.experiment import Experiment, override
-from lm.mesh import Mesh
+from lm.parallel import distributed, peers
+from lm.parallel.mesh import Mesh
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +48,7 @@ def _sentences(program: str) -> Iterator[None]:
     """Turns what a user can mend into one sentence and an exit code; bugs keep their traceback."""
     try:
         yield
-    except Refused as refusal:
+    except UserError as refusal:
         sys.exit(_say(program, str(refusal), 2))
     except KeyboardInterrupt:
         sys.exit(
@@ -101,7 +101,7 @@ def main(declare: Callable[[], Experiment], arguments: Sequence[str] | None = No
         experiment = override(declare(), options.set)
         mesh = Mesh.parse(options.mesh) if options.mesh else None
         if options.verb == "show":
-            from lm import show
+            from lm.planning import show
 
             shown = show.facts(experiment, on=options.on, mesh=mesh)
             print(json.dumps(shown) if options.json else show.text(shown))
@@ -117,29 +117,31 @@ def _plan(declare: Callable[[], Experiment], options: argparse.Namespace) -> Non
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # the slice is described, not used
-    from lm import plan
+    from lm import planning
 
     experiment = override(declare(), options.set)
     mesh = Mesh.parse(options.mesh) if options.mesh else None
     compile = not options.estimate
     if options.weak and (options.on or options.search):
-        raise Refused("--weak names its slices itself; leave out --on and --search, or --weak.")
+        raise UserError("--weak names its slices itself; leave out --on and --search, or --weak.")
     if options.weak:
-        rows = plan.scaling(experiment, options.weak.split(","), mesh, compile=compile)
+        rows = planning.scaling(experiment, options.weak.split(","), mesh, compile=compile)
         plans = [{**row.plan, "efficiency": row.efficiency} for row in rows]
-        print(json.dumps(plans) if options.json else plan.scaling_text(rows))
+        print(json.dumps(plans) if options.json else planning.scaling_text(rows))
         return
     if not options.search:
-        told = plan.plan(experiment, options.on, mesh=mesh, price=options.price, compile=compile)
-        print(json.dumps(told) if options.json else plan.text(told))
+        told = planning.plan(
+            experiment, options.on, mesh=mesh, price=options.price, compile=compile
+        )
+        print(json.dumps(told) if options.json else planning.text(told))
         return
     if mesh is not None:
-        raise Refused("--search chooses the mesh; leave out --mesh, or --search.")
-    found = plan.search(experiment, options.on, compile=compile)
+        raise UserError("--search chooses the mesh; leave out --mesh, or --search.")
+    found = planning.search(experiment, options.on, compile=compile)
     if options.json:
         print(json.dumps([{**each.plan, "code": each.code} for each in found]))
     else:
-        print(plan.search_text(found))
+        print(planning.search_text(found))
 
 
 def _module_name(declare: Callable[[], Experiment]) -> str:
@@ -326,7 +328,7 @@ def _add_bench(parser: Parser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from lm import bench
+    from lm.commands import bench
 
     mesh = Mesh.parse(options.mesh) if options.mesh else None
     if options.what == "import":

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.errors import Refused, check_name, check_positive
+from lm.errors import UserError, check_name, check_positive
 
 STORAGE = ("float32", "bfloat16")
 COMPUTE = ("float32", "bfloat16", "float16")
@@ -48,12 +48,12 @@ class Precision:
         check_name("precision.params", self.params, STORAGE)
         check_name("precision.compute", self.compute, COMPUTE)
         if self.compute == "float16" and self.loss_scale is None:
-            raise Refused(
+            raise UserError(
                 "precision.compute='float16' needs precision.loss_scale=LossScale(); "
                 "or use 'bfloat16'."
             )
         if self.compute != "float16" and self.loss_scale is not None:
-            raise Refused(
+            raise UserError(
                 "precision.loss_scale has no use with "
                 f"precision.compute={self.compute!r}; leave it out."
             )

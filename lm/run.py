@@ -24,24 +24,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from lm import (
-    checkpoint,
-    data,
-    distributed,
-    evals,
-    generate,
-    hardware,
-    model,
-    optim,
-    sharding,
-    terminal,
-    trees,
-)
-from lm import train as training
+from lm import checkpoint, data, evals, generate, hf, model, optim, terminal, training, trees
 from lm.data.batch import Batch
-from lm.errors import Refused
+from lm.errors import UserError
 from lm.experiment import MAY_CHANGE, Experiment, differences, from_json, identity, to_json
-from lm.mesh import Mesh, Place, choose
+from lm.parallel import distributed, hardware, sharding
+from lm.parallel.mesh import Mesh, Place, choose
 from lm.precision import Precision
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
@@ -60,7 +48,7 @@ def train(
         on: one of the experiment's places; default: the first that fits this machine.
         mesh: in place of that place's own mesh.
 
-    Raises Refused for what the user can mend, before anything is compiled where that is possible.
+    Raises UserError for what the user can mend, before anything is compiled where that is possible.
     """
     distributed.initialize()
     use_compilation_cache()
@@ -179,22 +167,22 @@ class Start:
                 "absent" if path not in flat else str(list(flat[path].shape)) for flat in sizes
             )
             if here != found:
-                raise Refused(
+                raise UserError(
                     f"start={str(self._folder)!r} holds another model: {path} is {found} there "
                     f"and {here} here; declare model=run.load_declaration(start).model."
                 )
 
 
-def _pretrained(folder: epath.Path) -> checkpoint.Pretrained:
-    if not checkpoint.is_pretrained(folder):
-        raise Refused(
+def _pretrained(folder: epath.Path) -> hf.Pretrained:
+    if not hf.is_pretrained(folder):
+        raise UserError(
             f"{folder} is neither a run folder (it has no experiment.json) nor a Hugging Face "
             "folder (it has no config.json)."
         )
-    return checkpoint.Pretrained(folder)
+    return hf.Pretrained(folder)
 
 
-def _origin(pretrained: checkpoint.Pretrained) -> dict[str, Any]:
+def _origin(pretrained: hf.Pretrained) -> dict[str, Any]:
     return {"config": pretrained.given, "generation_config": pretrained.generation}
 
 
@@ -288,7 +276,7 @@ def _span(index: tuple[slice, ...], rows: int) -> tuple[int, int]:
 
 
 def assemble(experiment: Experiment, on: str | None = None, mesh: Mesh | None = None) -> Program:
-    """The program of an experiment at a place. Raises Refused where this machine cannot be it."""
+    """The program of an experiment at a place. Raises UserError where this machine cannot be it."""
     name, place = choose(experiment.places, on, mesh)
     return assemble_at(experiment, name, place)
 
@@ -313,7 +301,7 @@ def assemble_at(
         schedule.at,
         e.precision,
         microbatches=place.microbatches,
-        rounds=place.rounds,
+        circular_repeats=place.circular_repeats,
         remat=place.remat,
         accumulate=place.accumulate,
         offload=place.offload,
@@ -418,7 +406,7 @@ class Run:
             stop: texts that end a continuation; they are left out of it.
             stream: called with (row, piece of text) as it comes.
 
-        Raises Refused for a prompt longer than `context`.
+        Raises UserError for a prompt longer than `context`.
         """
         texts = generate.generate_text(
             self.experiment.model,
@@ -446,7 +434,7 @@ class Run:
         e = self.experiment
         length, sequences = context or min(e.batch.length, 4096), e.batch.sequences_at(0)
         if source is None and e.data == NO_TEXT:
-            raise Refused(f"{self.folder} came without text; name some, as in --data FILE.")
+            raise UserError(f"{self.folder} came without text; name some, as in --data FILE.")
         if source is None:
             prepared = prepare(e, self.folder.parent)
             _check_same_text(self.folder, _read_declaration(self.folder), prepared)
@@ -469,7 +457,7 @@ class Run:
 
     def _speaking(self) -> data.Tokenizer:
         if self.tokenizer is None:
-            raise Refused(f"{self.folder} has neither tokenizer.json nor tokenizer.model.")
+            raise UserError(f"{self.folder} has neither tokenizer.json nor tokenizer.model.")
         return self.tokenizer
 
     def _compute_params(self) -> Any:
@@ -500,7 +488,7 @@ def load(
         compute: "float32" or "bfloat16", the arithmetic; default: that of the declaration, which
             for a Hugging Face folder is float32. The weights stay in the format they are stored in.
 
-    Raises Refused where there is neither, no such checkpoint, or a damaged one.
+    Raises UserError where there is neither, no such checkpoint, or a damaged one.
     """
     folder = epath.Path(folder)
     experiment = load_declaration(folder)
@@ -512,12 +500,14 @@ def load(
     axes, shapes = model.axes(experiment.model), model.shapes(experiment.model)
     where = sharding.weight_shardings(axes, shapes, built) if built else None
     if _read_declaration(folder) is None:
-        step, params = 0, checkpoint.Pretrained(folder).params(where)
+        step, params = 0, hf.Pretrained(folder).params(where)
     else:
         store = checkpoint.Store(folder / "checkpoints")
         step = store.latest() if step is None else step
         if step is None:
-            raise Refused(f"{folder} has no checkpoint yet; it was stopped before its first save.")
+            raise UserError(
+                f"{folder} has no checkpoint yet; it was stopped before its first save."
+            )
         params = store.restore_params(step, where)
     return Run(
         folder=folder,
@@ -558,8 +548,8 @@ def load_declaration(folder: str | os.PathLike) -> Experiment:
 def _declared(folder: epath.Path, written: dict[str, Any]) -> Experiment:
     try:
         return from_json(written["experiment"])
-    except Refused as refusal:
-        raise Refused(f"{folder / 'experiment.json'}: {refusal}") from None
+    except UserError as refusal:
+        raise UserError(f"{folder / 'experiment.json'}: {refusal}") from None
 
 
 def _read_declaration(folder: epath.Path) -> dict[str, Any] | None:
@@ -571,7 +561,7 @@ def _read_declaration(folder: epath.Path) -> dict[str, Any] | None:
     except ValueError:
         written = None
     if not isinstance(written, dict) or not written.keys() >= {"experiment", "data"}:
-        raise Refused(
+        raise UserError(
             f"{path} is damaged: it holds no declaration. Restore it, or delete {folder}."
         )
     return written
@@ -584,7 +574,7 @@ def _check_same(folder: epath.Path, written: dict[str, Any] | None, now: Experim
     if identity(before) != identity(now):
         free = {name: getattr(now, name) for name in MAY_CHANGE}
         changed = "; ".join(differences(dataclasses.replace(before, **free), now))
-        raise Refused(
+        raise UserError(
             f"{folder} was begun with another declaration ({changed}). Give this one another name "
             "with --set name=NAME, or another --workdir."
         )
@@ -594,7 +584,7 @@ def _check_same_text(
     folder: epath.Path, written: dict[str, Any] | None, prepared: data.Prepared
 ) -> None:
     if written is not None and written["data"]["fingerprint"] != prepared.fingerprint:
-        raise Refused(
+        raise UserError(
             f"The text has changed since {folder} was begun. Bring back the files as they were, or "
             "begin another run with --set name=NAME."
         )

@@ -6,10 +6,12 @@ import math
 import pytest
 from tiny_experiments import config, experiment
 
-from lm import bench, model, show
-from lm.errors import Refused
+from lm import model
+from lm.commands import bench
+from lm.errors import UserError
 from lm.main import lm_main, main
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
+from lm.planning import show
 
 KEYS = {
     "seconds_per_step",
@@ -101,9 +103,9 @@ def test_bench_prints_the_promised_numbers(tiny, capsys):
 def test_bench_finds_modules_and_run_folders(tiny):
     assert bench.find(str(tiny.folder)) == tiny.declare()
     assert bench.find("tiny_experiments") == experiment()
-    with pytest.raises(Refused, match="neither a run folder nor a module"):
+    with pytest.raises(UserError, match="neither a run folder nor a module"):
         bench.find("experiments.bench_lama")
-    with pytest.raises(Refused, match="declares no experiment"):
+    with pytest.raises(UserError, match="declares no experiment"):
         bench.find("lm.errors")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm import declaration
-from lm.errors import Refused
+from lm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Wide:
 
     def __post_init__(self):
         if self.hidden % 2:
-            raise Refused(f"ffn.hidden={self.hidden} must be even.")
+            raise UserError(f"ffn.hidden={self.hidden} must be even.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Heads:
 
     def __post_init__(self):
         if self.heads % self.groups:
-            raise Refused(f"heads={self.heads} is not a multiple of groups={self.groups}.")
+            raise UserError(f"heads={self.heads} is not a multiple of groups={self.groups}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("written", "sentence"), REFUSED, ids=[r[0] for r in REFUSED])
 def test_a_wrong_change_is_refused_with_what_is_wanted(written, sentence):
-    with pytest.raises(Refused, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         changed(written)
 
 
@@ -216,17 +216,20 @@ def test_json_gives_back_the_same_value(fields):
 @pytest.mark.parametrize(
     ("written", "sentence"),
     [
-        ({"type": "lm.mesh.Mesh", "dat": 2}, "dat is not a field of Mesh in this version"),
-        ({"type": "lm.mesh.Mash"}, "type 'lm.mesh.Mash', which this version of lm does not know"),
+        ({"type": "lm.parallel.mesh.Mesh", "dat": 2}, "dat is not a field of Mesh in this version"),
+        (
+            {"type": "lm.parallel.mesh.Mash"},
+            "type 'lm.parallel.mesh.Mash', which this version of lm does not know",
+        ),
         ({"type": "lm.nothing.Mesh"}, "does not know"),
         ({"type": "os.system"}, "does not know"),
-        ({"type": "lm.mesh.choose"}, "does not know"),
+        ({"type": "lm.parallel.mesh.choose"}, "does not know"),
         ({"a": [{"type": "subprocess.Popen"}]}, "a.0 has the type 'subprocess.Popen'"),
-        ({"type": "lm.mesh.Mesh", "data": 0}, "mesh.data=0 must be above zero"),
+        ({"type": "lm.parallel.mesh.Mesh", "data": 0}, "mesh.data=0 must be above zero"),
     ],
 )
 def test_a_file_of_another_version_is_refused_in_words(written, sentence):
-    with pytest.raises(Refused, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         declaration.from_json(written)
 
 
@@ -247,7 +250,7 @@ def test_types_are_checked_at_any_depth():
         (Whole(ffn=Many(experts=2, inner=Heads())), "ffn.inner=Heads\\(\\) must be Wide"),
         (Whole(list=(Heads(), Wide())), "list.1=Wide\\(\\) must be Heads"),
     ]:
-        with pytest.raises(Refused, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             declaration.check_types(wrong)
 
 

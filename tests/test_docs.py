@@ -15,8 +15,10 @@ import pytest
 import tiny_experiments
 
 import lm.main
-from lm import bench, run, show
+from lm import run
+from lm.commands import bench
 from lm.experiment import from_json, to_json
+from lm.planning import show
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*.py") if p.stem != "__init__")
@@ -116,7 +118,7 @@ def python_fences() -> list[tuple[str, str]]:
 def test_code_in_the_docs_is_code(body, tmp_path, monkeypatch):
     compile(body, "README.md", "exec")
     monkeypatch.setattr(run, "load_declaration", lambda folder: tiny_experiments.experiment())
-    if "lm.train(" in body:
+    if "lm.training(" in body:
         return  # the notebook does that
     file = tmp_path / "readme.py"
     file.write_text(body)

@@ -12,17 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from lm import distributed, mesh, precision, sharding, trees
-from lm.errors import Refused, check_name, check_positive, nearest
-from lm.mesh import AXES, Mesh, Place, choose
+from lm import precision, trees
+from lm.errors import UserError, check_name, check_positive, nearest
+from lm.parallel import distributed, mesh, sharding
+from lm.parallel.mesh import AXES, Mesh, Place, choose
 
 # ---- errors
 
 
 def test_refusals_name_field_value_and_fix():
-    with pytest.raises(Refused, match=r"^ffn.kind='swigl' is not known. Did you mean 'swiglu'\?$"):
+    with pytest.raises(
+        UserError, match=r"^ffn.kind='swigl' is not known. Did you mean 'swiglu'\?$"
+    ):
         check_name("ffn.kind", "swigl", ["swiglu", "mlp"])
-    with pytest.raises(Refused, match=r"^x='q' is not known. Known: aa, bb.$"):
+    with pytest.raises(UserError, match=r"^x='q' is not known. Known: aa, bb.$"):
         check_name("x", "q", iter(["bb", "aa"]))
     check_name("x", "aa", iter(["aa"]))
     assert nearest("anything", []) == ""
@@ -30,7 +33,7 @@ def test_refusals_name_field_value_and_fix():
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), None, "3"])
 def test_only_numbers_above_zero_are_positive(value):
-    with pytest.raises(Refused, match="dim=.* must be above zero"):
+    with pytest.raises(UserError, match="dim=.* must be above zero"):
         check_positive(vocab=1, dim=value)
     check_positive(dim=np.float32(0.5), vocab=1)
 
@@ -95,7 +98,7 @@ def test_a_mesh_is_read_and_written_the_same():
     ],
 )
 def test_a_wrong_mesh_is_refused(text, sentence):
-    with pytest.raises(Refused, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         Mesh.parse(text)
 
 
@@ -109,7 +112,7 @@ def test_a_mesh_is_built_over_the_first_devices_and_never_over_too_few():
     assert built.axis_names == AXES
     assert built.devices.ravel().tolist() == jax.devices()[:1]
     assert set(built.axis_types) == {jax.sharding.AxisType.Auto}
-    with pytest.raises(Refused, match="needs 64 devices and this machine has .*_device_count=64"):
+    with pytest.raises(UserError, match="needs 64 devices and this machine has .*_device_count=64"):
         Mesh(data=64).build()
 
 
@@ -121,7 +124,7 @@ class Device:
 
 
 def test_no_host_may_be_left_without_a_device():
-    with pytest.raises(Refused, match="leave some of the 2 hosts idle; choose a mesh of 4"):
+    with pytest.raises(UserError, match="leave some of the 2 hosts idle; choose a mesh of 4"):
         Mesh(data=2).build([Device(0), Device(0), Device(1), Device(1)])
 
 
@@ -132,21 +135,23 @@ def test_the_abstract_mesh_has_the_same_sizes():
 
 
 def test_a_place_checks_its_fields():
-    with pytest.raises(Refused, match="place.microbatches=0"):
+    with pytest.raises(UserError, match="place.microbatches=0"):
         Place(microbatches=0)
-    with pytest.raises(Refused, match="place.remat='blocks' is not known. Did you mean 'block'"):
+    with pytest.raises(UserError, match="place.remat='blocks' is not known. Did you mean 'block'"):
         Place(remat="blocks")
-    with pytest.raises(Refused, match="place.remat='qkw' is not known. Did you mean 'qkv'"):
+    with pytest.raises(UserError, match="place.remat='qkw' is not known. Did you mean 'qkv'"):
         Place(remat=("attention", "qkw"))
-    with pytest.raises(Refused, match="place.offload='optimiser' is not known. Did you mean 'opt"):
+    with pytest.raises(
+        UserError, match="place.offload='optimiser' is not known. Did you mean 'opt"
+    ):
         Place(offload=("optimiser",))
-    with pytest.raises(Refused, match="moves no layers' inputs with mesh.pipe=2"):
+    with pytest.raises(UserError, match="moves no layers' inputs with mesh.pipe=2"):
         Place(mesh=Mesh(pipe=2), microbatches=2, offload=("layers",))
-    with pytest.raises(Refused, match="place.accumulate='float16' is not known"):
+    with pytest.raises(UserError, match="place.accumulate='float16' is not known"):
         Place(microbatches=2, accumulate="float16")
-    with pytest.raises(Refused, match="place.accumulate='bfloat16' has nothing to sum"):
+    with pytest.raises(UserError, match="place.accumulate='bfloat16' has nothing to sum"):
         Place(accumulate="bfloat16")
-    with pytest.raises(Refused, match=r"place.remat=\(\) names nothing to keep; use 'block'"):
+    with pytest.raises(UserError, match=r"place.remat=\(\) names nothing to keep; use 'block'"):
         Place(remat=())
 
 
@@ -164,9 +169,9 @@ def test_the_first_place_that_fits_is_chosen():
     name, place = choose(PLACES, on="cpu", mesh=Mesh(data=2))
     assert (name, place) == ("cpu", Place(microbatches=3, mesh=Mesh(data=2)))
     assert choose(PLACES, mesh=Mesh(data=2))[0] == "huge"
-    with pytest.raises(Refused, match="--on='cpus' is not known. Did you mean 'cpu'"):
+    with pytest.raises(UserError, match="--on='cpus' is not known. Did you mean 'cpu'"):
         choose(PLACES, on="cpus")
-    with pytest.raises(Refused, match=r"No place fits .* v5p-8 \(1 devices\)"):
+    with pytest.raises(UserError, match=r"No place fits .* v5p-8 \(1 devices\)"):
         choose({"v5p-8": Place()})
 
 
@@ -200,7 +205,7 @@ def test_few_key_value_heads_are_copied_where_they_cannot_be_split():
     tensor = Mesh(tensor=8).abstract()
     spec = RULES.weight(("embed", "kv_heads", "head"), (8, 2, 4), tensor)
     assert spec == PartitionSpec(None, None, None)
-    with pytest.raises(Refused, match="kv_heads of size 3 does not divide over mesh tensor=8"):
+    with pytest.raises(UserError, match="kv_heads of size 3 does not divide over mesh tensor=8"):
         RULES.weight(("embed", "kv_heads", "head"), (8, 3, 4), tensor)
 
 
@@ -214,13 +219,13 @@ def test_few_key_value_heads_are_copied_where_they_cannot_be_split():
     ],
 )
 def test_what_cannot_be_split_is_refused(axes, shape, sentence):
-    with pytest.raises(Refused, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         RULES.weight(axes, shape, EIGHT, "w")
 
 
 def test_a_rule_may_only_name_axes_of_the_mesh():
     with pytest.raises(
-        Refused, match="rules\\['embed'\\]='fsdb' is not known. Did you mean 'fsdp'"
+        UserError, match="rules\\['embed'\\]='fsdb' is not known. Did you mean 'fsdp'"
     ):
         sharding.Rules(weights={"embed": ("fsdb",)})
 
@@ -237,9 +242,9 @@ def test_shard_checks_names_with_and_without_a_mesh():
     assert sharding.active_mesh() is None
     built = Mesh().build()
     for context in (None, built):
-        with pytest.raises(Refused, match="unknown logical axis 'bach'"):
+        with pytest.raises(UserError, match="unknown logical axis 'bach'"):
             _sharded(context, x_bt, "bach", "seq")
-        with pytest.raises(Refused, match="one name per dimension"):
+        with pytest.raises(UserError, match="one name per dimension"):
             _sharded(context, x_bt, "batch")
     np.testing.assert_array_equal(_sharded(built, x_bt, "batch", "seq"), x_bt)
     with sharding.use(built):
@@ -274,9 +279,9 @@ def test_casts_touch_floating_leaves_only():
     ],
 )
 def test_a_wrong_precision_is_refused(fields, sentence):
-    with pytest.raises(Refused, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         precision.Precision(**fields)
-    with pytest.raises(Refused, match="growth_interval=0"):
+    with pytest.raises(UserError, match="growth_interval=0"):
         precision.LossScale(growth_interval=0)
 
 
@@ -315,11 +320,11 @@ def test_hosts_may_be_named_by_hand(monkeypatch):
         "JAX_PROCESS_ID": "1",
     }
     assert _initialize(by_hand, monkeypatch) == [("host:1", 2, 1)]
-    with pytest.raises(Refused, match="^JAX_PROCESS_ID must be set too"):
+    with pytest.raises(UserError, match="^JAX_PROCESS_ID must be set too"):
         _initialize({**by_hand, "JAX_PROCESS_ID": None}, monkeypatch)
-    with pytest.raises(Refused, match="JAX_NUM_PROCESSES='two' must be a whole number"):
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES='two' must be a whole number"):
         _initialize({**by_hand, "JAX_NUM_PROCESSES": "two"}, monkeypatch)
-    with pytest.raises(Refused, match="JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2"):
+    with pytest.raises(UserError, match="JAX_PROCESS_ID=2 must be below JAX_NUM_PROCESSES=2"):
         _initialize({**by_hand, "JAX_PROCESS_ID": "2"}, monkeypatch)
 
 
@@ -342,8 +347,8 @@ def _initialize(environment, monkeypatch):
 
 ON_EIGHT = """
 import jax, jax.numpy as jnp, numpy as np
-from lm import sharding
-from lm.mesh import Mesh, choose, Place
+from lm.parallel import sharding
+from lm.parallel.mesh import Mesh, choose, Place
 
 assert jax.device_count() == 8
 mesh = Mesh(data=2, fsdp=2, tensor=2).build()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lm import show
-from lm.mesh import Mesh
+from lm.parallel.mesh import Mesh
+from lm.planning import show
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -186,7 +186,7 @@ def test_the_checker_sees(path, source, why):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("lm/model/rope.py", "from lm.errors import Refused\nimport kernels_pallas"),
+        ("lm/model/rope.py", "from lm.errors import UserError\nimport kernels_pallas"),
         ("lm/model/rope.py", "from lm.model.param import _truncated\nfrom . import param"),
         ("lm/evals/perplexity.py", "from lm.data.batch import Batch\nfrom lm import model"),
         ("lm/train/plot.py", "def f():\n    import matplotlib.pyplot as plt"),

@@ -1,4 +1,4 @@
-"""Training through `lm.train`, and what `lm.load` gives back."""
+"""Training through `lm.training`, and what `lm.load` gives back."""
 
 import importlib.util
 import json
@@ -16,8 +16,8 @@ from tiny_experiments import LENGTH, STEPS, config, experiment
 
 import lm
 from lm import data, model, optim, run, trees
-from lm.errors import Refused
-from lm.mesh import Mesh
+from lm.errors import UserError
+from lm.parallel.mesh import Mesh
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_generate_gives_strings_for_strings_and_lists_for_lists(loaded):
 
 
 def test_prompt_longer_than_the_context_is_refused(loaded):
-    with pytest.raises(Refused, match="32"):
+    with pytest.raises(UserError, match="32"):
         loaded.generate("the tree " * 40, max_tokens=4)
 
 
@@ -105,14 +105,14 @@ def test_earlier_step_can_be_loaded(tiny, loaded):
     assert earlier.step == 4
     before, after = (trees.flatten(r.params)["final_norm/scale"] for r in (earlier, loaded))
     assert not np.array_equal(before, after)
-    with pytest.raises(Refused, match="no checkpoint of step 5 in .*, only of 4, 8"):
+    with pytest.raises(UserError, match="no checkpoint of step 5 in .*, only of 4, 8"):
         lm.load(tiny.folder, step=5)
 
 
 def test_run_can_be_loaded_onto_a_mesh(tiny, loaded):
     on_mesh = lm.load(tiny.folder, mesh=Mesh())
     jax.tree.map(np.testing.assert_array_equal, on_mesh.params, loaded.params)
-    with pytest.raises(Refused, match="needs 64 devices"):
+    with pytest.raises(UserError, match="needs 64 devices"):
         lm.load(tiny.folder, mesh=Mesh(data=64))
 
 
@@ -133,7 +133,7 @@ def test_copied_run_folder_stands_by_itself(tiny, loaded, tmp_path):
 
 
 def test_finished_run_is_not_trained_again(tiny, capsys):
-    again = lm.train(tiny.declare(), workdir=tiny.home / "runs")
+    again = lm.training(tiny.declare(), workdir=tiny.home / "runs")
     said = capsys.readouterr().out
     assert again.step == STEPS
     assert "is complete at step 8 of 8" in said
@@ -145,7 +145,7 @@ def test_next_command_is_the_one_typed_with_twice_the_steps(tiny, capsys, monkey
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     typed = ["--set", "data.path=my books/*.txt", "--set=schedule.steps=8", "--set", "name=one"]
     monkeypatch.setattr(sys, "argv", ["mine.py", *typed, "--mesh", "data=2"])
-    lm.train(tiny.declare(), workdir=tiny.home / "runs")
+    lm.training(tiny.declare(), workdir=tiny.home / "runs")
     command = "python -m experiments.mine --set 'data.path=my books/*.txt' --mesh data=2"
     assert f"{command} --set schedule.steps={2 * STEPS}\n" in capsys.readouterr().out
 
@@ -155,19 +155,21 @@ def test_plot_that_was_not_drawn_is_drawn_by_the_next_call(tiny, tmp_path):
     runs = tiny.copy(tmp_path)
     plot = runs / "tiny/plots/loss.png"
     plot.unlink()
-    lm.train(tiny.declare(), workdir=runs)
+    lm.training(tiny.declare(), workdir=runs)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_another_declaration_in_the_same_folder_is_refused(tiny):
     other = replace(tiny.declare(), seed=1)
-    with pytest.raises(Refused, match=r"another declaration \(seed: 0 -> 1\)\. .*--set name=NAME"):
-        lm.train(other, workdir=tiny.home / "runs")
+    with pytest.raises(
+        UserError, match=r"another declaration \(seed: 0 -> 1\)\. .*--set name=NAME"
+    ):
+        lm.training(other, workdir=tiny.home / "runs")
 
 
 def test_what_a_run_may_change_does_not_stop_it(tiny):
     other = replace(tiny.declare(), log=replace(tiny.declare().log, every=1), sample="the")
-    assert lm.train(other, workdir=tiny.home / "runs").step == STEPS
+    assert lm.training(other, workdir=tiny.home / "runs").step == STEPS
 
 
 @pytest.fixture
@@ -184,9 +186,9 @@ def changed_text(tiny):
 def test_changed_text_is_refused(tiny, changed_text, tmp_path):
     runs = tiny.copy(tmp_path)
     shutil.rmtree(runs / "tiny/checkpoints/8")  # stopped at step 4
-    with pytest.raises(Refused, match=r"text has changed since .*tiny was begun"):
-        lm.train(tiny.declare(), workdir=runs)
-    with pytest.raises(Refused, match=r"text has changed since .*tiny was begun"):
+    with pytest.raises(UserError, match=r"text has changed since .*tiny was begun"):
+        lm.training(tiny.declare(), workdir=runs)
+    with pytest.raises(UserError, match=r"text has changed since .*tiny was begun"):
         lm.load(runs / "tiny").evaluate()
 
 
@@ -200,20 +202,20 @@ def test_touched_text_is_not_changed_text(tiny, tmp_path):
 
 def test_longer_schedule_is_another_run(tiny):
     longer = replace(tiny.declare(), schedule=optim.Constant(peak=1e-3, steps=9))
-    with pytest.raises(Refused, match="schedule"):
-        lm.train(longer, workdir=tiny.home / "runs")
+    with pytest.raises(UserError, match="schedule"):
+        lm.training(longer, workdir=tiny.home / "runs")
 
 
 def test_too_little_text_is_refused_before_anything_is_compiled(tmp_path):
     declared = experiment(data=data.Documents(texts=("a",), held_out=0.1))
-    with pytest.raises(Refused, match="too small to give a held_out part"):
-        lm.train(declared, workdir=tmp_path)
+    with pytest.raises(UserError, match="too small to give a held_out part"):
+        lm.training(declared, workdir=tmp_path)
 
 
 def test_calling_the_room_trains_too():
-    """`lm.train` names the room, and what a notebook says to train."""
-    assert callable(lm.train)
-    assert lm.train.NextToken is type(experiment().objective)
+    """`lm.training` names the room, and what a notebook says to train."""
+    assert callable(lm.training)
+    assert lm.training.NextToken is type(experiment().objective)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from lm import checkpoint, data, evals, model, optim, train
+from lm import checkpoint, data, evals, model, optim, training
 from lm.experiment import Experiment
 from lm.main import main
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 
 STEPS, LENGTH = 8, 32
 
@@ -56,7 +56,7 @@ def experiment(**fields) -> Experiment:
         schedule=optim.WSD(peak=1e-2, warmup=1, decay=0.5, steps=STEPS),
         evals=(evals.Perplexity(every=4),),
         save=checkpoint.Save(every=4),
-        log=train.Log(every=2),
+        log=training.Log(every=2),
         places={"cpu": Place(mesh=Mesh())},
     )
     return dataclasses.replace(base, **fields)

@@ -24,8 +24,9 @@ from etils import epath
 from jax.sharding import Sharding, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from lm import distributed, trees
-from lm.errors import Refused, check_positive
+from lm import trees
+from lm.errors import UserError, check_positive
+from lm.parallel import distributed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Save:
         if self.keep_every is not None:
             check_positive(**{"save.keep_every": self.keep_every})
             if self.keep_every % self.every:
-                raise Refused(
+                raise UserError(
                     f"save.keep_every={self.keep_every} must be a multiple of "
                     f"save.every={self.every}: other steps are not saved."
                 )
@@ -115,7 +116,7 @@ class Store:
         self._saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Until the last save is complete. Raises Refused if it failed, as on a full disk."""
+        """Until the last save is complete. Raises UserError if it failed, as on a full disk."""
         if self._writer is not None:
             with self._telling():
                 self._writer.wait()
@@ -131,7 +132,7 @@ class Store:
         """The state of `step` (default: the newest), laid out as `abstract` says.
 
         `abstract` is the state as a tree of jax.ShapeDtypeStruct, each with the sharding it is
-        wanted in (without one: the first device), whatever mesh it was saved from. Raises Refused
+        wanted in (without one: the first device), whatever mesh it was saved from. Raises UserError
         if the checkpoint is of another declaration, or damaged.
         """
         step = self._existing(step)
@@ -181,9 +182,9 @@ class Store:
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
         if not steps:
-            raise Refused(f"There is no checkpoint in {self.folder}.")
+            raise UserError(f"There is no checkpoint in {self.folder}.")
         if step is not None and step not in steps:
-            raise Refused(
+            raise UserError(
                 f"There is no checkpoint of step {step} in {self.folder}, "
                 f"only of {', '.join(map(str, steps))}."
             )
@@ -228,20 +229,22 @@ class Store:
                     raise ValueError(f"the checksum of {path} is another")
         return loaded
 
-    def _misfit(self, step: int, why: str) -> Refused:
-        return Refused(f"The checkpoint {self.folder / str(step)} is of another declaration: {why}")
+    def _misfit(self, step: int, why: str) -> UserError:
+        return UserError(
+            f"The checkpoint {self.folder / str(step)} is of another declaration: {why}"
+        )
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         """Whatever fails inside is told as a damaged checkpoint, with the step to fall back to."""
         try:
             yield
-        except (Refused, MemoryError):
+        except (UserError, MemoryError):
             raise
         except Exception as error:
             path = self.folder / str(step)
             older = [s for s in self.steps() if s < step]
-            raise Refused(
+            raise UserError(
                 f"The checkpoint {path} cannot be read ({_first_line(error)}). "
                 + (
                     f"Step {older[-1]} is the one before it: delete {path} to go on from there."
@@ -261,7 +264,7 @@ class Store:
             full = _is_full(error)
             why = "the disk is full. Make room" if full else f"{_first_line(error)}. Mend it"
             then = "begins anew" if latest is None else f"continues from step {latest}"
-            raise Refused(
+            raise UserError(
                 f"The checkpoint of step {self._begun} could not be saved in {self.folder}: "
                 f"{why} and run the same command again; it {then}."
             ) from error
@@ -286,7 +289,7 @@ def _not_raised(record: logging.LogRecord) -> bool:
 
 
 # What Orbax logs as errors, pages of traceback from each of its threads and tasks, is raised as
-# well and then told in a sentence by Refused.
+# well and then told in a sentence by UserError.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_not_raised)
 
@@ -325,7 +328,9 @@ def _open_writer(root: epath.Path, save: Save) -> ocp.training.Checkpointer:
             preservation_policy=policies.AnyPreservationPolicy(keep),
         )
     except OSError as error:
-        raise Refused(f"Checkpoints cannot be written to {root}: {_first_line(error)}.") from error
+        raise UserError(
+            f"Checkpoints cannot be written to {root}: {_first_line(error)}."
+        ) from error
 
 
 def _flat(tree: Any) -> dict[str, Any]:

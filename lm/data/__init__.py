@@ -4,7 +4,7 @@ batch        the contract with the model
 files        finding, opening and decoding files, local or at a URL
 sources      declarations that yield documents; records: TFDS files at a URL
 tokenizer    SentencePiece: train, encode, decode; tokenizer_json: those of tokenizer.json;
-             tokenizer_files: which of the two a folder holds; tokenizer_export: to Hugging Face
+             tokenizer_files: which of the two a folder holds
 division     which text is held out
 shards       tokens on disk; folder, stream: writing and reading them
 mixture      weights of sources
@@ -32,7 +32,6 @@ from lm.data.sources import (
     Tfds,
 )
 from lm.data.tokenizer import CHAT_SYMBOLS, SentencePiece, Tokenizer
-from lm.data.tokenizer_export import export_files
 from lm.data.tokenizer_files import TokenizerFile, has_tokenizer, load_tokenizer
 
 AnyTokenizer = SentencePiece | TokenizerFile
@@ -63,7 +62,6 @@ __all__ = [
     "Tokenizer",
     "TokenizerFile",
     "evaluation",
-    "export_files",
     "has_tokenizer",
     "load_tokenizer",
     "prefetch",

@@ -14,7 +14,7 @@ from itertools import islice
 from lm.data.progress import Progress
 from lm.data.sources import AnySource
 from lm.data.tokenizer import Sample
-from lm.errors import Refused
+from lm.errors import UserError
 
 FEW = 20  # documents: of fewer, or fewer than 1 / held_out, the ends are held out
 
@@ -52,7 +52,7 @@ def survey(
     """Reads a source once: its division, and the part of its training text that was drawn into
     `sample`.
 
-    Raises Refused if there is no text, or none to train on.
+    Raises UserError if there is no text, or none to train on.
     """
     by = _way(source)
     bound = int(source.held_out * _DIGESTS)
@@ -74,11 +74,11 @@ def survey(
             size += read
             bar.advance(read)
     if not documents:
-        raise Refused(f"data: source {name!r} holds no text: all of it is empty.")
+        raise UserError(f"data: source {name!r} holds no text: all of it is empty.")
     # With few documents none may lie below the bound: then it is the one with the least digest.
     threshold = max(bound, least + 1) if by == "documents" else 0
     if most < threshold:
-        raise Refused(
+        raise UserError(
             f"data: source {name!r} has no two different documents to divide; set held_out=0."
         )
     division = Division(documents, size, by, source.held_out, threshold)

@@ -12,7 +12,7 @@ from lm.data.packing import BestFit
 from lm.data.sources import AnySource
 from lm.data.stream import Stream
 from lm.data.tokenizer import Tokenizer
-from lm.errors import Refused
+from lm.errors import UserError
 
 
 class Evaluation:
@@ -67,14 +67,14 @@ def evaluation(
     source: AnySource, tokenizer: Tokenizer, length: int, sequences: int, name: str | None = None
 ) -> Evaluation:
     """All documents of a source, tokenised here and now and held in memory; none is held out.
-    Raises Refused if there is none."""
+    Raises UserError if there is none."""
     ids, lengths = [], []
     for texts in in_batches(source.documents()):
         for text, tokens in zip(texts, tokenizer.encode_batch(texts)):
             ids.append(np.concatenate([[tokenizer.bos], tokens, [tokenizer.eos]]).astype(np.int32))
             lengths.append((len(ids[-1]), len(text.encode())))
     if not ids:
-        raise Refused(f"There is no text to evaluate on in {source}.")
+        raise UserError(f"There is no text to evaluate on in {source}.")
     tokens = np.concatenate(ids)
     stream = Stream([np.array(lengths, np.uint32)], lambda _: tokens)
     return Evaluation(name or source.label, stream, length, sequences)

@@ -1,7 +1,7 @@
 """Files of text: found by path, glob or URL, opened through fsspec, decompressed by extension,
 decoded strictly.
 
-Whatever is wrong with one is a Refused sentence that names the file, and the line or byte where
+Whatever is wrong with one is a UserError sentence that names the file, and the line or byte where
 there is one.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from lm.errors import Refused, nearest
+from lm.errors import UserError, nearest
 
 BLOCK = 1 << 20  # bytes read at a time
 _COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".lzma"}
@@ -42,11 +42,11 @@ def find(path: str | tuple[str, ...]) -> list[File]:
     """The files behind a path, a glob, a URL, or several of them; each once, those of a glob
     sorted.
 
-    Raises Refused for a path or glob that finds nothing.
+    Raises UserError for a path or glob that finds nothing.
     """
     paths = (path,) if isinstance(path, str) else tuple(path)
     if not paths:
-        raise Refused("path=() names no file; give a path, as in path='books/*.txt'.")
+        raise UserError("path=() names no file; give a path, as in path='books/*.txt'.")
     found = {file.path: file for one in paths for file in _find(one)}
     return list(found.values())
 
@@ -66,19 +66,19 @@ def reading(path: str) -> Iterator[BinaryIO]:
         with fsspec.open(path, "rb", compression="infer") as file:
             yield file
     except FileNotFoundError:
-        raise Refused(_missing(path)) from None
+        raise UserError(_missing(path)) from None
     except IsADirectoryError:
-        raise Refused(f"{path} is a folder; name its files, as in '{path}/*.txt'.") from None
+        raise UserError(f"{path} is a folder; name its files, as in '{path}/*.txt'.") from None
     except PermissionError:
-        raise Refused(f"{path} may not be read: its permissions forbid it.") from None
+        raise UserError(f"{path} may not be read: its permissions forbid it.") from None
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise Refused(
+        raise UserError(
             f"{path} is cut short or damaged ({error}); fetch or write it again."
         ) from error
 
 
 def decoded(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
-    """The text of a file in blocks. Raises Refused with the offset of the first byte that is not of
+    """The text of a file in blocks. Raises UserError with the offset of the first byte that is not of
     this encoding."""
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     before = 0  # bytes handed to the decoder so far
@@ -88,7 +88,7 @@ def decoded(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             offset = before - (len(error.object) - len(block)) + error.start
-            raise Refused(
+            raise UserError(
                 f"{path}: byte {offset} ({error.object[error.start]:#04x}) is not {encoding}. "
                 "Convert the file, or name its encoding, as in encoding='latin-1'."
             ) from None
@@ -117,22 +117,22 @@ def _find(path: str) -> list[File]:
     try:
         fs, inner = fsspec.core.url_to_fs(os.path.expanduser(path))
     except (ImportError, ValueError) as error:
-        raise Refused(f"{path} cannot be opened: {error}") from None
+        raise UserError(f"{path} cannot be opened: {error}") from None
     is_local = "://" not in path
     if any(sign in inner for sign in "*?[") and not fs.exists(inner):
         found = sorted(fs.glob(inner, detail=True).items())
         infos = [(name, info) for name, info in found if info["type"] == "file"]
         if not infos:
-            raise Refused(f"path={path!r} matches no file.")
+            raise UserError(f"path={path!r} matches no file.")
     else:
         try:
             infos = [(inner, fs.info(inner))]
         except FileNotFoundError:
-            raise Refused(_missing(path)) from None
+            raise UserError(_missing(path)) from None
         except OSError as error:
-            raise Refused(f"{path} may not be read: {error}") from None
+            raise UserError(f"{path} may not be read: {error}") from None
         if infos[0][1]["type"] == "directory":
-            raise Refused(f"{path} is a folder; name its files, as in '{path}/*.txt'.")
+            raise UserError(f"{path} is a folder; name its files, as in '{path}/*.txt'.")
     return [
         File(name if is_local else fs.unstrip_protocol(name), info.get("size"), _stamp(info))
         for name, info in infos
@@ -155,4 +155,4 @@ def _missing(path: str) -> str:
 
 def _check_zstandard(path: str) -> None:
     if path.endswith(".zst") and "zstd" not in fsspec.available_compressions():
-        raise Refused(f"{path} needs one more package: pip install zstandard")
+        raise UserError(f"{path} needs one more package: pip install zstandard")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import fsspec
 
-from lm.errors import Refused
+from lm.errors import UserError
 
 
 class Folder:
@@ -42,7 +42,7 @@ class Folder:
             return None
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        """Writes a file in one go. Raises Refused when the disk is full or the folder may not be
+        """Writes a file in one go. Raises UserError when the disk is full or the folder may not be
         written."""
         try:
             if self.is_remote:
@@ -52,11 +52,11 @@ class Folder:
             else:
                 _write_aside(Path(self._inner(name)), data)
         except PermissionError:
-            raise Refused(f"{self.path} may not be written; choose another --workdir.") from None
+            raise UserError(f"{self.path} may not be written; choose another --workdir.") from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise Refused(
+            raise UserError(
                 f"The disk of {self.path} is full: {name} needs {len(data):,} bytes. "
                 "Make room and run the same command again; what is finished is kept."
             ) from None
@@ -74,7 +74,7 @@ class Folder:
             os.close(handle)
             self._fs.get_file(self._inner(name), aside)
             if digest(Path(aside).read_bytes()) != checksum:
-                raise Refused(
+                raise UserError(
                     f"{self.where(name)} is damaged: its checksum is another. "
                     "Delete it and prepare again."
                 )

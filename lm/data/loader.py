@@ -12,7 +12,7 @@ from lm.data import mixture, packing
 from lm.data.batch import Batch
 from lm.data.packing import BestFit, Concatenate, Plan
 from lm.data.stream import Stream
-from lm.errors import Refused, check_positive
+from lm.errors import UserError, check_positive
 
 T = TypeVar("T")
 
@@ -31,12 +31,12 @@ class BatchShape:
         check_positive(**{"batch.sequences": self.sequences, "batch.length": self.length})
         rising = [(0, 0), *self.ramp]
         if any(b[0] <= a[0] or b[1] <= a[1] for a, b in pairwise(rising)):
-            raise Refused(
+            raise UserError(
                 f"batch.ramp={self.ramp!r} must rise in steps and in sequences, "
                 "as in ((500, 8), (1000, 16))."
             )
         if self.ramp and self.ramp[-1][1] >= self.sequences:
-            raise Refused(
+            raise UserError(
                 f"batch.ramp={self.ramp!r} must stay below batch.sequences={self.sequences}."
             )
 

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from lm.data.sources import AnySource
-from lm.errors import Refused, check_name
+from lm.errors import UserError, check_name
 
 # Weights as a declaration writes them: one table, or ((step, table), ...) from step 0 on.
 Weights = dict[str, float] | tuple[tuple[int, dict[str, float]], ...]
@@ -33,31 +33,33 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise Refused("data.sources={} is empty; name a source, as in {'web': data.Text(...)}.")
+            raise UserError(
+                "data.sources={} is empty; name a source, as in {'web': data.Text(...)}."
+            )
         for name in self.sources:
             if not name.replace("_", "").replace("-", "").isalnum():
-                raise Refused(f"data.sources: {name!r} must be letters, digits, '_' and '-'.")
+                raise UserError(f"data.sources: {name!r} must be letters, digits, '_' and '-'.")
         if self.weights:
             phases(self.weights, dict.fromkeys(self.sources, 1))
 
 
 def phases(weights: Weights, tokens: Mapping[str, int]) -> Phases:
     """`weights` as phases that name each source; by `tokens` of each where none are given. Raises
-    Refused for bad ones."""
+    UserError for bad ones."""
     if not weights:
         weights = {name: float(count) for name, count in tokens.items()}
     steps = ((0, weights),) if isinstance(weights, Mapping) else tuple(weights)
     if steps[0][0] != 0 or any(b[0] <= a[0] for a, b in pairwise(steps)):
-        raise Refused(
+        raise UserError(
             f"data.weights must begin at step 0 and rise, and not be {[s for s, _ in steps]}."
         )
     for _, table in steps:
         for name, weight in table.items():
             check_name("data.weights", name, tokens)
             if weight < 0:
-                raise Refused(f"data.weights.{name}={weight!r} must not be below zero.")
+                raise UserError(f"data.weights.{name}={weight!r} must not be below zero.")
         if not sum(table.values()) > 0:
-            raise Refused(f"data.weights={table!r} must hold a weight above zero.")
+            raise UserError(f"data.weights={table!r} must hold a weight above zero.")
     return tuple((step, {name: t.get(name, 0.0) for name in tokens}) for step, t in steps)
 
 

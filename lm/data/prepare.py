@@ -25,7 +25,7 @@ from lm.data.sources import AnySource, Shards
 from lm.data.stream import Stream
 from lm.data.tokenizer import Sample, SentencePiece, Tokenizer
 from lm.data.tokenizer_files import TokenizerFile, has_tokenizer, load_tokenizer
-from lm.errors import Refused, check_name
+from lm.errors import UserError, check_name
 
 FORMAT = 1  # of the shards: raised when older ones can no longer be read
 
@@ -75,10 +75,10 @@ class Prepared:
         return Loader(streams, plans, self._weights, shape, seed)
 
     def evaluation(self, name: str, length: int, sequences: int) -> Evaluation:
-        """The held-out documents of a source. Raises Refused if nothing was held out of it."""
+        """The held-out documents of a source. Raises UserError if nothing was held out of it."""
         held_out = self.stream(name, "held_out")
         if not held_out.documents:
-            raise Refused(
+            raise UserError(
                 f"Source {name!r} has nothing held out; set held_out=0.05, and prepare it anew."
             )
         return Evaluation(name, held_out, length, sequences)
@@ -107,13 +107,13 @@ def prepare(
     what is complete.
 
     A single source is a mixture of one. `tokenizer` may be None for Shards, which have theirs.
-    Several processes: let one prepare, then call this on the others. Raises Refused for text that
+    Several processes: let one prepare, then call this on the others. Raises UserError for text that
     cannot be read, a folder that was made from another recipe, or a damaged shard.
     """
     if isinstance(declared, Shards):
         return _open(declared, tokenizer)
     if tokenizer is None:
-        raise Refused("tokenizer=None works only with data.Shards; declare a SentencePiece.")
+        raise UserError("tokenizer=None works only with data.Shards; declare a SentencePiece.")
     declared = _mixture(declared)
     place = Folder(folder)
     made_from = recipe(declared, tokenizer)
@@ -201,9 +201,9 @@ def _open(declared: Shards, tokenizer: SentencePiece | TokenizerFile | None) -> 
     folder = Folder(declared.path)
     manifest = _manifest(folder)
     if manifest is None:
-        raise Refused(f"data.path={declared.path!r} is no folder of token shards.")
+        raise UserError(f"data.path={declared.path!r} is no folder of token shards.")
     if not _is_complete(folder, manifest):
-        raise Refused(f"The token shards in {folder} are not complete; prepare them first.")
+        raise UserError(f"The token shards in {folder} are not complete; prepare them first.")
     if tokenizer is not None:
         made = manifest["recipe"]
         _check_recipe(folder, made, {**made, "tokenizer": _plain(tokenizer.recipe())})
@@ -221,8 +221,8 @@ def _check_recipe(folder: Folder, made: dict[str, Any], wanted: dict[str, Any]) 
             field = path.replace("/", ".")
             fix = "Choose another name or --workdir, or delete that folder to prepare it anew."
             if path.endswith("/fingerprint"):
-                raise Refused(f"{folder} was made from other files ({field} differs). {fix}")
-            raise Refused(
+                raise UserError(f"{folder} was made from other files ({field} differs). {fix}")
+            raise UserError(
                 f"{folder} was made with {field}={a.get(path)!r}, "
                 f"and this declaration has {b.get(path)!r}. {fix}"
             )
@@ -238,7 +238,7 @@ def _check_both_sides(name: str, source: AnySource, entries: list[shards.Entry])
     wanted = shards.SPLITS if source.held_out else ("train",)
     for split in wanted:
         if not any(entry[split]["documents"] for entry in entries):
-            raise Refused(
+            raise UserError(
                 f"data: source {name!r} is too small to give a {split} part; "
                 "add text, or set held_out=0."
             )
@@ -247,12 +247,14 @@ def _check_both_sides(name: str, source: AnySource, entries: list[shards.Entry])
 def _load_tokenizer(folder: Folder, manifest: Mapping[str, Any]) -> Tokenizer:
     try:
         tokenizer = load_tokenizer(folder.path)
-    except Refused:
+    except UserError:
         tokenizer = None
     if tokenizer is None or tokenizer.checksum != manifest["tokenizer"]["sha256"]:
         files = ("tokenizer.json", "tokenizer.model")
         name = next((name for name in files if folder.size(name) is not None), files[-1])
-        raise Refused(f"{folder.where(name)} is damaged; delete it and run the same command again.")
+        raise UserError(
+            f"{folder.where(name)} is damaged; delete it and run the same command again."
+        )
     return tokenizer
 
 
@@ -261,7 +263,7 @@ def _manifest(folder: Folder) -> dict[str, Any] | None:
     try:
         return json.loads(data) if data else None
     except ValueError:
-        raise Refused(
+        raise UserError(
             f"{folder.where('manifest.json')} is damaged; "
             f"delete the folder {folder} to prepare it anew."
         ) from None

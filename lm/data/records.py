@@ -8,19 +8,19 @@ from collections.abc import Iterator
 import fsspec
 
 from lm.data import files
-from lm.errors import Refused
+from lm.errors import UserError
 
 
 def tfrecords(path: str, start: int, stop: int) -> Iterator[bytes]:
     """Records start to stop of a TFRecord file: each is a length and its checksum, the bytes and
-    their checksum. Raises Refused for a file that ends before."""
+    their checksum. Raises UserError for a file that ends before."""
     with files.reading(path) as file:
         for number in range(stop):
             header = file.read(12)
             length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else 0
             record = file.read(length + 4)
             if len(header) < 12 or len(record) < length + 4:
-                raise Refused(f"{path} is damaged: it ends after {number} of {stop} records.")
+                raise UserError(f"{path} is damaged: it ends after {number} of {stop} records.")
             if number >= start:
                 yield record[:length]
 

@@ -26,7 +26,7 @@ from lm.data.progress import Progress
 from lm.data.sources import AnySource
 from lm.data.stream import Stream
 from lm.data.tokenizer import Tokenizer
-from lm.errors import Refused
+from lm.errors import UserError
 
 SPLITS = ("train", "held_out")
 SHARD = 1 << 25  # characters of text
@@ -62,7 +62,7 @@ def write(
                 entry = _build(folder, name, len(entries), documents, division, tokenizer)
                 read = seen + entry["documents"]
             if not entry["documents"]:
-                raise Refused(f"data: source {name!r} has changed while it was read; run again.")
+                raise UserError(f"data: source {name!r} has changed while it was read; run again.")
             entries.append(entry)
             seen += entry["documents"]
             bar.advance(entry["bytes"])
@@ -70,7 +70,7 @@ def write(
 
 
 def missing(folder: Folder, entries: list[Entry]) -> bool:
-    """Whether a file of the shards is not there. Raises Refused, naming it, if one is there and
+    """Whether a file of the shards is not there. Raises UserError, naming it, if one is there and
     damaged."""
     files = {name: file for entry in entries for name, file in _files(entry).items()}
     if not all(_is_there(folder, name, file["bytes"]) for name, file in files.items()):
@@ -78,7 +78,7 @@ def missing(folder: Folder, entries: list[Entry]) -> bool:
     if sum(file["bytes"] for file in files.values()) < _HASHED and not folder.is_remote:
         for name, file in files.items():
             if digest(folder.read(name)) != file["sha256"]:
-                raise Refused(_damaged(folder, name, "its checksum is another"))
+                raise UserError(_damaged(folder, name, "its checksum is another"))
     return False
 
 
@@ -160,7 +160,7 @@ def _files(entry: Entry) -> dict[str, dict[str, Any]]:
 def _is_there(folder: Folder, name: str, size: int) -> bool:
     found = folder.size(name)
     if found not in (None, size):
-        raise Refused(_damaged(folder, name, f"it has {found:,} bytes and not {size:,}"))
+        raise UserError(_damaged(folder, name, f"it has {found:,} bytes and not {size:,}"))
     return found is not None
 
 

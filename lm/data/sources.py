@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm.data import files, records
-from lm.errors import Refused, check_name, nearest
+from lm.errors import UserError, check_name, nearest
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Source(abc.ABC):
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
-            raise Refused(f"data.held_out={self.held_out!r} must be a share from 0 to below 1.")
+            raise UserError(f"data.held_out={self.held_out!r} must be a share from 0 to below 1.")
 
     @property
     def label(self) -> str:
@@ -50,7 +50,7 @@ class Source(abc.ABC):
         return type(self).__name__.lower()
 
     def documents(self) -> Iterator[str]:
-        """The texts, always in the same order; none is empty. Raises Refused for what cannot be
+        """The texts, always in the same order; none is empty. Raises UserError for what cannot be
         read."""
         return (text for text in self._read() if text)
 
@@ -141,11 +141,11 @@ class Jsonl(_Encoded):
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise Refused(
+                    raise UserError(
                         f"{where} is not JSON ({error.msg} at column {error.colno})."
                     ) from None
                 if not isinstance(record, dict):
-                    raise Refused(f"{where} holds {type(record).__name__}, not a JSON object.")
+                    raise UserError(f"{where} holds {type(record).__name__}, not a JSON object.")
                 yield _without_surrogates(_text_of(record, self.field, where))
 
 
@@ -159,7 +159,7 @@ class Csv(_Encoded):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.delimiter) != 1:
-            raise Refused(f"data.delimiter={self.delimiter!r} must be one character.")
+            raise UserError(f"data.delimiter={self.delimiter!r} must be one character.")
 
     def _read_file(self, path: str) -> Iterator[str]:
         csv.field_size_limit(2**31 - 1)  # the default refuses documents of more than 128 KiB
@@ -174,9 +174,9 @@ class Csv(_Encoded):
                         yield row[column]
                     elif row:
                         where = f"{path}, line {rows.line_num}"
-                        raise Refused(f"{where} has {len(row)} of {len(names)} columns.")
+                        raise UserError(f"{where} has {len(row)} of {len(names)} columns.")
             except csv.Error as error:
-                raise Refused(f"{path}, line {rows.line_num}: {error}.") from None
+                raise UserError(f"{path}, line {rows.line_num}: {error}.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ class Parquet(_Files):
                     for text in rows.column(0).to_pylist():
                         yield _text_of({self.field: text}, self.field, path)
             except pyarrow.ArrowException as error:
-                raise Refused(
+                raise UserError(
                     f"{path} is not a whole Parquet file ({error}); fetch or write it again."
                 ) from None
 
@@ -238,7 +238,7 @@ class Tfds(Source):
             try:
                 text = value.decode() if isinstance(value, bytes) else value
             except UnicodeDecodeError as error:
-                raise Refused(f"{where}: {self.field!r} is not UTF-8 ({error}).") from None
+                raise UserError(f"{where}: {self.field!r} is not UTF-8 ({error}).") from None
             yield _text_of({self.field: text}, self.field, where)
 
     def _records(self, builder: Any) -> Iterator[bytes]:
@@ -249,7 +249,7 @@ class Tfds(Source):
             parts = builder.info.splits[self.split].file_instructions
         except (KeyError, ValueError):
             known = ", ".join(builder.info.splits)
-            raise Refused(
+            raise UserError(
                 f"data.split={self.split!r} is not a split of {self.name}: {known}."
             ) from None
         is_array = builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD
@@ -272,11 +272,11 @@ class Tfds(Source):
             close = nearest(self.name, tfds.list_builders(with_community_datasets=False))
             hint = close if "Did you mean" in close else ""
             reason = str(error).splitlines()[0]
-            raise Refused(f"data.name={self.name!r}: {reason}{hint}") from None
+            raise UserError(f"data.name={self.name!r}: {reason}{hint}") from None
         except OSError as error:
-            raise Refused(f"data.name={self.name!r} is not a prepared dataset: {error}") from None
+            raise UserError(f"data.name={self.name!r} is not a prepared dataset: {error}") from None
         if not builder.info.splits:
-            raise Refused(
+            raise UserError(
                 f"data.name={self.name!r} is not prepared in {builder.data_dir}; prepare it "
                 "there with tfds.builder(...).download_and_prepare(file_format='array_record'), "
                 "or set data.data_dir."
@@ -285,7 +285,7 @@ class Tfds(Source):
             tfds.core.FileFormat.ARRAY_RECORD,
             tfds.core.FileFormat.TFRECORD,
         ):
-            raise Refused(
+            raise UserError(
                 f"data.name={self.name!r} is stored as {builder.info.file_format.value}; "
                 "prepare it with file_format='array_record'."
             )
@@ -365,13 +365,13 @@ def _text_of(record: Mapping[str, Any], field: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise Refused(f"{where}: field {field!r} holds {type(value).__name__}, not text.")
+        raise UserError(f"{where}: field {field!r} holds {type(value).__name__}, not text.")
     return value
 
 
 def _check_field(field: str, known: list[str], where: str) -> None:
     if field not in known:
-        raise Refused(f"{where} has no field {field!r} (data.field).{nearest(field, known)}")
+        raise UserError(f"{where} has no field {field!r} (data.field).{nearest(field, known)}")
 
 
 def _without_surrogates(text: str) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 import sentencepiece
 
 from lm.data.folder import Folder, digest
-from lm.errors import Refused, check_name, check_positive
+from lm.errors import UserError, check_name, check_positive
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +62,15 @@ class SentencePiece:
         check_positive(**{"tokenizer.sample_bytes": self.sample_bytes})
         check_name("tokenizer.kind", self.kind, KINDS)
         if not 0 < self.coverage <= 1:
-            raise Refused(f"tokenizer.coverage={self.coverage!r} must be above 0 and at most 1.")
+            raise UserError(f"tokenizer.coverage={self.coverage!r} must be above 0 and at most 1.")
         fixed = 4 + 256 * self.byte_fallback + len(self.symbols)
         if self.vocab <= fixed:
-            raise Refused(
+            raise UserError(
                 f"tokenizer.vocab={self.vocab} must be above {fixed}: the pieces that every such "
                 "tokenizer holds (4 controls, 256 bytes with byte_fallback, the symbols)."
             )
         if "" in self.symbols or len(set(self.symbols)) < len(self.symbols):
-            raise Refused(f"tokenizer.symbols={self.symbols!r} must be different and not empty.")
+            raise UserError(f"tokenizer.symbols={self.symbols!r} must be different and not empty.")
 
     def recipe(self) -> dict[str, Any]:
         """The declaration as JSON."""
@@ -112,7 +112,7 @@ class SentencePiece:
                 minloglevel=3,
             )
         except RuntimeError as error:
-            raise Refused(_training_refusal(self, str(error))) from None
+            raise UserError(_training_refusal(self, str(error))) from None
         trained = model.getvalue()
         tokenizer = Tokenizer(_exact(trained) if self.kind == "unigram" else trained)
         if tokenizer.vocab < self.vocab and self.kind != "char":
@@ -144,14 +144,14 @@ class Tokenizer:
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise Refused(f"{path} is not a SentencePiece model.") from None
+            raise UserError(f"{path} is not a SentencePiece model.") from None
         self.vocab = len(self._sp)
         self.eos = self._sp.eos_id() if self._sp.eos_id() >= 0 else self._sp.bos_id()
         self.bos = self._sp.bos_id() if self._sp.bos_id() >= 0 else self.eos
         self.pad = self._sp.pad_id() if self._sp.pad_id() >= 0 else self.eos
         self.unk = self._sp.unk_id()
         if self.eos < 0:
-            raise Refused(f"{path} has neither a begin nor an end piece to part documents with.")
+            raise UserError(f"{path} has neither a begin nor an end piece to part documents with.")
         begins = self._read_beside("tokenizer_config.json").get("add_bos_token", True)
         ends = ids_of(self._read_beside("generation_config.json").get("eos_token_id"))
         self.prefix = (self.bos,) if begins else ()
@@ -232,7 +232,7 @@ class Tokenizer:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise Refused(f"{name} beside {self.name} is damaged; fetch it again.")
+            raise UserError(f"{name} beside {self.name} is damaged; fetch it again.")
         return found
 
     def _cut(self, text: str) -> list[str]:

@@ -9,7 +9,7 @@ from lm.data import files
 from lm.data.folder import Folder
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokenizer_json import JsonTokenizer
-from lm.errors import Refused
+from lm.errors import UserError
 
 # Read where they lie beside a model file, and kept with it, for an export gives them back.
 BESIDE = (
@@ -41,7 +41,7 @@ class TokenizerFile:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """From a model file or a folder, local or at an fsspec URL. Raises Refused where there is
+    """From a model file or a folder, local or at an fsspec URL. Raises UserError where there is
     none. Of a folder with both kinds tokenizer.json is taken, which knows added tokens too."""
     folder, name = os.path.split(str(path).rstrip("/"))
     if name == JsonTokenizer.name:
@@ -49,7 +49,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if has_tokenizer(path):
         return _of_folder(Folder(path))
     if os.path.isdir(str(path)):
-        raise Refused(f"{path} has neither tokenizer.json nor tokenizer.model.")
+        raise UserError(f"{path} has neither tokenizer.json nor tokenizer.model.")
     with files.reading(str(path)) as file:
         return Tokenizer(file.read(), str(path))
 
@@ -77,7 +77,7 @@ def _check_added(folder: Folder, tokenizer: Tokenizer) -> None:
     added = json.loads(tokenizer.beside.get("added_tokens.json", b"{}"))
     ids = [*map(int, listed.get("added_tokens_decoder", {})), *added.values()]
     if any(i >= tokenizer.vocab for i in ids):
-        raise Refused(
+        raise UserError(
             f"{folder} adds tokens to its tokenizer.model and has no tokenizer.json; write one "
             "with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
         )

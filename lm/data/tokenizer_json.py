@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lm.data.tokenizer import Tokenizer, ids_of
-from lm.errors import Refused
+from lm.errors import UserError
 
 _SPACE = "\u2581"
 
@@ -33,7 +33,7 @@ class JsonTokenizer(Tokenizer):
             self._json = tokenizers.Tokenizer.from_str(model.decode())
             described = json.loads(model)
         except Exception as error:  # the library raises Exception itself
-            raise Refused(f"{path} is not a tokenizer that is understood: {error}.") from None
+            raise UserError(f"{path} is not a tokenizer that is understood: {error}.") from None
         self._json.no_truncation()
         self._json.no_padding()
         self._pieces = {i: piece for piece, i in self._json.get_vocab().items()}
@@ -73,7 +73,7 @@ class JsonTokenizer(Tokenizer):
         stops = [*ids_of(eos), *ids_of(generation.get("eos_token_id"))]
         eos = next((i for i in (*stops, bos) if i is not None), None)
         if eos is None:
-            raise Refused(
+            raise UserError(
                 f"{path}: the files beside it name no end token; add eos_token to "
                 "tokenizer_config.json."
             )
@@ -105,7 +105,7 @@ class JsonTokenizer(Tokenizer):
                 return piece.replace(_SPACE, " ").encode()
 
         else:
-            raise Refused(
+            raise UserError(
                 f"{path} joins its pieces in a way that is not known; "
                 "byte-level and SentencePiece's are."
             )

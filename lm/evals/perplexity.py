@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 import kernels_pallas
-from lm import model, sharding
+from lm import model
 from lm.data.batch import Batch
-from lm.errors import Refused, check_positive
+from lm.errors import UserError, check_positive
 from lm.evals.result import Result, ratio
+from lm.parallel import sharding
 from lm.precision import Precision
 
 
@@ -88,7 +89,7 @@ def evaluate(
             devices read their own rows only.
 
     Raises:
-        Refused: an evaluation without a single target.
+        UserError: an evaluation without a single target.
     """
     mesh = mesh or sharding.active_mesh()
     run = partial(
@@ -173,7 +174,7 @@ class _Sums:
         met_d = self.tokens_d > 0
         tokens = int(self.tokens_d.sum())
         if not tokens:
-            raise Refused(
+            raise UserError(
                 f"evaluation {evaluation.name!r} has no text to measure; is the file empty, or the "
                 "held-out share too small?"
             )

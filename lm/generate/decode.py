@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm import model, sharding
-from lm.errors import Refused, check_positive
+from lm import model
+from lm.errors import UserError, check_positive
 from lm.generate.sampling import Filters, Sampling, sample
+from lm.parallel import sharding
 
 SMALLEST = 16  # prompt and output lengths below this share one program
 
@@ -69,7 +70,7 @@ def generate(
         mesh: the one on which `params` lie; default: that of the surrounding `sharding.use`.
 
     Raises:
-        Refused: an empty prompt, one longer than the context, a token outside the vocabulary.
+        UserError: an empty prompt, one longer than the context, a token outside the vocabulary.
     """
     results: list[Result] = []
     for results in stream(  # noqa: B007
@@ -147,16 +148,16 @@ def stream(
 def _check_prompts(config: model.Config, prompts: Sequence[Sequence[int]], context: int) -> None:
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise Refused(f"prompt {i} is empty; give it at least one token.")
+            raise UserError(f"prompt {i} is empty; give it at least one token.")
         if len(prompt) >= context:
-            raise Refused(
+            raise UserError(
                 f"prompt {i} has {len(prompt)} tokens, which leaves no room in context={context}; "
                 f"shorten it, or give a context above {len(prompt)}, knowing that a model is at a "
                 "loss beyond the length it was trained on."
             )
         outside = [token for token in prompt if not 0 <= token < config.vocab]
         if outside:
-            raise Refused(
+            raise UserError(
                 f"prompt {i} has token {outside[0]}, and the model's vocabulary ends at "
                 f"{config.vocab - 1}; use the tokenizer that the model was trained with."
             )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.errors import Refused, check_positive
+from lm.errors import UserError, check_positive
 
 # Which filters are on, by name, is part of the compiled program; their values are its arguments.
 Filters = Mapping[str, jax.Array | np.ndarray]
@@ -37,16 +37,20 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < np.inf:
-            raise Refused(
+            raise UserError(
                 f"sampling.temperature={self.temperature!r} must be 0 (the most probable token) "
                 "or a number above it."
             )
         if self.top_k is not None and (self.top_k != int(self.top_k) or self.top_k < 1):
-            raise Refused(f"sampling.top_k={self.top_k!r} must be a whole number from 1; or None.")
+            raise UserError(
+                f"sampling.top_k={self.top_k!r} must be a whole number from 1; or None."
+            )
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise Refused(f"sampling.{name}={value!r} must be above 0 and at most 1; or None.")
+                raise UserError(
+                    f"sampling.{name}={value!r} must be above 0 and at most 1; or None."
+                )
         check_positive(**{"sampling.repetition_penalty": self.repetition_penalty})
 
     def filters(self) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ import jax
 
 from lm import model
 from lm.data.tokenizer import Tokenizer
-from lm.errors import Refused
+from lm.errors import UserError
 from lm.generate import decode
 from lm.generate.sampling import Sampling
 
@@ -57,7 +57,7 @@ def generate_text(
         The others are those of `decode.generate`.
     """
     if "" in stop:
-        raise Refused("stop='' would stop at once; leave it out.")
+        raise UserError("stop='' would stop at once; leave it out.")
     readers = [_Reader(tokenizer, stop) for _ in prompts]
     ended: set[int] = set()
     for results in decode.stream(

@@ -12,11 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 import kernels_pallas
-from lm.errors import Refused, check_name, check_positive
+from lm.errors import UserError, check_name, check_positive
 from lm.model.norm import Norm
 from lm.model.param import Init, add_bias, einsum, param, zeros
 from lm.model.rope import ALiBi, NoPosition, RoPE, rotate
-from lm.sharding import many_devices, on_each_device, partition, row_parts, shard
+from lm.parallel.sharding import context_parallel_size, is_sharded, partition, shard, shard_map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +92,16 @@ class GQA:
         check_positive(**{f"{here}.{name}": value for name, value in sizes.items()})
         if self.heads % self.kv_heads:
             divisors = [k for k in range(1, self.heads + 1) if self.heads % k == 0]
-            raise Refused(
+            raise UserError(
                 f"{here}.kv_heads={self.kv_heads} does not divide {here}.heads={self.heads}; "
                 f"choose one of {', '.join(map(str, divisors))}."
             )
         if self.window is not None and not self.causal:
-            raise Refused(
+            raise UserError(
                 f"{here}.window={self.window} needs {here}.causal=True; set one of the two."
             )
         if isinstance(self.sinks, FirstTokens) and self.window is None:
-            raise Refused(
+            raise UserError(
                 f"{here}.sinks={self.sinks} does nothing without {here}.window; "
                 "set a window or leave the sinks out."
             )
@@ -243,7 +243,7 @@ def _attend(
     of_heads = {name: x for name, x in of_heads.items() if x is not None}
     of_tokens = {name: x for name, x in of_tokens.items() if x is not None}
     attention = kernels_pallas.flash_attention
-    if row_parts() > 1:
+    if context_parallel_size() > 1:
         stay = partition(k_bskh.shape, "batch", "keys", "kv_heads", "head")[1]
         ring = stay and not options["sink_tokens"]
         form = kernels_pallas.ring_attention if ring else kernels_pallas.gathered_attention
@@ -258,7 +258,7 @@ def _attend(
             )
         return attention(q_btnh, k_bskh, v_bskh, **of_heads, **of_tokens, **options)
 
-    if not many_devices():
+    if not is_sharded():
         return local(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)
     q_spec = partition(q_btnh.shape, "batch", "seq", "heads", "head")
     kv_spec = partition(k_bskh.shape, "batch", "seq", "kv_heads", "head")
@@ -270,5 +270,5 @@ def _attend(
         dict.fromkeys(of_heads, PartitionSpec(heads)),
         dict.fromkeys(of_tokens, PartitionSpec(*q_spec[:2])),
     )
-    mapped = on_each_device(local, in_specs, q_spec)
+    mapped = shard_map(local, in_specs, q_spec)
     return mapped(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)

@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lm.errors import Refused, check_name, check_positive
+from lm.errors import UserError, check_name, check_positive
 from lm.model.attention import GQA
 from lm.model.ffn import MLP, GeGLU, ReLU2, SwiGLU
 from lm.model.moe import MoE
@@ -87,9 +87,9 @@ class Config:
         check_positive(**{f"model.{name}": value for name, value in sizes.items()})
         check_name("model.placement", self.placement, PLACEMENTS)
         if not 0 <= self.dropout < 1:
-            raise Refused(f"model.dropout={self.dropout!r} must be at least 0 and below 1.")
+            raise UserError(f"model.dropout={self.dropout!r} must be at least 0 and below 1.")
         if len(self.prefix) > self.layers:
-            raise Refused(
+            raise UserError(
                 f"model.prefix has {len(self.prefix)} blocks but model.layers={self.layers}; "
                 "give more layers or a shorter prefix."
             )
@@ -100,12 +100,12 @@ class Config:
         blocks = self.prefix + (self.pattern or (Block(),))
         missing = [block for block in blocks if getattr(block, part) is None]
         if missing and getattr(self, part) is None:
-            raise Refused(
+            raise UserError(
                 f"model.{part}=None, and a block has none of its own; "
                 f"set model.{part}, or the {part} of every block."
             )
         if not missing and getattr(self, part) is not None:
-            raise Refused(
+            raise UserError(
                 f"model.{part}={getattr(self, part)} is never used, since every block of "
                 f"model.pattern and model.prefix has its own; set model.{part}=None."
             )

@@ -82,5 +82,5 @@ def _leaves(config: Config) -> Iterator[tuple[str, tuple[str, ...], int, float]]
         if "expert" in names[path]:
             part, i, *_ = path.split("/")
             ffn = blocks[part][int(i)].ffn
-            share = ffn.active / ffn.experts
+            share = ffn.experts_per_token / ffn.experts
         yield path, names[path], math.prod(shape.shape), share

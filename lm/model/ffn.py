@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.errors import check_name, check_positive
 from lm.model.param import Init, add_bias, einsum, param, zeros
-from lm.sharding import shard
+from lm.parallel.sharding import shard
 
 Activation = Callable[[jax.Array], jax.Array]
 

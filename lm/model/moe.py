@@ -1,4 +1,4 @@
-"""Mixture of experts: a router sends each token to `active` of `experts` feed-forwards and adds
+"""Mixture of experts: a router sends each token to `experts_per_token` of `experts` feed-forwards and adds
 their outputs by weight (Shazeer et al., arXiv:1701.06538; Fedus et al., arXiv:2101.03961).
 
 Tokens meet experts in one of two ways, which agree while no expert is full. Dropless: tokens are
@@ -21,17 +21,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from kernels_pallas import grouped_matmul, placement
-from lm.errors import Refused, check_name, check_positive
+from lm.errors import UserError, check_name, check_positive
 from lm.model.exchange_rows import buffer_rows, on_experts
 from lm.model.ffn import ACTIVATIONS, FeedForward
 from lm.model.param import Init, einsum, param, zeros
-from lm.sharding import (
-    many_devices,
-    on_each_device,
+from lm.parallel.sharding import (
+    context_parallel_size,
+    is_sharded,
     partition,
     remaining,
-    row_parts,
     shard,
+    shard_map,
     split_over,
     weight_partition,
 )
@@ -116,9 +116,9 @@ class Capacity:
     def __post_init__(self) -> None:
         check_positive(**{"model.ffn.dispatch.factor": self.factor})
 
-    def slots(self, length: int, active: int, experts: int) -> int:
+    def slots(self, length: int, experts_per_token: int, experts: int) -> int:
         """Assignments that one expert takes of a sequence; a token chooses an expert only once."""
-        return min(length, math.ceil(self.factor * length * active / experts))
+        return min(length, math.ceil(self.factor * length * experts_per_token / experts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +136,14 @@ class Shared:
 
 @dataclass(frozen=True, kw_only=True)
 class MoE:
-    """`experts` gated feed-forwards of width `hidden`, `active` of them for each token.
+    """`experts` gated feed-forwards of width `hidden`, `experts_per_token` of them for each token.
 
     `activation` applies to the gates: "silu" makes SwiGLU experts, "gelu_tanh" GeGLU. `z_loss`
     weighs the mean squared log-sum-exp of the router's logits (ST-MoE, arXiv:2202.08906).
     """
 
     experts: int
-    active: int
+    experts_per_token: int
     hidden: int
     activation: str = "silu"
     router: SoftmaxRouter | SigmoidRouter = SoftmaxRouter()
@@ -156,21 +156,23 @@ class MoE:
         check_positive(
             **{
                 "model.ffn.experts": self.experts,
-                "model.ffn.active": self.active,
+                "model.ffn.experts_per_token": self.experts_per_token,
                 "model.ffn.hidden": self.hidden,
             }
         )
         check_name("model.ffn.activation", self.activation, ACTIVATIONS)
-        if self.active > self.experts:
-            raise Refused(
-                f"model.ffn.active={self.active} is more than model.ffn.experts={self.experts}; "
+        if self.experts_per_token > self.experts:
+            raise UserError(
+                f"model.ffn.experts_per_token={self.experts_per_token} is more than model.ffn.experts={self.experts}; "
                 "a token chooses each expert at most once."
             )
         if self.z_loss < 0:
-            raise Refused(f"model.ffn.z_loss={self.z_loss} must not be negative; 0 leaves it out.")
-        if self.active == 1 and getattr(self.router, "renormalize", False):
-            raise Refused(
-                "model.ffn.router.renormalize=True makes every weight one with model.ffn.active=1, "
+            raise UserError(
+                f"model.ffn.z_loss={self.z_loss} must not be negative; 0 leaves it out."
+            )
+        if self.experts_per_token == 1 and getattr(self.router, "renormalize", False):
+            raise UserError(
+                "model.ffn.router.renormalize=True makes every weight one with model.ffn.experts_per_token=1, "
                 "and the router would never learn; set it to False."
             )
 
@@ -201,7 +203,7 @@ def measures(config: "MoE", sums: Sums) -> tuple[dict[str, jax.Array], jax.Array
     """The side losses, which carry their coefficients, and the load: each expert's share of the
     choices, [E]. With sums of several layers stacked, so are both."""
     tokens = jnp.maximum(sums.tokens, 1)
-    load_e = sums.choices_e / (tokens * config.active)[..., None]
+    load_e = sums.choices_e / (tokens * config.experts_per_token)[..., None]
     losses = {}
     if isinstance(config.balance, LoadBalance):
         share_e = sums.shares_e / tokens[..., None]
@@ -240,7 +242,7 @@ class Module(nnx.Module):
         if isinstance(config.dispatch, Dropless):
             y_btd = _dropless(x_btd, routing, experts)
         else:
-            slots = config.dispatch.slots(x_btd.shape[1], config.active, config.experts)
+            slots = config.dispatch.slots(x_btd.shape[1], config.experts_per_token, config.experts)
             y_btd = _within_capacity(x_btd, routing, experts, slots)
         if self.shared is not None:
             y_btd += self.shared(x_btd)
@@ -288,7 +290,7 @@ def route(
     ranks_bte = jax.lax.stop_gradient(scores_bte)
     if bias_e is not None:
         ranks_bte += jax.lax.stop_gradient(bias_e)
-    chosen_btk = _choose(ranks_bte, config.active)
+    chosen_btk = _choose(ranks_bte, config.experts_per_token)
     weights_btk = config.router.weights(jnp.take_along_axis(scores_bte, chosen_btk, axis=-1))
     chosen_btk = jnp.where(mask_bt[..., None], chosen_btk, experts)
 
@@ -303,16 +305,16 @@ def route(
     return Routing(chosen_btk, weights_btk, sums)
 
 
-def _choose(ranks_bte: jax.Array, active: int) -> jax.Array:
-    """The `active` experts of the highest rank, best first; ties go to the lower index."""
+def _choose(ranks_bte: jax.Array, experts_per_token: int) -> jax.Array:
+    """The `experts_per_token` experts of the highest rank, best first; ties go to the lower index."""
 
     def choose(ranks_bte: jax.Array) -> jax.Array:
-        return jax.lax.top_k(ranks_bte, active)[1]
+        return jax.lax.top_k(ranks_bte, experts_per_token)[1]
 
-    if not many_devices():
+    if not is_sharded():
         return choose(ranks_bte)
     # By itself XLA gathers the whole batch on every device for a top-k.
-    return on_each_device(choose, (_tokens(),), _tokens())(ranks_bte)
+    return shard_map(choose, (_tokens(),), _tokens())(ranks_bte)
 
 
 def update_bias(bias_e: jax.Array, load_e: jax.Array, rate: float) -> jax.Array:
@@ -347,7 +349,7 @@ class Experts(NamedTuple):
 def _dropless(x_btd: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
     chosen_btk, weights_btk = routing.chosen_btk, routing.weights_btk
     activation, *arrays = experts
-    if not many_devices():
+    if not is_sharded():
         feed = partial(_feed, activation, arrays)
         return _sorted_by_expert(x_btd, chosen_btk, weights_btk, experts.count, feed)
     wide = weight_partition(("expert", "embed", "mlp"), experts.gate_edf.shape)
@@ -376,7 +378,7 @@ def _dropless(x_btd: jax.Array, routing: Routing, experts: Experts) -> jax.Array
     tokens = _tokens()
     scattered = "tensor" in split_over(partition(x_btd.shape, "batch", "stream", "embed")[1])
     stream = PartitionSpec(tokens[0], ("context", "tensor")) if scattered else tokens
-    mapped = on_each_device(local, (tokens, tokens, tokens, wide, wide, narrow), stream)
+    mapped = shard_map(local, (tokens, tokens, tokens, wide, wide, narrow), stream)
     return mapped(x_btd, chosen_btk, weights_btk, *arrays)
 
 
@@ -438,7 +440,7 @@ def _within_capacity(x_btd: jax.Array, routing: Routing, experts: Experts, slots
     b, t, d = x_btd.shape
     e, k = experts.count, chosen_btk.shape[-1]
     # Where rows are split, tokens do not lie in the order of the sequence.
-    index_t = placement(t, row_parts()) if row_parts() > 1 else np.arange(t)
+    index_t = placement(t, context_parallel_size()) if context_parallel_size() > 1 else np.arange(t)
     fill = jax.vmap(lambda chosen_m: _fill_slots(chosen_m, np.repeat(index_t, k), e, slots))
     source_bs, slot_bm = fill(chosen_btk.reshape(b, t * k))
     move = jax.vmap(_move)

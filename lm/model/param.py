@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm.errors import check_positive
-from lm.sharding import active_mesh, shard, shard_weight
+from lm.parallel.sharding import active_mesh, shard, shard_weight
 
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
@@ -19,7 +19,7 @@ Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 def param(
     rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], init: Initializer
 ) -> nnx.Param:
-    """A float32 weight of this shape, with one logical axis name per dimension (see lm.sharding);
+    """A float32 weight of this shape, with one logical axis name per dimension (see lm.parallel.sharding);
     its axes and its initialiser stay with it."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {tuple(shape)} and axes {tuple(axes)} differ in length")

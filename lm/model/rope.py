@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.errors import Refused, check_positive
+from lm.errors import UserError, check_positive
 
 _FIELD = "model.attention.position"
 
@@ -103,7 +103,7 @@ class YaRN:
         _check_factor(self.factor)
         check_positive(**{f"{_FIELD}.scaling.original": self.original})
         if not self.beta_fast > self.beta_slow > 0:
-            raise Refused(
+            raise UserError(
                 f"{_FIELD}.scaling.beta_fast={self.beta_fast} must be above "
                 f"beta_slow={self.beta_slow}, and both above zero."
             )
@@ -143,7 +143,7 @@ class Llama3Scaling:
         _check_factor(self.factor)
         check_positive(**{f"{_FIELD}.scaling.original": self.original})
         if not self.high > self.low > 0:
-            raise Refused(
+            raise UserError(
                 f"{_FIELD}.scaling.high={self.high} must be above low={self.low}, "
                 "and both above zero."
             )
@@ -159,7 +159,7 @@ class Llama3Scaling:
 
 def _check_factor(factor: float) -> None:
     if not factor >= 1:
-        raise Refused(
+        raise UserError(
             f"{_FIELD}.scaling.factor={factor!r} must be at least 1: "
             "how many times longer than in training."
         )
@@ -187,9 +187,11 @@ class RoPE:
 
     def __post_init__(self) -> None:
         if not self.theta > 1:
-            raise Refused(f"{_FIELD}.theta={self.theta!r} must be above 1; the paper's is 10_000.")
+            raise UserError(
+                f"{_FIELD}.theta={self.theta!r} must be above 1; the paper's is 10_000."
+            )
         if not 0 < self.fraction <= 1:
-            raise Refused(
+            raise UserError(
                 f"{_FIELD}.fraction={self.fraction!r} must be above 0 and at most 1; without any "
                 "rotation, take position=NoPosition()."
             )
@@ -199,10 +201,10 @@ class RoPE:
         return int(head_dim * self.fraction)
 
     def check(self, head_dim: int) -> None:
-        """Raises Refused where a head of this width can't be split into pairs."""
+        """Raises UserError where a head of this width can't be split into pairs."""
         rotated = self.rotated(head_dim)
         if rotated % 2 or rotated < 4:
-            raise Refused(
+            raise UserError(
                 f"model.attention.head_dim={head_dim} with position.fraction={self.fraction} "
                 f"rotates {rotated} entries; RoPE needs an even number, 4 at least."
             )

@@ -23,21 +23,21 @@ from jax.sharding import PartitionSpec
 
 import kernels_pallas
 from lm import trees
-from lm.errors import Refused
-from lm.mesh import check_remat
+from lm.errors import UserError
 from lm.model import moe
 from lm.model.attention import Cache, Positions
 from lm.model.config import Block, Config
 from lm.model.moe import BiasBalance, update_bias
 from lm.model.param import normal, param
 from lm.model.rope import RoPE
-from lm.pipeline import Schedule, pipeline
-from lm.sharding import (
-    many_devices,
-    on_each_device,
+from lm.parallel.mesh import check_remat
+from lm.parallel.pipeline import Schedule, pipeline
+from lm.parallel.sharding import (
+    context_parallel_size,
+    is_sharded,
     partition,
-    row_parts,
     shard,
+    shard_map,
     split_over,
     stages,
     weight_partition,
@@ -136,7 +136,7 @@ def _look_up(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
     """x_btd. Each device looks up its part of the width for the tokens of all the devices that
     share the table, and they exchange what they found: tokens and activations travel, which are
     small beside the table and its gradient."""
-    if not many_devices():
+    if not is_sharded():
         return table_vd[tokens_bt]
     kept = split_over(weight_partition(("vocab", "embed"), table_vd.shape)[1])
     rows = partition(tokens_bt.shape, "batch", "seq")
@@ -149,9 +149,7 @@ def _look_up(table_vd: jax.Array, tokens_bt: jax.Array) -> jax.Array:
 
     # Only the axes of several devices: XLA refuses to mix automatic axes with manual ones of one.
     axes = [name for part in rows for name in split_over(part)]
-    return on_each_device(local, (PartitionSpec(None, kept), rows), rows, axes=axes)(
-        table_vd, tokens_bt
-    )
+    return shard_map(local, (PartitionSpec(None, kept), rows), rows, axes=axes)(table_vd, tokens_bt)
 
 
 class Unembedding(nnx.Module):
@@ -236,7 +234,7 @@ def shapes(config: Config) -> Params:
 
 
 def axes(config: Config) -> Params:
-    """A tuple of logical axis names for every weight (see lm.sharding)."""
+    """A tuple of logical axis names for every weight (see lm.parallel.sharding)."""
     return trees.map_with_path(lambda path, names: names, _declaration(config).axes)
 
 
@@ -251,7 +249,7 @@ def forward(
     dropout_key: jax.Array | None = None,
     remat: str | tuple[str, ...] = "none",
     microbatches: int | None = None,
-    rounds: int = 1,
+    circular_repeats: int = 1,
     accumulate: str = "float32",
     offload: bool = False,
 ) -> Output:
@@ -266,8 +264,8 @@ def forward(
       cache: of `init_cache`, or of an earlier call's Output; queries see its slots up to their own
         position.
       dropout_key: a jax.random.key; None turns dropout off.
-      remat: what the backward pass computes anew, as lm.mesh.Place has it.
-      microbatches, rounds, accumulate: of the pipeline, where the mesh has one (see lm.pipeline);
+      remat: what the backward pass computes anew, as lm.parallel.mesh.Place has it.
+      microbatches, circular_repeats, accumulate: of the pipeline, where the mesh has one (see lm.parallel.pipeline);
         None: as many micro-batches as there are stages.
       offload: keeps the inputs of layers in the host's memory until the backward pass.
     """
@@ -279,7 +277,7 @@ def forward(
         rows = 1 if cache is None else tokens_bt.shape[0]
         positions_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), (rows, tokens_bt.shape[1]))
 
-    parts = row_parts()
+    parts = context_parallel_size()
     if parts > 1:
         # Placed so that causal attention is as much work for each device.
         order = kernels_pallas.placement(tokens_bt.shape[1], parts)
@@ -310,7 +308,7 @@ def forward(
                 schedule = Schedule(
                     layers=config.layout.repeats,
                     stages=stages(),
-                    rounds=rounds,
+                    circular_repeats=circular_repeats,
                     microbatches=microbatches or stages(),
                 )
                 options = {"accumulate": accumulate, "policy": _policy_of_stages(remat)}
@@ -329,7 +327,7 @@ def forward(
     if parts > 1:
         rows = PartitionSpec(None, "context")
         in_order = partial(kernels_pallas.in_order, axis_name="context")
-        x_btd = on_each_device(in_order, (rows,), rows, axes=("context",))(x_btd)
+        x_btd = shard_map(in_order, (rows,), rows, axes=("context",))(x_btd)
     return Output(
         hidden_btd=x_btd,
         losses=losses,
@@ -548,7 +546,9 @@ def init_cache(config: Config, batch: int, length: int, dtype: Any = jnp.float32
     """Empty keys and values for `batch` rows of `length` slots, as `forward` takes them."""
     layout = config.layout
     if not all(block.attention.causal for block in layout.blocks):
-        raise Refused("model.attention.causal=False cannot generate from a cache; use causal=True.")
+        raise UserError(
+            "model.attention.causal=False cannot generate from a cache; use causal=True."
+        )
 
     def empty(block: Block, *stack: int) -> dict[str, jax.Array]:
         shape = (*stack, batch, length, block.attention.kv_heads, block.attention.head_dim)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from lm import trees
-from lm.errors import Refused, check_name, check_positive
+from lm.errors import UserError, check_name, check_positive
 
 ScheduleFunction = Callable[[jax.Array], jax.Array]  # step -> learning rate
 
@@ -88,15 +88,15 @@ class _Base(abc.ABC):
 
     def __post_init__(self) -> None:
         if self.weight_decay < 0:
-            raise Refused(f"optimizer.weight_decay={self.weight_decay!r} must be zero or above.")
+            raise UserError(f"optimizer.weight_decay={self.weight_decay!r} must be zero or above.")
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise Refused(
+            raise UserError(
                 f"optimizer.clip_norm={self.clip_norm!r} must be above zero; "
                 "None turns clipping off."
             )
         for name in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, name, 0) < 1:
-                raise Refused(
+                raise UserError(
                     f"optimizer.{name}={getattr(self, name)!r} must be at least 0 and below 1."
                 )
         if hasattr(self, "eps"):
@@ -154,7 +154,7 @@ class SGD(_Base):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.nesterov and not self.momentum:
-            raise Refused(
+            raise UserError(
                 "optimizer.nesterov=True needs optimizer.momentum above zero, for example 0.9."
             )
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
-from lm.errors import Refused, check_name, check_positive
+from lm.errors import UserError, check_name, check_positive
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class _Base(abc.ABC):
         if not isinstance(self.steps, Tokens):
             check_positive(**{"schedule.steps": self.steps})
             if self.steps != int(self.steps):
-                raise Refused(
+                raise UserError(
                     f"schedule.steps={self.steps!r} must be a whole number or Tokens(...)."
                 )
         for name in self._parts:
             _check_duration(f"schedule.{name}", getattr(self, name))
         for name in ("final", "start"):
             if not 0 <= getattr(self, name, 0) <= 1:
-                raise Refused(
+                raise UserError(
                     f"schedule.{name}={getattr(self, name)!r} is a share of the peak: "
                     "between 0 and 1."
                 )
@@ -67,7 +67,7 @@ class _Base(abc.ABC):
         total = sum(lengths[name] for name in self._parts)
         if total > lengths["steps"]:
             parts = " + ".join(f"schedule.{name}={getattr(self, name)!r}" for name in self._parts)
-            raise Refused(
+            raise UserError(
                 f"{parts} comes to {total} steps, more than schedule.steps={lengths['steps']}. "
                 "Shorten it, or write it as a share of the steps, as in 0.1."
             )
@@ -97,7 +97,7 @@ class _Base(abc.ABC):
         """The same schedule with every duration in whole steps.
 
         `batch` turns tokens into steps: `batch.steps_for(tokens)` and `batch.tokens_before(step)`,
-        as data.BatchShape has them; it may be None where no duration is in Tokens. Raises Refused
+        as data.BatchShape has them; it may be None where no duration is in Tokens. Raises UserError
         when the parts are longer than the run.
         """
         lengths = self._in_steps(batch)
@@ -229,7 +229,7 @@ def _check_duration(name: str, value: Duration) -> None:
     if isinstance(value, Tokens):
         return
     if not (value >= 0 and (value < 1 or value == int(value))):
-        raise Refused(
+        raise UserError(
             f"{name}={value!r} must be a whole number of steps, Tokens(...), or a share of the "
             "steps below 1."
         )

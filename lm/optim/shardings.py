@@ -6,7 +6,8 @@ import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm import sharding, trees
+from lm import trees
+from lm.parallel import sharding
 
 
 def state_shardings(

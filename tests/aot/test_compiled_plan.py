@@ -7,10 +7,10 @@ import re
 import pytest
 
 from experiments import llama3_8b
-from lm import plan
+from lm import planning
 from lm.experiment import override
-from lm.mesh import Mesh, Place
-from lm.plan import compiled, slices
+from lm.parallel.mesh import Mesh, Place
+from lm.planning import compiled, slices
 
 pytestmark = pytest.mark.skipif(not compiled.available(), reason="libtpu is not installed")
 
@@ -28,7 +28,7 @@ def small(**changes):
 
 def test_a_small_step_compiles_and_fits():
     places = {"v5p-8": Place(mesh=Mesh(fsdp=4), microbatches=2, remat="block")}
-    told = plan.plan(small(places=places), "v5p-8")
+    told = planning.plan(small(places=places), "v5p-8")
     assert told["compiled"] and told["fits"]
     assert told["argument_bytes_per_device"] <= told["peak_bytes_per_device"]
     # State and batch: weights and moments in float32, and five arrays of four bytes a token.
@@ -48,7 +48,7 @@ def test_a_small_step_compiles_and_fits():
 def test_what_does_not_fit_is_told_and_by_how_much():
     places = {"v5e-4": Place(mesh=Mesh(data=4), remat="block")}
     vast = override(small(places=places), ["model.dim=8192", "model.ffn.hidden=65536"])
-    told = plan.plan(vast, "v5e-4")
+    told = planning.plan(vast, "v5e-4")
     assert not told["fits"]
     assert told["peak_bytes_per_device"] > told["capacity_bytes_per_device"]
     assert "does not fit by" in str(told)
@@ -61,7 +61,7 @@ def test_the_hosts_memory_takes_off_the_chips():
     for offload in ((), ("optimizer", "layers")):
         places = {"v5p-8": Place(mesh=Mesh(fsdp=4), remat="block", offload=offload)}
         larger = ["model.layers=8", "model.dim=1024", "model.ffn.hidden=2048"]
-        plans.append(plan.plan(override(small(places=places), larger), "v5p-8"))
+        plans.append(planning.plan(override(small(places=places), larger), "v5p-8"))
     before, after = plans
     optimizer = before["optimizer_bytes_per_device"]
     inputs = 8 * (32 * 256 / 4) * 1024 * 2
@@ -75,7 +75,7 @@ def test_the_hosts_memory_takes_off_the_chips():
 @pytest.mark.slow
 def test_a_search_compiles_the_best_and_the_declared():
     declared = Place(mesh=Mesh(fsdp=4), microbatches=2, remat="block")
-    found = plan.search(small(places={"v5p-8": declared}), "v5p-8", few=1)
+    found = planning.search(small(places={"v5p-8": declared}), "v5p-8", few=1)
     assert all(each.plan["compiled"] and each.plan["fits"] for each in found)
     (own,) = (each for each in found if each.place == declared)
     assert found[0].plan["step_seconds"] <= own.plan["step_seconds"]
@@ -84,7 +84,9 @@ def test_a_search_compiles_the_best_and_the_declared():
 
 @pytest.mark.slow
 def test_the_bubble_is_that_of_the_compiled_loops():
-    place = Place(mesh=Mesh(data=2, fsdp=2, pipe=4), microbatches=8, rounds=2, remat="block")
+    place = Place(
+        mesh=Mesh(data=2, fsdp=2, pipe=4), microbatches=8, circular_repeats=2, remat="block"
+    )
     e = override(small(places={"v5e-16": place}), ["model.layers=8"])
     program = compiled.step(e, "v5e-16", place, slices.find("v5e-16")).program
     loops = [each for each, *_ in program.executed() if each.op == "while"]
@@ -96,15 +98,15 @@ def test_the_bubble_is_that_of_the_compiled_loops():
         if any(i.op.startswith("collective-permute") for i in program.computations[body])
     ]
     assert len(passing) == 2 and len(set(passing)) == 1
-    work = place.microbatches * place.rounds
-    told = plan.plan(e, "v5e-16", compile=False)
+    work = place.microbatches * place.circular_repeats
+    told = planning.plan(e, "v5e-16", compile=False)
     assert told["pipeline_bubble"] == pytest.approx(1 - work / passing[0])
 
 
 @pytest.mark.slow
 def test_what_passes_between_slices_is_counted():
     mesh = Mesh(data=2, fsdp=4)
-    told = plan.plan(small(places={"2xv5p-8": Place(mesh=mesh, remat="block")}), "2xv5p-8")
+    told = planning.plan(small(places={"2xv5p-8": Place(mesh=mesh, remat="block")}), "2xv5p-8")
     between = [row for row in told["collectives"] if row["axes"] == "data"]
     assert between and all(row["kind"] == "all-reduce" for row in between)
     # The gradients of what is split, once, in the format of the products.

@@ -5,8 +5,8 @@ import pytest
 from described import devices
 from jax.experimental import topologies
 
-from lm.errors import Refused
-from lm.mesh import Mesh
+from lm.errors import UserError
+from lm.parallel.mesh import Mesh
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,6 @@ def test_slices_are_told_apart_by_the_slowest_axis(two_slices, mesh, split):
 def test_an_axis_must_divide_over_slices():
     assert Mesh(pipe=2, data=6, tensor=4).across(4) == (2, 2, 1, 1, 1, 1)
     with pytest.raises(
-        Refused, match=r"does not divide over 4 slices; choose mesh.data or mesh.pipe"
+        UserError, match=r"does not divide over 4 slices; choose mesh.data or mesh.pipe"
     ):
         Mesh(data=2, fsdp=3).across(4)

@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lm import model, sharding
-from lm.mesh import AXES, Mesh
+from lm import model
+from lm.parallel import sharding
+from lm.parallel.mesh import AXES, Mesh
 
 
 @pytest.mark.slow

@@ -9,16 +9,16 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lm import sharding
-from lm.mesh import AXES
 from lm.model.moe import MoE
 from lm.model.param import He
-from lm.plan import hlo, links, slices
+from lm.parallel import sharding
+from lm.parallel.mesh import AXES
+from lm.planning import hlo, links, slices
 
 pytestmark = pytest.mark.slow
 
 
-CONFIG = MoE(experts=8, active=2, hidden=512, balance=None)
+CONFIG = MoE(experts=8, experts_per_token=2, hidden=512, balance=None)
 
 
 def compiled(topology, where, **sizes):
@@ -54,7 +54,7 @@ def test_dropless_experts():
     wide = {row.kind for row in moved if row.axes == "expert" and row.dtype == "bf16"}
     assert wide == {"all-to-all"}
     # Forward rows go and come back; backward they go anew, their gradients go, and theirs come.
-    rows = 128 * CONFIG.active
+    rows = 128 * CONFIG.experts_per_token
     (exchange,) = (row for row in moved if row.kind == "all-to-all" and row.dtype == "bf16")
     assert (exchange.count, exchange.nbytes) == (5, 5 * rows * 256 * 2)
 

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lm import sharding, terminal
-from lm.mesh import AXES
-from lm.pipeline import Schedule, pipeline
-from lm.plan import hlo, links, slices
+from lm import terminal
+from lm.parallel import sharding
+from lm.parallel.mesh import AXES
+from lm.parallel.pipeline import Schedule, pipeline
+from lm.planning import hlo, links, slices
 
 pytestmark = pytest.mark.slow
 
-SCHEDULE = Schedule(layers=12, stages=4, rounds=1, microbatches=8)
+SCHEDULE = Schedule(layers=12, stages=4, circular_repeats=1, microbatches=8)
 WIDTH, BATCH, LENGTH = 2048, 32, 4096
 WEIGHT = PartitionSpec("pipe", None, None)
 ROWS = PartitionSpec(("pipe", "data", "fsdp"))
@@ -101,7 +102,7 @@ def test_only_the_stream_passes_and_gradients_are_summed_once():
 
 def test_weights_of_several_rounds_travel_in_the_parts_in_which_they_are_kept():
     """By an exchange between stages alone: nothing is gathered for it."""
-    schedule = Schedule(layers=12, stages=2, rounds=2, microbatches=4)
+    schedule = Schedule(layers=12, stages=2, circular_repeats=2, microbatches=4)
     weight = PartitionSpec(None, ("fsdp", "pipe"), "tensor")
     form = partial(ours, schedule=schedule, weight=weight)
     found, _ = compiled(form, weight, pipe=2, fsdp=4, tensor=2)

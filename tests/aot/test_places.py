@@ -22,9 +22,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from lm import hardware, plan, run, terminal
+from lm import planning, run, terminal
 from lm.experiment import Experiment
-from lm.plan import compiled, slices
+from lm.parallel import hardware
+from lm.planning import compiled, slices
 
 ROOT = Path(__file__).parent.parent.parent
 KEPT = Path(__file__).parent / "places"
@@ -56,7 +57,7 @@ def experiment(name: str) -> Experiment:
     return importlib.import_module(f"experiments.{name}").experiment()
 
 
-def row(told: plan.Plan) -> str:
+def row(told: planning.Plan) -> str:
     """Of the table: what takes a hundredth of the time on the links, or more, by name."""
     size = terminal.size
     everything = sum(each["seconds"] for each in told["collectives"])
@@ -86,12 +87,12 @@ def head(name: str) -> str:
     devices = compiled.describe(slices.find(place))
     program = run.assemble_at(e, place, e.places[place], devices)
     text = program.step.lower(program.abstract, program.abstract_batch()).as_text()
-    readers = [*sorted(Path(plan.__file__).parent.glob("*.py")), Path(hardware.__file__)]
+    readers = [*sorted(Path(planning.__file__).parent.glob("*.py")), Path(hardware.__file__)]
     of = hashlib.sha256(b"".join([text.encode(), *(path.read_bytes() for path in readers)]))
     return f"{VERSIONS}, program {of.hexdigest()[:16]}"
 
 
-def kept_text(told: plan.Plan) -> str:
+def kept_text(told: planning.Plan) -> str:
     """What must not change unseen: that it fits, peak and arguments, modelled time, collectives."""
     lines = [
         f"{told['experiment']} on {told['place']}: mesh {told['mesh']}, "
@@ -177,9 +178,9 @@ def text_of(name: str) -> str:
     return f"{first}\n{kept_text(told)}" if told["fits"] else sys.exit(str(told))
 
 
-def compile_place(name: str) -> plan.Plan:
+def compile_place(name: str) -> planning.Plan:
     name, _, place = name.partition(":")
-    return plan.plan(experiment(name), place)
+    return planning.plan(experiment(name), place)
 
 
 if __name__ == "__main__":

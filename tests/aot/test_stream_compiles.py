@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from lm import model, sharding
-from lm.mesh import AXES
-from lm.plan import hlo, links, slices
+from lm import model
+from lm.parallel import sharding
+from lm.parallel.mesh import AXES
+from lm.planning import hlo, links, slices
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ import pytest
 
 from lm.checkpoint import Save, Store
 from lm.checkpoint.store import _checksums
-from lm.errors import Refused
+from lm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 OPTIMIZER = optax.adamw(1e-3)
@@ -112,33 +112,35 @@ def test_due_by_steps_and_by_minutes(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_declaration_is_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         Save(**fields)
 
 
 def test_nothing_to_restore_is_told(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="no checkpoint in"):
+    with pytest.raises(UserError, match="no checkpoint in"):
         Store(tmp_path / "none").restore_params()
     assert Store(tmp_path / "none").latest() is None
     assert not (tmp_path / "none").exists()
     save_steps(tmp_path, 5)
-    with pytest.raises(Refused, match=r"step 4 in .*, only of 5"):
+    with pytest.raises(UserError, match=r"step 4 in .*, only of 5"):
         Store(tmp_path).restore_params(4)
 
 
 def test_another_model_is_refused_naming_the_first_difference(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     store = Store(tmp_path)
-    with pytest.raises(Refused, match=r"params/.*\[2, 8, 24\] there and bfloat16\[2, 4, 24\] here"):
+    with pytest.raises(
+        UserError, match=r"params/.*\[2, 8, 24\] there and bfloat16\[2, 4, 24\] here"
+    ):
         store.restore(abstract(make_state(0, width=4)))
     state = abstract(make_state(0))
     more = state._replace(params={**state.params, "norm": jax.ShapeDtypeStruct((8,), "float32")})
-    with pytest.raises(Refused, match="no params/norm, which is float32"):
+    with pytest.raises(UserError, match="no params/norm, which is float32"):
         store.restore(more)
     fewer = state._replace(params={"embed": state.params["embed"]})
-    with pytest.raises(Refused, match=r"params/blocks/0/up of bfloat16.* no place here"):
+    with pytest.raises(UserError, match=r"params/blocks/0/up of bfloat16.* no place here"):
         store.restore(fewer)
-    with pytest.raises(Refused, match="params/norm is missing in checkpoint 1"):
+    with pytest.raises(UserError, match="params/norm is missing in checkpoint 1"):
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         store.restore_params(shardings=jax.tree.map(lambda _: first, more.params))
 
@@ -146,11 +148,11 @@ def test_another_model_is_refused_naming_the_first_difference(tmp_path: Path) ->
 def test_a_folder_that_is_no_checkpoint_of_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "model.bin").write_bytes(b"x" * 100)
-    with pytest.raises(Refused, match="7"):
+    with pytest.raises(UserError, match="7"):
         Store(tmp_path).restore_params()
     with Store(tmp_path / "other", Save(every=1)) as store:
         store.save(1, {"weights": jnp.ones(3)})
-    with pytest.raises(Refused, match="no parameters"):
+    with pytest.raises(UserError, match="no parameters"):
         Store(tmp_path / "other").restore_params()
 
 
@@ -186,7 +188,7 @@ def test_a_damaged_checkpoint_is_refused_or_right(
         for read in (lambda s: s.restore(wanted, 2), lambda s: s.restore_params(2)):
             try:
                 restored = read(Store(tmp_path))
-            except Refused as refusal:
+            except UserError as refusal:
                 refused += 1
                 assert str(damaged.parent.relative_to(tmp_path)).startswith("2")
                 assert "2" in str(refusal)
@@ -222,7 +224,9 @@ def test_a_failed_save_is_told_and_loses_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(store._writer), "save_async", full)
-    with pytest.raises(Refused, match=r"step 2 could not .* disk is full.* continues from step 1"):
+    with pytest.raises(
+        UserError, match=r"step 2 could not .* disk is full.* continues from step 1"
+    ):
         store.save(2, make_state(2))
     monkeypatch.undo()
     store.close()
@@ -247,7 +251,7 @@ def test_a_full_disk_is_told_and_loses_nothing(small_disk: Path) -> None:
     store = Store(small_disk, Save(every=1, keep_last=1))
     store.save(1, states[0])
     store.wait()
-    with pytest.raises(Refused, match=r"step 2 could.* disk is full.* continues from step 1"):
+    with pytest.raises(UserError, match=r"step 2 could.* disk is full.* continues from step 1"):
         store.save(2, states[1])
         store.wait()
     assert Store(small_disk).steps() == [1]
@@ -278,7 +282,7 @@ SAVE_ON_A_MESH = """
     import jax, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
     from lm.checkpoint import Save, Store
-    from lm.mesh import Mesh
+    from lm.parallel.mesh import Mesh
 
     mesh = Mesh(fsdp=4, tensor=2).build()
     w = np.arange(16 * 8, dtype=np.float32).reshape(16, 8) / 7
@@ -304,7 +308,7 @@ def test_eight_devices_to_one_and_to_other_meshes(tmp_path: Path) -> None:
         import jax, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
         from lm.checkpoint import Store
-        from lm.mesh import Mesh
+        from lm.parallel.mesh import Mesh
 
         store, w = Store(sys.argv[1]), np.arange(16 * 8, dtype=np.float32).reshape(16, 8) / 7
         for mesh in (Mesh(data=8), Mesh(fsdp=8), Mesh(tensor=8), Mesh(data=2, fsdp=2, tensor=2)):

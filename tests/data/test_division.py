@@ -7,7 +7,7 @@ from lm import data
 from lm.data.division import survey
 from lm.data.progress import silent
 from lm.data.tokenizer import Sample
-from lm.errors import Refused
+from lm.errors import UserError
 
 
 def divide(texts, held_out=0.1):
@@ -69,7 +69,7 @@ def test_the_tokenizer_never_sees_what_is_held_out():
 
 
 def test_too_little_text_is_refused():
-    with pytest.raises(Refused, match="'x' holds no text"):
+    with pytest.raises(UserError, match="'x' holds no text"):
         divide([])
-    with pytest.raises(Refused, match="no two different documents"):
+    with pytest.raises(UserError, match="no two different documents"):
         divide(["the same"] * 30)

@@ -5,7 +5,7 @@ import pytest
 from made_up_corpus import documents
 
 from lm import data
-from lm.errors import Refused
+from lm.errors import UserError
 
 
 @pytest.mark.parametrize("length, sequences", [(16, 4), (64, 3), (1024, 2)])
@@ -44,14 +44,14 @@ def test_the_held_out_documents(prepared):
         assert evaluation.bytes_d.sum() == counts.bytes
         assert sum(batch.weights.sum() for batch, _ in evaluation) == counts.tokens
         assert sum(len(text.encode()) for text in prepared.texts(name)) == counts.bytes
-    with pytest.raises(Refused, match="source='c' is not known"):
+    with pytest.raises(UserError, match="source='c' is not known"):
         prepared.evaluation("c", 64, 4)
 
 
 def test_nothing_to_evaluate_is_refused(tokenizer, tokenizer_config, tmp_path):
-    with pytest.raises(Refused, match="no text to evaluate"):
+    with pytest.raises(UserError, match="no text to evaluate"):
         data.evaluation(data.Documents(()), tokenizer, 64, 4)
     prepared = data.prepare(data.Documents(documents(30), held_out=0.0), tokenizer_config, tmp_path)
     assert prepared.held_out == ()
-    with pytest.raises(Refused, match="nothing held out"):
+    with pytest.raises(UserError, match="nothing held out"):
         prepared.evaluation("documents", 64, 4)

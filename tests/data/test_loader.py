@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lm import data
 from lm.data import mixture
-from lm.errors import Refused
+from lm.errors import UserError
 
 SHAPE = data.BatchShape(sequences=8, length=32)
 
@@ -139,9 +139,9 @@ def test_bad_weights_are_refused():
         (((5, {"a": 1.0}),), "must begin at step 0"),
         (((0, {"a": 1.0}), (0, {"a": 1.0})), "must begin at step 0 and rise"),
     ):
-        with pytest.raises(Refused, match=words.replace("(", r"\(")):
+        with pytest.raises(UserError, match=words.replace("(", r"\(")):
             data.Mixture(sources=a, weights=weights)
-    with pytest.raises(Refused, match="is empty"):
+    with pytest.raises(UserError, match="is empty"):
         data.Mixture(sources={})
 
 
@@ -174,7 +174,7 @@ def test_bad_shapes_are_refused():
         {"sequences": 8, "length": 4, "ramp": ((5, 4), (3, 6))},
         {"sequences": 8, "length": 4, "ramp": ((5, 8),)},
     ):
-        with pytest.raises(Refused, match=r"batch\."):
+        with pytest.raises(UserError, match=r"batch\."):
             data.BatchShape(**fields)
 
 

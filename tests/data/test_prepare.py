@@ -15,7 +15,7 @@ from made_up_corpus import documents
 from lm import data
 from lm.data import folder as folders
 from lm.data import shards
-from lm.errors import Refused
+from lm.errors import UserError
 
 HERE = Path(__file__).parent
 CORPUS = data.Mixture(
@@ -174,7 +174,7 @@ def test_the_number_of_threads_does_not_matter(undisturbed, tmp_path, monkeypatc
 
 
 def refusal(corpus, tokenizer, folder):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         data.prepare(corpus, tokenizer, folder)
     return str(caught.value)
 
@@ -229,9 +229,9 @@ def test_a_prepared_folder_is_a_source(undisturbed):
     only_b = data.prepare(data.Shards(str(folder), weights={"b": 1.0}), None, "unused")
     rate = prepared.counts["b", "train"]
     assert only_b.loader(shape, 0).bytes_per_token == pytest.approx(rate.bytes / rate.tokens)
-    with pytest.raises(Refused, match=r"tokenizer\.vocab"):
+    with pytest.raises(UserError, match=r"tokenizer\.vocab"):
         data.prepare(data.Shards(str(folder)), data.SentencePiece(vocab=400), "unused")
-    with pytest.raises(Refused, match="is no folder of token shards"):
+    with pytest.raises(UserError, match="is no folder of token shards"):
         data.prepare(data.Shards(str(HERE)), None, "unused")
 
 
@@ -246,7 +246,7 @@ def test_a_folder_at_a_url(undisturbed, tmp_path, monkeypatch):
     whole = fsspec.filesystem("memory").cat_file(damaged)
     fsspec.filesystem("memory").pipe_file(damaged, whole[:-2] + b"\0\0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    with pytest.raises(Refused, match=r"train-00000\.tokens is damaged"):
+    with pytest.raises(UserError, match=r"train-00000\.tokens is damaged"):
         stream = data.prepare(CORPUS, TOKENIZER, "memory://prepared").stream("a", "train")
         stream.read(0, 5)
 
@@ -302,7 +302,7 @@ def test_bad_corpora_are_refused(tmp_path):
         given = data.SentencePiece(vocab=300)
         sentence = refusal(corpus, given, tmp_path / str(len(texts) + len("".join(texts))))
         assert words in sentence
-    with pytest.raises(Refused, match=r"works only with data\.Shards"):
+    with pytest.raises(UserError, match=r"works only with data\.Shards"):
         data.prepare(CORPUS, None, tmp_path)
 
 
@@ -311,6 +311,6 @@ def test_a_full_disk_is_said(tmp_path):
         pytest.skip("no /dev/full here")
     place = folders.Folder(tmp_path)
     os.symlink("/dev/full", tmp_path / "x.tokens.tmp")
-    with pytest.raises(Refused, match=r"disk of .* is full: x\.tokens needs 100,000 bytes"):
+    with pytest.raises(UserError, match=r"disk of .* is full: x\.tokens needs 100,000 bytes"):
         place.write("x.tokens", b"0" * 100_000)
     assert place.size("x.tokens") is None

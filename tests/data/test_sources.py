@@ -15,7 +15,7 @@ from made_up_corpus import documents
 
 from lm import data
 from lm.data import files
-from lm.errors import Refused
+from lm.errors import UserError
 
 TEXTS = [*documents(5), 'a "quoted", text\r\nwith\ttabs\r\n', "\x00 and \x85 and \u2028 stay"]
 
@@ -79,7 +79,7 @@ def test_urls():
     memory = fsspec.filesystem("memory")
     memory.pipe({f"/corpus/{i}.txt": text.encode() for i, text in enumerate(TEXTS)})
     assert read(data.Text("memory://corpus/*.txt")) == TEXTS
-    with pytest.raises(Refused, match="matches no file"):
+    with pytest.raises(UserError, match="matches no file"):
         read(data.Text("memory://elsewhere/*.txt"))
 
 
@@ -105,9 +105,11 @@ def test_other_encodings(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("déjà vu".encode("latin-1"))
     assert read(data.Text(str(path), encoding="latin-1")) == ["déjà vu"]
-    with pytest.raises(Refused, match=r"a\.txt: byte 1 \(0xe9\) is not utf-8.*encoding='latin-1'"):
+    with pytest.raises(
+        UserError, match=r"a\.txt: byte 1 \(0xe9\) is not utf-8.*encoding='latin-1'"
+    ):
         read(data.Text(str(path)))
-    with pytest.raises(Refused, match="Did you mean 'latin-1'"):
+    with pytest.raises(UserError, match="Did you mean 'latin-1'"):
         data.Text(str(path), encoding="latn-1")
 
 
@@ -115,7 +117,7 @@ def test_the_offset_of_a_bad_byte_is_that_in_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "BLOCK", 10)
     path = tmp_path / "a.txt"
     path.write_bytes("é".encode() * 50 + b"\xff")
-    with pytest.raises(Refused, match="byte 100 "):
+    with pytest.raises(UserError, match="byte 100 "):
         read(data.Text(str(path)))
 
 
@@ -132,7 +134,7 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
 
 
 def refusal(source):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(UserError) as caught:
         read(source)
     return str(caught.value)
 
@@ -192,7 +194,7 @@ def test_bad_tables_are_refused(tmp_path):
 
 def test_shares_are_checked():
     for share in (-0.1, 1.0):
-        with pytest.raises(Refused, match="held_out"):
+        with pytest.raises(UserError, match="held_out"):
             data.Documents(("x",), held_out=share)
 
 

@@ -11,7 +11,7 @@ from made_up_corpus import documents
 
 from lm import data
 from lm.data import records
-from lm.errors import Refused
+from lm.errors import UserError
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -88,7 +88,7 @@ def test_tfrecord(folder, tmp_path):
         assert read(split=split, **here) == read(split=split, **there)
     (file,) = place.rglob("*train.tfrecord*")
     file.write_bytes(file.read_bytes()[:-5_000])
-    with pytest.raises(Refused, match="is damaged after|ends after"):
+    with pytest.raises(UserError, match="is damaged after|ends after"):
         read(**here)
 
 
@@ -134,5 +134,5 @@ def test_recipe_is_that_of_the_dataset(folder):
     ],
 )
 def test_refusals(fields, words, folder):
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(UserError, match=words):
         read(**{"name": "made_up_corpus", "data_dir": str(folder), **fields})

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from made_up_corpus import documents
 
 from lm import data
-from lm.errors import Refused
+from lm.errors import UserError
 
 # All of Unicode but surrogates, which no UTF-8 text holds; more often what tokenizers stumble over.
 TEXT = st.text(
@@ -133,18 +133,18 @@ def test_a_model_that_adds_a_space(tmp_path):
 
 
 def test_refusals(tmp_path):
-    with pytest.raises(Refused, match="Did you mean 'unigram'"):
+    with pytest.raises(UserError, match="Did you mean 'unigram'"):
         data.SentencePiece(vocab=500, kind="unigrm")
-    with pytest.raises(Refused, match=r"tokenizer\.vocab=200 must be above 260"):
+    with pytest.raises(UserError, match=r"tokenizer\.vocab=200 must be above 260"):
         data.SentencePiece(vocab=200)
-    with pytest.raises(Refused, match=r"tokenizer\.vocab=262 is too small"):
+    with pytest.raises(UserError, match=r"tokenizer\.vocab=262 is too small"):
         data.SentencePiece(vocab=262).train(documents(5))
-    with pytest.raises(Refused, match="no text to train"):
+    with pytest.raises(UserError, match="no text to train"):
         data.SentencePiece(vocab=300).train([])
-    with pytest.raises(Refused, match="no file"):
+    with pytest.raises(UserError, match="no file"):
         data.load_tokenizer(tmp_path / "absent.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(Refused, match=r"bad\.model is not a SentencePiece model"):
+    with pytest.raises(UserError, match=r"bad\.model is not a SentencePiece model"):
         data.load_tokenizer(tmp_path / "bad.model")
 
 

@@ -8,7 +8,7 @@ import pytest
 from tiny_experiments import config, experiment, losses, texts
 
 from lm import data, model, optim, run
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 from lm.precision import BF16, FP16
 
 LAYER = config(layers=1)
@@ -27,7 +27,7 @@ SAVE = dataclasses.replace(experiment().save, every=STEPS)
 
 
 def moe(**fields):
-    return config(layers=1, ffn=model.MoE(experts=4, active=2, hidden=16, **fields))
+    return config(layers=1, ffn=model.MoE(experts=4, experts_per_token=2, hidden=16, **fields))
 
 
 def two_sources(weights):

@@ -14,7 +14,7 @@ from tiny_experiments import LENGTH, config, experiment
 
 from lm import model, run
 from lm.data.batch import Batch
-from lm.mesh import Mesh, Place
+from lm.parallel.mesh import Mesh, Place
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ LOCAL = model.GQA(heads=2, kv_heads=1, head_dim=8, position=model.RoPE(), window
     [
         ({}, (2, 4, 16)),
         ({"remat": "block"}, (2, 16)),
-        ({"ffn": model.MoE(experts=4, active=2, hidden=8)}, (2, 16)),
+        ({"ffn": model.MoE(experts=4, experts_per_token=2, hidden=8)}, (2, 16)),
         ({"pattern": (model.Block(attention=LOCAL), model.Block())}, (4, 16)),
     ],
     ids=["dense", "remat", "moe", "pattern"],

@@ -15,7 +15,7 @@ import pytest
 
 from lm import model
 from lm.data.batch import Batch
-from lm.errors import Refused
+from lm.errors import UserError
 from lm.evals import Perplexity, evaluate, ratio
 
 VOCAB, LENGTH = 48, 16
@@ -179,20 +179,21 @@ def test_repeated_evaluations_compile_once(params, monkeypatch):
 
 
 def test_refusals(params):
-    with pytest.raises(Refused, match="test:held_out"):
+    with pytest.raises(UserError, match="test:held_out"):
         evaluate(CONFIG, params, Packed([], 2))
-    with pytest.raises(Refused, match="evals.every=0"):
+    with pytest.raises(UserError, match="evals.every=0"):
         Perplexity(every=0)
-    with pytest.raises(Refused, match="evals.batches=-1"):
+    with pytest.raises(UserError, match="evals.batches=-1"):
         Perplexity(batches=-1)
 
 
 SCRIPT = """
     import json
     import jax
-    from lm import distributed, model, sharding
+    from lm.parallel import distributed, sharding
+    from lm import model
     from lm.evals import evaluate
-    from lm.mesh import Mesh
+    from lm.parallel.mesh import Mesh
     from test_perplexity import CONFIG, Packed, by_measure, documents
 
     distributed.initialize()

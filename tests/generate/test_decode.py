@@ -14,7 +14,7 @@ import pytest
 from small_models import VOCAB, config, parameters
 
 from lm import model
-from lm.errors import Refused
+from lm.errors import UserError
 from lm.generate import Result, Sampling, generate, stream
 
 GREEDY = Sampling(temperature=0)
@@ -40,7 +40,7 @@ VARIANTS = {
     "soft caps, tied": {**attention(softcap=5.0), "logit_softcap": 5.0, "tied": True},
     "qk norm": attention(qk_norm=model.QKNorm(norm=model.RMSNorm())),
     "local and global": {"attention": None, "pattern": LOCAL_AND_GLOBAL, "layers": 3},
-    "experts": {"ffn": model.MoE(experts=4, active=2, hidden=16)},
+    "experts": {"ffn": model.MoE(experts=4, experts_per_token=2, hidden=16)},
 }
 
 
@@ -212,13 +212,15 @@ def test_repeated_calls_share_programs(small, monkeypatch):
 
 def test_bad_prompts_are_refused(small):
     options = {"context": 8, "max_tokens": 2}
-    with pytest.raises(Refused, match="prompt 1 is empty"):
+    with pytest.raises(UserError, match="prompt 1 is empty"):
         generate(*small, [[1], []], **options)
-    with pytest.raises(Refused, match=r"prompt 0 has 9 tokens.*context=8.*give a context above 9"):
+    with pytest.raises(
+        UserError, match=r"prompt 0 has 9 tokens.*context=8.*give a context above 9"
+    ):
         generate(*small, [[1] * 9], **options)
-    with pytest.raises(Refused, match=f"prompt 0 has token {VOCAB}"):
+    with pytest.raises(UserError, match=f"prompt 0 has token {VOCAB}"):
         generate(*small, [[VOCAB]], **options)
-    with pytest.raises(Refused, match="max_tokens=0"):
+    with pytest.raises(UserError, match="max_tokens=0"):
         generate(*small, [[1]], context=8, max_tokens=0)
     assert generate(*small, [], **options) == []
 
@@ -239,9 +241,10 @@ def test_a_cache_of_bfloat16_is_half_as_large_and_nearly_right(small, prompts):
 
 MESH_SCRIPT = """
     import jax, json, sys
-    from lm import model, sharding
+    from lm import model
+    from lm.parallel import sharding
     from lm.generate import Sampling, decode, generate, stream
-    from lm.mesh import Mesh
+    from lm.parallel.mesh import Mesh
     from small_models import config, parameters
 
     prompts, steps, context = json.loads(sys.argv[1])

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm.errors import Refused
+from lm.errors import UserError
 from lm.generate.sampling import Sampling, filtered, sample
 
 ROWS, VOCAB = 8, 50
@@ -135,5 +135,5 @@ def test_values_are_arguments_and_only_the_choice_of_filters_compiles():
     ],
 )
 def test_bad_values_are_refused_by_name(field, value):
-    with pytest.raises(Refused, match=f"sampling.{field}={value!r}"):
+    with pytest.raises(UserError, match=f"sampling.{field}={value!r}"):
         Sampling(**{field: value})

@@ -4,7 +4,7 @@ import pytest
 from small_models import config, parameters
 
 from lm.data.tokenizer import SentencePiece
-from lm.errors import Refused
+from lm.errors import UserError
 from lm.generate import Sampling, generate_text
 from lm.generate.decode import Result
 from lm.generate.text import _Reader
@@ -134,7 +134,7 @@ def test_half_a_character_at_the_end_is_marked():
 
 
 def test_refusals(speaker):
-    with pytest.raises(Refused, match="stop=''"):
+    with pytest.raises(UserError, match="stop=''"):
         generate_text(*speaker, ["a"], stop=("",), **OPTIONS)
-    with pytest.raises(Refused, match=r"prompt 0 has 101 tokens.*context=64"):
+    with pytest.raises(UserError, match=r"prompt 0 has 101 tokens.*context=64"):
         generate_text(*speaker, ["1" * 100], **OPTIONS)

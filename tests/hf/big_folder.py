@@ -12,8 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from lm.checkpoint import safetensors
-from lm.model import families
+from lm.hf import families, safetensors
 
 HEAD = 128
 

@@ -9,13 +9,13 @@ import pytest
 import tiny_experiments
 
 from lm import model, trees
-from lm.model import families
-from lm.model.fields import meaning
+from lm.hf import families
+from lm.hf.config_json import meaning
 
 SWIGLU = model.SwiGLU(hidden=32)
 NARROW = model.MoE(
     experts=8,
-    active=3,
+    experts_per_token=3,
     hidden=12,
     router=model.SoftmaxRouter(renormalize=False),
     shared=model.Shared(hidden=24),

@@ -9,9 +9,9 @@ import tiny_experiments
 from hf_folders import read_weights, write_weights
 
 import lm
-from lm import checkpoint, exchange, model
-from lm.errors import Refused
-from lm.model import families
+from lm import checkpoint, exchange, hf, model
+from lm.errors import UserError
+from lm.hf import families
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def change(folder, **fields):
 
 
 def check_refused(folder, *parts):
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UserError) as refusal:
         lm.load(folder)
     for part in parts:
         assert part in str(refusal.value)
@@ -129,13 +129,13 @@ def test_quantised_weights(copy):
 
 def test_a_model_of_no_family_is_not_exported(tmp_path):
     config = tiny_experiments.config(placement="post")
-    with pytest.raises(Refused, match=r"model\.placement: 'post' -> 'pre'"):
+    with pytest.raises(UserError, match=r"model\.placement: 'post' -> 'pre'"):
         families.write(config, 64)
-    moe = model.MoE(experts=4, active=2, hidden=32, dispatch=model.Capacity(factor=1.0))
-    with pytest.raises(Refused, match=r"model\.ffn\.dispatch"):
+    moe = model.MoE(experts=4, experts_per_token=2, hidden=32, dispatch=model.Capacity(factor=1.0))
+    with pytest.raises(UserError, match=r"model\.ffn\.dispatch"):
         families.write(tiny_experiments.config(ffn=moe), 64)
     biased = dataclasses.replace(moe, dispatch=model.Dropless(), balance=model.BiasBalance())
-    with pytest.raises(Refused, match=r"model\.ffn\.balance"):
+    with pytest.raises(UserError, match=r"model\.ffn\.balance"):
         families.write(tiny_experiments.config(ffn=biased), 64)
     family, _ = families.write(tiny_experiments.config(dropout=0.1, embed_std=0.1), 64)
     assert family is families.LLAMA  # what only training reads is no difference
@@ -144,9 +144,9 @@ def test_a_model_of_no_family_is_not_exported(tmp_path):
 def test_a_damaged_folder_is_not_imported(copy, tmp_path):
     path = copy("llama2") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(Refused, match="is cut short"):
+    with pytest.raises(UserError, match="is cut short"):
         exchange.import_run(path.parent, tmp_path / "run")
-    with pytest.raises(Refused, match="is cut short"):
+    with pytest.raises(UserError, match="is cut short"):
         exchange.export_run(path.parent, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [path.parent]
 
@@ -161,14 +161,14 @@ def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     exchange.export_run(folder("llama2"), tmp_path / "out")
-    with pytest.raises(Refused, match="out exists"):
+    with pytest.raises(UserError, match="out exists"):
         exchange.export_run(folder("llama2"), tmp_path / "out")
-    with pytest.raises(Refused, match="out exists"):
+    with pytest.raises(UserError, match="out exists"):
         exchange.import_run(folder("llama2"), tmp_path / "out")
 
 
 def test_an_export_that_reads_back_otherwise_is_refused(folder, tmp_path, monkeypatch):
-    write = checkpoint.write_pretrained
+    write = hf.write_pretrained
 
     def flip(where, *arguments, **options):
         write(where, *arguments, **options)
@@ -178,6 +178,6 @@ def test_an_export_that_reads_back_otherwise_is_refused(folder, tmp_path, monkey
         path.write_bytes(data)
 
     monkeypatch.setattr(checkpoint, "write_pretrained", flip)
-    with pytest.raises(Refused, match="does not read back as it was written"):
+    with pytest.raises(UserError, match="does not read back as it was written"):
         exchange.export_run(folder("llama2"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from hf_folders import FAMILIES, read_weights, reference
 
 import lm
 from lm import exchange, generate
-from lm.mesh import Mesh
+from lm.parallel.mesh import Mesh
 
 # float32 against float32: sums in another order differ by 1e-5 here; a wrong window, cap or
 # scaling by more than 0.1.

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from lm import data
-from lm.data.tokenizer_export import SAMPLES
-from lm.errors import Refused
+from lm import data, hf
+from lm.errors import UserError
 from lm.generate import text as speech
+from lm.hf.tokenizer import SAMPLES
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -52,7 +52,7 @@ def test_ids_are_the_same_in_tokenizer_json(kind, fallback):
     trained = data.SentencePiece(
         vocab=900, kind=kind, byte_fallback=fallback, symbols=data.CHAT_SYMBOLS
     ).train(made_up(0))
-    made = read(data.export_files(trained, 512))
+    made = read(hf.export_files(trained, 512))
     spelt = ["<s> </s> <pad>", "<|user|>abc<|end|>", " <|user|> "]
     for text in [*made_up(1), *SAMPLES, *spelt]:
         ids = trained.encode(text)
@@ -81,7 +81,7 @@ def test_foreign_models_with_a_normaliser_and_a_dummy_prefix(rule, kind):
         minloglevel=3,
     )
     trained = data.Tokenizer(model.getvalue())
-    made = read(data.export_files(trained, 512))
+    made = read(hf.export_files(trained, 512))
     for text in SAMPLES:
         assert made.encode(text, add_special_tokens=False).ids == trained.encode(text)
 
@@ -146,18 +146,18 @@ def test_refused_tokenizers(tmp_path):
     byte_level(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text("{}")
-    with pytest.raises(Refused, match="name no end token"):
+    with pytest.raises(UserError, match="name no end token"):
         data.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(Refused, match=r"tokenizer\.json is not a tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
         data.load_tokenizer(tmp_path)
-    with pytest.raises(Refused, match=r"neither tokenizer\.json nor tokenizer\.model"):
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         (tmp_path / "empty").mkdir()
         data.load_tokenizer(tmp_path / "empty")
     trained = data.SentencePiece(vocab=700).train(made_up(0))
     trained.save(tmp_path / "sp")
     (tmp_path / "sp" / "added_tokens.json").write_text('{"<|im_end|>": 700}')
-    with pytest.raises(Refused, match="adds tokens to its tokenizer"):
+    with pytest.raises(UserError, match="adds tokens to its tokenizer"):
         data.load_tokenizer(tmp_path / "sp")
 
 

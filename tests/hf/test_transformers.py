@@ -11,7 +11,7 @@ from tiny_experiments import trained
 
 import lm
 from lm import exchange, generate
-from lm.data.tokenizer_export import SAMPLES
+from lm.hf.tokenizer import SAMPLES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -22,7 +22,10 @@ def test_parameters_are_those_of_the_arrays(base):
         base,
         layers=5,
         prefix=(model.Block(ffn=model.MLP(hidden=24, bias=True)),),
-        pattern=(model.Block(ffn=model.MoE(experts=8, active=2, hidden=8)), model.Block()),
+        pattern=(
+            model.Block(ffn=model.MoE(experts=8, experts_per_token=2, hidden=8)),
+            model.Block(),
+        ),
     )
     counts = model.parameter_count(config)
     assert counts.total == trees.count(model.init(config, jax.random.key(0)))

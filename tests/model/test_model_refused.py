@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 
 from lm import model
-from lm.errors import Refused
+from lm.errors import UserError
 
 GQA = {"heads": 4, "kv_heads": 2, "head_dim": 8}
 NORM = model.RMSNorm()
@@ -80,7 +80,7 @@ CONFIG = {
 
 
 def check(make, field: str, fix: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(UserError) as refused:
         make()
     message = str(refused.value)
     assert field in message and fix in message, message

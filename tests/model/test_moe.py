@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lm.errors import Refused
+from lm.errors import UserError
 from lm.model.moe import (
     BiasBalance,
     Capacity,
@@ -27,7 +27,7 @@ from lm.model.moe import (
 from lm.model.param import He
 
 B, T, D, F, E, K = 3, 10, 8, 12, 6, 2
-PLAIN = MoE(experts=E, active=K, hidden=F, balance=None)
+PLAIN = MoE(experts=E, experts_per_token=K, hidden=F, balance=None)
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}
 X = jax.random.normal(jax.random.key(0), (B, T, D))
 MASK = jnp.arange(T) < jnp.array([10, 7, 0])[:, None]
@@ -87,9 +87,9 @@ def assert_close(got, want):
     "config",
     [
         dataclasses.replace(PLAIN, balance=LoadBalance(weight=0.5), z_loss=0.1),
-        dataclasses.replace(PLAIN, router=SoftmaxRouter(renormalize=False), active=1),
+        dataclasses.replace(PLAIN, router=SoftmaxRouter(renormalize=False), experts_per_token=1),
         dataclasses.replace(PLAIN, router=SigmoidRouter(scale=2.5), balance=BiasBalance()),
-        dataclasses.replace(PLAIN, router=SigmoidRouter(renormalize=False), active=E),
+        dataclasses.replace(PLAIN, router=SigmoidRouter(renormalize=False), experts_per_token=E),
         dataclasses.replace(PLAIN, shared=Shared(hidden=5)),
         dataclasses.replace(PLAIN, shared=Shared(hidden=5, gated=True)),
     ],
@@ -280,12 +280,18 @@ def test_bfloat16_weights_route_in_float32():
 @pytest.mark.parametrize(
     ("build_bad", "words"),
     [
-        (lambda: MoE(experts=4, active=5, hidden=8), "model.ffn.active=5"),
-        (lambda: MoE(experts=0, active=1, hidden=8), "model.ffn.experts=0"),
-        (lambda: MoE(experts=4, active=2, hidden=-1), "model.ffn.hidden=-1"),
-        (lambda: MoE(experts=4, active=2, hidden=8, activation="sliu"), "'silu'"),
-        (lambda: MoE(experts=4, active=2, hidden=8, z_loss=-1.0), "model.ffn.z_loss=-1.0"),
-        (lambda: MoE(experts=4, active=1, hidden=8), "model.ffn.router.renormalize=True"),
+        (lambda: MoE(experts=4, experts_per_token=5, hidden=8), "model.ffn.experts_per_token=5"),
+        (lambda: MoE(experts=0, experts_per_token=1, hidden=8), "model.ffn.experts=0"),
+        (lambda: MoE(experts=4, experts_per_token=2, hidden=-1), "model.ffn.hidden=-1"),
+        (lambda: MoE(experts=4, experts_per_token=2, hidden=8, activation="sliu"), "'silu'"),
+        (
+            lambda: MoE(experts=4, experts_per_token=2, hidden=8, z_loss=-1.0),
+            "model.ffn.z_loss=-1.0",
+        ),
+        (
+            lambda: MoE(experts=4, experts_per_token=1, hidden=8),
+            "model.ffn.router.renormalize=True",
+        ),
         (lambda: Capacity(factor=0.0), "model.ffn.dispatch.factor=0.0"),
         (lambda: LoadBalance(weight=0.0), "model.ffn.balance.weight=0.0"),
         (lambda: BiasBalance(rate=-1.0), "model.ffn.balance.rate=-1.0"),
@@ -294,5 +300,5 @@ def test_bfloat16_weights_route_in_float32():
     ],
 )
 def test_refused_declarations_name_the_field(build_bad, words):
-    with pytest.raises(Refused, match=words.replace(".", r"\.")):
+    with pytest.raises(UserError, match=words.replace(".", r"\.")):
         build_bad()

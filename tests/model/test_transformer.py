@@ -12,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from lm import model, trees
 
 LOCAL = model.GQA(heads=4, kv_heads=2, head_dim=8, window=3)
-MOE = model.MoE(experts=4, active=2, hidden=8)
+MOE = model.MoE(experts=4, experts_per_token=2, hidden=8)
 PATTERN = (model.Block(attention=LOCAL), model.Block())
 
 

@@ -47,7 +47,7 @@ WHOLE = {
     "mlp_tanh": {"ffn": model.MLP(hidden=24, activation="gelu_tanh")},
     "mlp_relu": {"ffn": model.MLP(hidden=24, activation="relu")},
     "mlp_silu": {"ffn": model.MLP(hidden=24, activation="silu")},
-    "moe": {"ffn": model.MoE(experts=4, active=2, hidden=8)},
+    "moe": {"ffn": model.MoE(experts=4, experts_per_token=2, hidden=8)},
     "embed_scale": {"embed_scale": 4.0},
     "logit_softcap": {"logit_softcap": 2.0},
     "tied": {"tied": True},

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from lm import optim
-from lm.errors import Refused
+from lm.errors import UserError
 from lm.optim.optimizers import Layout, decays, is_hidden_matrix, orthogonalise
 
 RATE = 0.01
@@ -322,5 +322,5 @@ def test_the_update_only_streams_through_memory():
     ],
 )
 def test_a_bad_field_is_named(make, message):
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         make()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm import optim
-from lm.errors import Refused
+from lm.errors import UserError
 
 ALL = [
     optim.Constant(peak=0.5, warmup=10, steps=100),
@@ -139,5 +139,5 @@ def test_tokens_become_steps_of_a_growing_batch():
     ],
 )
 def test_a_bad_field_is_named(make, message):
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(UserError, match=message):
         make()

@@ -16,10 +16,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lm import checkpoint, data, distributed, model, optim, run, trees
+from lm import checkpoint, data, model, optim, run, trees
 from lm.data.batch import Batch
 from lm.experiment import Experiment
-from lm.mesh import Mesh, Place
+from lm.parallel import distributed
+from lm.parallel.mesh import Mesh, Place
 
 SEQUENCES, LENGTH, VOCAB = 8, 16, 64
 STEPS, SAVED = 25, 5
@@ -52,7 +53,7 @@ RUNS = {
             DENSE.model,
             ffn=model.MoE(
                 experts=4,
-                active=2,
+                experts_per_token=2,
                 hidden=16,
                 router=model.SigmoidRouter(),
                 balance=model.BiasBalance(),
@@ -65,7 +66,11 @@ RUNS = {
         model=replace(
             DENSE.model,
             ffn=model.MoE(
-                experts=4, active=2, hidden=16, z_loss=1e-3, dispatch=model.Capacity(factor=1.0)
+                experts=4,
+                experts_per_token=2,
+                hidden=16,
+                z_loss=1e-3,
+                dispatch=model.Capacity(factor=1.0),
             ),
         ),
     ),

@@ -3,7 +3,7 @@ compared.
 
 python place_runs.py FOLDER RUN PLACE ...
 
-RUN is one of RUNS; PLACE as in "pipe=2,data=2 rounds=2".
+RUN is one of RUNS; PLACE as in "pipe=2,data=2 circular_repeats=2".
 """
 
 import re
@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 from mesh_runs import DENSE, SEQUENCES, Play, batch, first_moment, whole
 
-from lm import distributed, model, run, train
+from lm import model, objectives, run
 from lm.data.batch import Batch
-from lm.mesh import Mesh, Place
+from lm.parallel import distributed
+from lm.parallel.mesh import Mesh, Place
 
 LOCAL = model.Block(attention=replace(DENSE.model.attention, window=5))
-MOE = model.MoE(experts=4, active=2, hidden=16, z_loss=1e-3, router=model.SigmoidRouter())
+MOE = model.MoE(
+    experts=4, experts_per_token=2, hidden=16, z_loss=1e-3, router=model.SigmoidRouter()
+)
 
 # Four repeats of a local and a global layer, with a single layer before and after them.
 DENSE = replace(
@@ -32,7 +35,7 @@ RUNS = {
     "words": replace(
         DENSE,
         model=replace(DENSE.model, layers=2, pattern=(), prefix=(), tied=True),
-        objective=train.NextToken(z_loss=0.01, chunk=4, vocab_chunk=12),
+        objective=objectives.NextToken(z_loss=0.01, chunk=4, vocab_chunk=12),
     ),
     # Five layers do not divide over stages.
     "uneven": replace(DENSE, model=replace(DENSE.model, layers=5, pattern=(), prefix=())),
@@ -53,7 +56,7 @@ RUNS = {
 
 
 def place(text: str) -> Place:
-    """'pipe=2,data=2 rounds=2 remat=block' -> Place(mesh=Mesh(pipe=2, data=2), ...)."""
+    """'pipe=2,data=2 circular_repeats=2 remat=block' -> Place(mesh=Mesh(pipe=2, data=2), ...)."""
     mesh, *settings = text.split()
     built = Mesh.parse(mesh)
     given = dict(setting.split("=") for setting in settings)

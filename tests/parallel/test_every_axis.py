@@ -21,14 +21,14 @@ from test_meshes import (
     wait,
 )
 
-from lm import show
-from lm.errors import Refused
+from lm.errors import UserError
+from lm.planning import show
 
 WORKER = Path(__file__).with_name("place_runs.py")
 
 QUICK = (
     "pipe=2,data=2,tensor=2",
-    "pipe=2 rounds=2 microbatches=4",
+    "pipe=2 circular_repeats=2 microbatches=4",
     "context=4,data=2",
     "context=2,pipe=2,fsdp=2 context=gather",
 )
@@ -45,21 +45,21 @@ DENSE = (
     "tensor=2,context=2",
     "pipe=2,context=2",
     # triples, and more of the pipeline
-    "data=2,fsdp=2,pipe=2 rounds=2",
+    "data=2,fsdp=2,pipe=2 circular_repeats=2",
     "fsdp=2,tensor=2,pipe=2",
-    "fsdp=2,tensor=2,pipe=2 rounds=2",
+    "fsdp=2,tensor=2,pipe=2 circular_repeats=2",
     "data=2,tensor=2,context=2",
     "fsdp=2,tensor=2,context=2 context=gather",
-    "pipe=2,tensor=2,context=2 rounds=2 microbatches=4",
+    "pipe=2,tensor=2,context=2 circular_repeats=2 microbatches=4",
     "pipe=2,fsdp=2,context=2",
     "context=8 remat=block",
     "pipe=4 microbatches=8",
     "pipe=4,data=2 microbatches=4 remat=stage",
-    "pipe=2,tensor=4 rounds=2 microbatches=4 remat=block",
+    "pipe=2,tensor=4 circular_repeats=2 microbatches=4 remat=block",
     "pipe=2 microbatches=8 remat=dots",
-    "pipe=2,fsdp=2 rounds=2 remat=attention",
+    "pipe=2,fsdp=2 circular_repeats=2 remat=attention",
 )
-UNEVEN = ("pipe=2", "pipe=4 microbatches=8", "pipe=2,fsdp=2,data=2 rounds=2")
+UNEVEN = ("pipe=2", "pipe=4 microbatches=8", "pipe=2,fsdp=2,data=2 circular_repeats=2")
 WORDS = (
     "fsdp=2",
     "tensor=2",
@@ -74,7 +74,7 @@ MOE = (
     "expert=2,pipe=2",
     "expert=2,context=2",
     "expert=2,context=2,data=2 context=gather",
-    "expert=2,pipe=2,data=2 rounds=2",
+    "expert=2,pipe=2,data=2 circular_repeats=2",
     "expert=2,pipe=2,fsdp=2",
     "expert=2,pipe=2,tensor=2 remat=block",
     "expert=2,fsdp=2,tensor=2",
@@ -119,11 +119,13 @@ def test_the_bubble_shown_is_that_of_the_compiled_loop(quick):
 
 
 def test_places_that_cannot_be_are_refused():
-    with pytest.raises(Refused, match=r"batch.length=16 must be a multiple of 24"):
+    with pytest.raises(UserError, match=r"batch.length=16 must be a multiple of 24"):
         RUNS["dense"].check_place(place("context=12"))
-    with pytest.raises(Refused, match=r"pipe=8 times place.rounds=1 is more than the 4 repeats"):
+    with pytest.raises(
+        UserError, match=r"pipe=8 times place.circular_repeats=1 is more than the 4 repeats"
+    ):
         RUNS["dense"].check_place(place("pipe=8"))
-    with pytest.raises(Refused, match=r"cannot have both pipe and context"):
+    with pytest.raises(UserError, match=r"cannot have both pipe and context"):
         RUNS["capacity"].check_place(place("pipe=2,context=2"))
 
 

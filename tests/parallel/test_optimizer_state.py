@@ -48,8 +48,9 @@ def check_update(optimizer) -> None:
     import numpy as np
     import optax
 
-    from lm import optim, sharding, trees
-    from lm.mesh import Mesh
+    from lm import optim, trees
+    from lm.parallel import sharding
+    from lm.parallel.mesh import Mesh
 
     axes = {
         "embed": ("vocab", "embed"),
@@ -106,9 +107,9 @@ def check_step(optimizer) -> None:
     import jax
     import numpy as np
 
-    from lm import model, train, trees
+    from lm import model, objectives, training, trees
     from lm.data.batch import Batch
-    from lm.mesh import Mesh
+    from lm.parallel.mesh import Mesh
     from lm.precision import Precision
 
     c = model.Config(
@@ -131,12 +132,12 @@ def check_step(optimizer) -> None:
     lines = []
     for layout, microbatches in ((Mesh(), 1), (Mesh(data=2, fsdp=2, tensor=2), 2)):
         mesh = layout.build()
-        shardings = train.state_shardings(c, transformation, Precision(), mesh)
-        state = train.init_state(c, transformation, Precision(), 0, mesh)
-        step = train.make_step(
-            c, train.NextToken(), optimizer, schedule, Precision(), microbatches=microbatches
+        shardings = training.state_shardings(c, transformation, Precision(), mesh)
+        state = training.init_state(c, transformation, Precision(), 0, mesh)
+        step = training.make_step(
+            c, objectives.NextToken(), optimizer, schedule, Precision(), microbatches=microbatches
         )
-        compiled = train.compile_step(step, shardings, mesh).lower(state, batch).compile()
+        compiled = training.compile_step(step, shardings, mesh).lower(state, batch).compile()
         if microbatches > 1:
             check_moves(compiled.as_text())
         placed = jax.device_put(batch, compiled.input_shardings[0][1])

@@ -1,0 +1,35 @@
+"""Supervised training: the state, the step, and the loop that repeats it.
+
+state    what a step changes and a checkpoint holds
+step     one optimizer update, as a pure function
+loop     repeats it: metrics, evaluations, checkpoints
+guard    stops at SIGINT and SIGTERM
+metrics  writes metrics.jsonl and eval.jsonl; terminal, TensorBoard, Weights & Biases
+plot     draws the loss curve
+"""
+
+from lm.training.guard import Stopper
+from lm.training.loop import Evaluator, Outcome, Rates, loop
+from lm.training.metrics import Log, Writer, read_lines
+from lm.training.plot import plot_loss
+from lm.training.state import State, abstract_state, init_state, init_state_from, state_shardings
+from lm.training.step import compile_step, make_step
+
+__all__ = [
+    "Evaluator",
+    "Log",
+    "Outcome",
+    "Rates",
+    "State",
+    "Stopper",
+    "Writer",
+    "abstract_state",
+    "compile_step",
+    "init_state",
+    "init_state_from",
+    "loop",
+    "make_step",
+    "plot_loss",
+    "read_lines",
+    "state_shardings",
+]

@@ -1,0 +1,181 @@
+"""The loop of supervised training: everything it uses is handed to it as a value.
+
+`step` counts completed updates, from 1: the checkpoint STEP, the line of metrics.jsonl with that
+`step` and `state` after that many updates belong together.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from lm.errors import UserError
+from lm.training.guard import Stopper
+from lm.training.metrics import Result, Writer
+
+# Loss scaling starts high and may skip a dozen steps before it has found its scale.
+PATIENCE = 20
+
+
+class Checkpoints(Protocol):
+    """What the loop asks of lm.checkpoint.Store."""
+
+    def due(self, step: int, now: float) -> bool: ...
+    def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> None: ...
+    def wait(self) -> None: ...
+    def latest(self) -> int | None: ...
+
+
+class Evaluator(NamedTuple):
+    """`run(step, params)` gives the results after each `every`-th update and after the last."""
+
+    every: int
+    run: Callable[[int, Any], Sequence[Result]]
+
+
+class Rates(NamedTuple):
+    """What turns seconds into rates and nats per token into bits per byte; None leaves it out.
+
+    tokens_before    the tokens of all batches before a 0-based step
+    flops_per_token  of the model, forward and backward
+    peak_flops       operations per second of all devices together
+    bytes_per_token  of the training text
+    """
+
+    tokens_before: Callable[[int], int]
+    flops_per_token: float | None = None
+    peak_flops: float | None = None
+    bytes_per_token: float | None = None
+
+
+class Outcome(NamedTuple):
+    """The state after `step` updates; `stopped` if that is before the end because it was asked."""
+
+    state: Any
+    step: int
+    stopped: bool
+
+
+def loop(
+    state: Any,
+    update: Callable[[Any, Any], tuple[Any, Mapping[str, jax.Array]]],
+    batches: Iterable[Any],
+    *,
+    start: int,
+    steps: int,
+    rates: Rates,
+    evaluators: Sequence[Evaluator] = (),
+    writers: Sequence[Writer] = (),
+    store: Checkpoints | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    stopper: Stopper | None = None,
+) -> Outcome:
+    """Trains from `start` completed updates to `steps`, or until `stopper` is asked to stop.
+
+    `update(state, batch) -> (state, metrics)` may donate the state; `batches` begins with the one
+    of update start + 1. While the device works on an update, the host writes the metrics of the
+    one before. A checkpoint is begun only when every line up to it is written, and an evaluation
+    comes before the checkpoint of its step: killed at any moment, the run goes on from its newest
+    checkpoint with what was written later dropped, and each step is there once.
+
+    Saves when due, at the end, and when stopped. Raises UserError after PATIENCE updates in a row
+    that were skipped for gradients that are not finite, and whatever `store` cannot save.
+    """
+    journal = _Journal(writers, rates, store)
+    step, stopped = start, False
+    for step, batch in zip(range(start + 1, steps + 1), batches, strict=False):
+        state, metrics = update(state, batch)  # returns while the device works
+        journal.write_pending()
+        journal.pending = step, metrics
+
+        last = step == steps
+        stopped = not last and stopper is not None and stopper.asked(step)
+        evaluating = [e for e in evaluators if last or step % e.every == 0]
+        saving = store is not None and (last or stopped or store.due(step, time.monotonic()))
+        if evaluating or saving:
+            journal.write_pending()
+            for evaluator in evaluating:
+                journal.write_evaluation(step, evaluator.run(step, state.params))
+            if saving:
+                journal.flush()
+                store.save(step, state, metadata)
+            journal.resume_clock()
+        if stopped:
+            break
+
+    journal.write_pending()
+    journal.flush()
+    if store is not None:
+        store.wait()
+    if step < steps and not stopped:
+        raise ValueError(f"the batches ended after update {step} of {steps}")
+    return Outcome(state, step, stopped)
+
+
+class _Journal:
+    """Turns the metrics of an update, once the device has them, into a line for the writers."""
+
+    def __init__(self, writers: Sequence[Writer], rates: Rates, store: Checkpoints | None) -> None:
+        self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._writers, self._rates, self._store = writers, rates, store
+        self._skipped_in_a_row = 0
+        self.resume_clock()
+
+    def resume_clock(self) -> None:
+        """What was done since the last update is not counted as the next one's time."""
+        self._done_at = time.perf_counter()
+
+    def write_pending(self) -> None:
+        """Waits for the pending update and writes its line."""
+        if self.pending is None:
+            return
+        (step, on_device), self.pending = self.pending, None
+        metrics = {key: float(x) for key, x in jax.device_get(dict(on_device)).items()}
+        now = time.perf_counter()
+        line = _line(step, metrics, now - self._done_at, self._rates)
+        self._done_at = now
+        for writer in self._writers:
+            writer.step(line)
+        self._check_finite(step, skipped=bool(metrics.get("skipped", 0)))
+
+    def write_evaluation(self, step: int, results: Sequence[Result]) -> None:
+        """Hands the results to the writers."""
+        for writer in self._writers:
+            writer.evaluation(step, results)
+
+    def flush(self) -> None:
+        """All lines are on disk."""
+        for writer in self._writers:
+            writer.flush()
+
+    def _check_finite(self, step: int, skipped: bool) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row < PATIENCE:
+            return
+        good = None if self._store is None else self._store.latest()
+        raise UserError(
+            f"The gradients of {PATIENCE} updates in a row, up to step {step}, were not finite. "
+            "Lower schedule.peak or optimizer.clip_norm, or use more precise arithmetic; "
+            + (
+                "there is no checkpoint yet."
+                if good is None
+                else f"the newest checkpoint is of step {good}."
+            )
+        )
+
+
+def _line(step: int, metrics: Mapping[str, float], seconds: float, rates: Rates) -> dict[str, Any]:
+    """A line of metrics.jsonl; `tokens` counts all updates so far, the rates only this one."""
+    tokens = rates.tokens_before(step)
+    per_second = (tokens - rates.tokens_before(step - 1)) / seconds
+    line = {"step": step, **metrics}
+    if rates.bytes_per_token is not None:
+        nats = metrics.get("nll", metrics["loss"])  # without z-loss and the like
+        line["bits_per_byte"] = nats / (math.log(2) * rates.bytes_per_token)
+    line |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": per_second}
+    if rates.flops_per_token is not None and rates.peak_flops is not None:
+        utilization = per_second * rates.flops_per_token / rates.peak_flops
+        line["model_flops_utilization"] = utilization
+    return line

@@ -1,0 +1,178 @@
+"""Compiled text is read rightly: loops multiplied out, groups of devices, products, bytes."""
+
+import numpy as np
+import pytest
+
+from lm.planning import compute, hlo, links
+
+# A loop of five turns around a product of [8, 16] and [16, 4], and a sum over pairs of devices.
+TEXT = """
+HloModule jit_f, is_scheduled=true
+
+%cond (p: (s32[], bf16[8,16])) -> pred[] {
+  %p = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %q = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%q), index=1
+  %w = bf16[16,4]{1,0:T(8,128)(2,1)} constant({...})
+  %dot = bf16[8,4]{1,0:T(8,128)(2,1)} convolution(%x, %w), dim_labels=bf_io->bf
+  %sum = bf16[8,4]{1,0:T(8,128)(2,1)} all-reduce(%dot), replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %t = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) tuple(%x, %x)
+}
+
+ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
+  %a = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="a"}
+  %t0 = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) tuple(%a, %a)
+  %loop = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) while(%t0), condition=%cond, body=%body
+  ROOT %out = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_loop_is_multiplied_out():
+    program = hlo.parse(TEXT)
+    times = {each.name: times for each, _, times, _ in program.executed()}
+    assert times["dot"] == times["sum"] == 5
+    assert times["loop"] == 1
+
+
+def test_products_are_counted():
+    work = compute.work(hlo.parse(TEXT), flops_rate=1.0, bytes_rate=1e9)
+    assert work.flops == 5 * 2 * 8 * 16 * 4
+
+
+def test_sizes_are_those_in_memory():
+    (array,) = hlo.arrays("f32[3,100]{1,0:T(8,128)}")
+    assert (array.nbytes, array.padded) == (3 * 100 * 4, 8 * 128 * 4)
+    (vector,) = hlo.arrays("bf16[64]{0:T(128)(2,1)S(1)}")
+    assert (vector.padded, vector.space) == (256, 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1','axis_0'}", [[0, 2, 1, 3]]),
+        (
+            "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}",
+            [[0, 1], [2, 3]],
+        ),
+        ("channel_id=1", [[0, 1, 2, 3]]),
+    ],
+)
+def test_every_way_to_write_groups_is_read(written, groups):
+    assert links.replica_groups(written, 4).tolist() == groups
+
+
+def test_a_product_of_a_batch_counts_only_what_meets():
+    # [B, T, D] x [B, D, F]: TPUs write the batch as a window of its size with gaps of its size
+    # less one, in which one place of each window meets an element.
+    text = (
+        "  %y = bf16[4,8,16]{2,1,0} convolution(%a, %b), window={size=4 stride=3 pad=0_0 "
+        "lhs_dilate=4}, dim_labels=0bf_0io->0bf"
+    )
+    (each,) = hlo.parse("ENTRY %m (a: f32[]) -> f32[] {\n" + text + "\n}").computations["m"]
+    flops = compute._convolution(each, (4, 8, 32), (4, 32, 16))
+    assert flops == 4 * 2 * 8 * 32 * 16
+
+
+def test_links_take_what_the_torus_gives():
+    nbytes, link = 1 << 30, 100e9
+    ring, line = [(4, True)], [(4, False)]
+    gathered = links.seconds("all-gather", nbytes, ring, link)
+    assert links.seconds("all-gather", nbytes, line, link) > 1.9 * gathered
+    assert links.seconds("all-reduce", nbytes, ring, link) == pytest.approx(2 * gathered)
+    # Two dimensions have twice the links of one.
+    both = links.seconds("all-gather", nbytes, [(4, True), (4, True)], link)
+    assert both < 0.7 * gathered
+    assert links.seconds("all-gather", nbytes, [], link) == 0
+
+
+def test_the_axes_that_a_group_crosses_are_named():
+    class Device:
+        def __init__(self, x, y):
+            self.coords = (x, y, 0)
+
+    class Where:
+        shape, chip = (2, 2), None
+
+        def rings(self):
+            return (False, False)
+
+    grid = np.array([Device(x, y) for x in range(2) for y in range(2)]).reshape(2, 2)
+    layout = links.Layout(grid, ("data", "fsdp"), Where())
+    assert layout.crossed(np.array([[0, 1], [2, 3]])) == "fsdp"
+    assert layout.crossed(np.array([[0, 2], [1, 3]])) == "data"
+    assert layout.crossed(np.array([[0, 1, 2, 3]])) == "data+fsdp"
+    assert layout.route(np.array([[0, 3]])) == (2, 1)
+
+
+def test_ways_that_meet_in_a_link_share_it():
+    class Device:
+        def __init__(self, x):
+            self.coords = (x, 0, 0)
+
+    class Where:
+        shape, chip = (8,), None
+
+        def __init__(self, ring):
+            self.rings = lambda: (ring,)
+
+    grid = np.array([Device(x) for x in range(8)])
+    line, ring = (links.Layout(grid, ("data",), Where(closed)) for closed in (False, True))
+    to_next, across = (np.array([[i, (i + by) % 8] for i in range(8)]) for by in (1, 4))
+    # On a line the last one's way back is long, but goes against the others'.
+    assert line.route(to_next) == (7, 1) and ring.route(to_next) == (1, 1)
+    assert line.route(across) == (4, 4) and ring.route(across) == (4, 4)
+
+
+def test_of_what_a_fusion_slices_only_the_slices_are_read():
+    # The stack of all layers' inputs is sliced under another name, in a fusion inside the fusion.
+    text = """
+%inner (p0: bf16[80,16,128]) -> bf16[16,128] {
+  %p0 = bf16[80,16,128]{2,1,0} parameter(0)
+  %flat = bf16[80,2048]{1,0} bitcast(%p0)
+  ROOT %one = bf16[1,2048]{1,0} dynamic-slice(%flat, %i, %z), dynamic_slice_sizes={1,2048}
+}
+
+%outer (q0: bf16[80,16,128], q1: bf16[16,128]) -> bf16[16,128] {
+  %q0 = bf16[80,16,128]{2,1,0} parameter(0)
+  %q1 = bf16[16,128]{1,0} parameter(1)
+  %layer = bf16[1,2048]{1,0} fusion(%q0), kind=kLoop, calls=%inner
+  ROOT %y = bf16[16,128]{1,0} add(%layer, %q1)
+}
+
+ENTRY %main (stack: bf16[80,16,128], x: bf16[16,128]) -> bf16[16,128] {
+  %stack = bf16[80,16,128]{2,1,0} parameter(0)
+  %x = bf16[16,128]{1,0} parameter(1)
+  ROOT %out = bf16[16,128]{1,0} fusion(%stack, %x), kind=kLoop, calls=%outer
+}
+"""
+    work = compute.work(hlo.parse(text), flops_rate=1.0, bytes_rate=1e9)
+    assert work.nbytes == 3 * 2 * 16 * 128
+
+
+def test_what_sparse_cores_gather_is_found_and_early():
+    text = """
+%meanwhile (p: bf16[64,128]) -> bf16[256,128] {
+  %p = bf16[64,128]{1,0} parameter(0)
+  ROOT %gathered = bf16[256,128]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[64,128]) -> bf16[256,128] {
+  %a = bf16[64,128]{1,0} parameter(0)
+  %s = ((bf16[64,128]{1,0}), bf16[256,128]{1,0}) call-start(%a), to_apply=%meanwhile
+  ROOT %d = bf16[256,128]{1,0} call-done(%s)
+}
+"""
+    found = list(links._executed(hlo.parse(text)))
+    assert [(kind, times, early) for kind, _, times, early in found] == [("all-gather", 1, True)]
+    assert compute.work(hlo.parse(text), flops_rate=1.0, bytes_rate=1.0).nbytes == 0

@@ -1,0 +1,51 @@
+"""Names of slices are Google Cloud's, and each is a real torus."""
+
+import pytest
+
+from lm.errors import UserError
+from lm.planning import slices
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "chips", "devices"),
+    [
+        ("v5p-8", "v5p:2x2x1", 4, 4),
+        ("v5p-64", "v5p:2x4x4", 32, 32),
+        ("v5p-512", "v5p:4x8x8", 256, 256),
+        ("v5p-12288", "v5p:16x16x24", 6144, 6144),
+        ("v5e-8", "v5e:2x4", 8, 8),
+        ("v5e-256", "v5e:16x16", 256, 256),
+        ("v6e-128", "v6e:8x16", 128, 128),
+        ("tpu7x-8", "tpu7x:2x2x1", 4, 8),
+        ("tpu7x-128", "tpu7x:4x4x4", 64, 128),
+        ("4xv5e-16", "v5e:4x4", 64, 64),
+        ("2xtpu7x-8", "tpu7x:2x2x1", 8, 16),
+    ],
+)
+def test_a_name_is_a_torus(name, topology, chips, devices):
+    found = slices.find(name)
+    assert (found.topology, found.chips, found.devices) == (topology, chips, devices)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v5p-63", "The nearest is v5p-64."),
+        ("0xv5p-64", "there is no such slice"),
+        ("v5e-512", "The nearest is v5e-256."),
+        ("v5p-100", "cores, two to a chip"),
+        ("cpu", "name one as in v5e-256"),
+        ("v4-8", "name one as in v5e-256"),
+    ],
+)
+def test_others_are_refused_in_one_sentence(name, says):
+    with pytest.raises(UserError) as refusal:
+        slices.find(name)
+    assert says in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_rings_close_where_google_closes_them():
+    assert slices.find("v5p-128").rings() == (True, True, True)
+    assert slices.find("v5p-64").rings() == (False, True, True)
+    assert slices.find("v5e-256").rings() == (True, True)
+    assert slices.find("v5e-64").rings() == (False, False)

@@ -1,0 +1,302 @@
+"""However a run is interrupted, going on gives what it would have given, each step once."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+
+from lm.checkpoint import Save, Store
+from lm.errors import UserError
+from lm.training.guard import Stopper
+from lm.training.loop import PATIENCE, Rates, loop
+from lm.training.metrics import read_lines
+
+CLOCK = ("seconds", "tokens_per_second", "model_flops_utilization")
+SAVE = Save(every=8, keep_last=3)
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = read_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    tiny_run.run(folder, 40, SAVE)
+    return folder
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert curve(folder) == curve(other)
+    assert read_lines(folder / "eval.jsonl") == read_lines(other / "eval.jsonl")
+    state, expected = (
+        Store(f / "checkpoints").restore(jax.eval_shape(tiny_run.init)) for f in (folder, other)
+    )
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_each_step_has_one_line_with_its_numbers(undisturbed: Path) -> None:
+    lines = read_lines(undisturbed / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    for line in lines:
+        assert line["tokens"] == 32 * line["step"]
+        assert line["tokens_per_second"] == pytest.approx(32 / line["seconds"])
+        # 6 operations a token on a machine of 1e9 a second
+        utilization = line["tokens_per_second"] * 6e-9
+        assert line["model_flops_utilization"] == pytest.approx(utilization)
+        assert line["bits_per_byte"] == pytest.approx(line["loss"] / np.log(2) / 2)
+        assert line["skipped"] == 0
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_evaluations_come_at_their_steps_and_at_the_end(tmp_path: Path) -> None:
+    tiny_run.run(tmp_path, 17, SAVE)
+    lines = read_lines(tmp_path / "eval.jsonl")
+    assert [line["step"] for line in lines] == [5, 10, 15, 17]
+    assert set(lines[0]) == {"step", "name", "value", "stderr", "count"}
+
+
+def test_the_state_saved_is_that_of_the_step(undisturbed: Path) -> None:
+    store = Store(undisturbed / "checkpoints")
+    assert store.steps() == [24, 32, 40]
+    state = tiny_run.init()
+    feed = tiny_run.batches(0)
+    for step in range(1, 33):
+        state, _ = tiny_run.update(state, next(feed))
+        if step in (24, 32):
+            restored = store.restore(jax.eval_shape(tiny_run.init), step)
+            jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(undisturbed: Path, tmp_path: Path) -> None:
+    stopper = Stopper()
+
+    def feed(start: int) -> Iterator[jax.Array]:
+        for step, batch in enumerate(tiny_run.batches(start), start=start):
+            if step == 20:  # while the 21st update is being prepared
+                stopper.stop()
+            yield batch
+
+    outcome = tiny_run.run(tmp_path, 40, SAVE, stopper=stopper, feed=feed)
+    assert outcome.stopped and outcome.step == 21
+    assert Store(tmp_path / "checkpoints").latest() == 21
+    assert [line["step"] for line in curve(tmp_path)] == list(range(1, 22))
+    outcome = tiny_run.run(tmp_path, 40, SAVE)
+    assert not outcome.stopped and outcome.step == 40
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_what_was_written_after_the_checkpoint_is_written_anew(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    def feed(start: int) -> Iterator[jax.Array]:
+        for step, batch in enumerate(tiny_run.batches(start), start=start):
+            if step == 23:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run.run(tmp_path, 40, SAVE, feed=feed)
+    assert Store(tmp_path / "checkpoints").latest() == 16
+    assert curve(tmp_path)[-1]["step"] > 16  # lines that have no checkpoint
+    tiny_run.run(tmp_path, 40, SAVE)
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_complete_run_is_left_as_it_is(undisturbed: Path) -> None:
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    outcome = tiny_run.run(undisturbed, 40, SAVE)
+    assert outcome.step == 40 and not outcome.stopped
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+def _start(folder: Path, steps: int, every: int, seconds: float) -> subprocess.Popen[str]:
+    root = Path(__file__).parents[2]
+    program = [sys.executable, tiny_run.__file__, str(folder), str(steps), str(every), str(seconds)]
+    return subprocess.Popen(
+        program,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for_lines(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.005)
+    raise TimeoutError(f"{folder} did not come to {count} lines")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_every_step_is_there_once(tmp_path: Path) -> None:
+    steps, every, seconds = 120, 4, 0.005  # a save under way at most moments
+    moment = random.Random(0)
+    expected = _start(tmp_path / "whole", steps, every, seconds)
+    assert expected.communicate(timeout=240)[0].strip() == "complete"
+    folder = tmp_path / "killed"
+    for _ in range(4):
+        process = _start(folder, steps, every, seconds)
+        written = Store(folder / "checkpoints").latest() or 0
+        _wait_for_lines(folder, min(written + moment.randint(1, 25), steps - 1))
+        time.sleep(moment.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+    process = _start(folder, steps, every, seconds)
+    out, err = process.communicate(timeout=240)
+    assert out.strip() == "complete", err
+    assert [line["step"] for line in curve(folder)] == list(range(1, steps + 1))
+    assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_the_step(tmp_path: Path, number: signal.Signals) -> None:
+    process = _start(tmp_path, 100_000, 1_000, 0.005)
+    _wait_for_lines(tmp_path, 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    step = Store(tmp_path / "checkpoints").latest()
+    assert out.strip() == f"{number.name} at step {step}", err
+    assert "Stopping" in err
+    assert [line["step"] for line in curve(tmp_path)] == list(range(1, step + 1))
+
+
+def test_the_second_signal_stops_at_once_and_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with Stopper() as stopper:
+        assert not stopper.asked(1)
+        signal.raise_signal(signal.SIGTERM)
+        assert stopper.asked(2) and stopper.cause == "SIGTERM"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_stopper_works_outside_the_main_thread() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    asked = []
+
+    def body() -> None:
+        with Stopper() as stopper:
+            stopper.stop()
+            asked.append(stopper.asked(1))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert asked == [True]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_gradients_that_stay_infinite_end_the_run_in_words(tmp_path: Path) -> None:
+    def feed(start: int) -> Iterator[jax.Array]:
+        for step, batch in enumerate(tiny_run.batches(start), start=start):
+            yield batch if step < 10 else jnp.full(8, jnp.nan)
+
+    with pytest.raises(
+        UserError, match=rf"{PATIENCE} updates in a row, up to step {10 + PATIENCE},"
+    ):
+        tiny_run.run(tmp_path, 100, Save(every=7), feed=feed)
+    lines = curve(tmp_path)
+    assert lines[-1]["step"] == 10 + PATIENCE
+    assert lines[-1]["loss"] is None and lines[-1]["skipped"] == 1
+
+
+def test_batches_that_end_early_are_an_error(tmp_path: Path) -> None:
+    def feed(start: int) -> Iterator[jax.Array]:
+        yield from [jnp.zeros(8)] * 3
+
+    with pytest.raises(ValueError, match="ended after update 3 of 10"):
+        tiny_run.run(tmp_path, 10, SAVE, feed=feed)
+
+
+def test_metrics_are_fetched_while_the_next_update_runs() -> None:
+    """The order in which the host acts: update n + 1 is handed over before line n is written."""
+    order: list[str] = []
+
+    class Recorder:
+        def step(self, values: Any) -> None:
+            order.append(f"line {values['step']}")
+
+        def flush(self) -> None:
+            order.append("flush")
+
+    def update(state: int, batch: int) -> tuple[int, dict[str, Any]]:
+        order.append(f"update {batch + 1}")
+        return state + 1, {"loss": jnp.float32(0)}
+
+    loop(
+        0,
+        update,
+        iter(range(10)),
+        start=0,
+        steps=3,
+        rates=Rates(tokens_before=lambda step: step),
+        writers=[Recorder()],
+    )
+    assert order == ["update 1", "update 2", "line 1", "update 3", "line 2", "line 3", "flush"]
+
+
+TOLD_ON_ONE = """
+import sys
+from lm.parallel import distributed
+distributed.initialize()
+import jax, jax.numpy as jnp
+from lm.training.guard import Stopper
+from lm.training.loop import Rates, loop
+
+stopper = Stopper()
+def batches():
+    for step in range(1, 1000):
+        if step == 5 and jax.process_index() == 1:
+            stopper.stop()
+        yield step
+outcome = loop(
+    0, lambda state, batch: (state + 1, {"loss": jnp.float32(0)}), batches(),
+    start=0, steps=1000, rates=Rates(tokens_before=lambda step: step), stopper=stopper,
+)
+print(outcome.step, outcome.stopped)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step_when_one_is_told() -> None:
+    port = 30_000 + os.getpid() % 10_000
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOLD_ON_ONE],
+            env={
+                **os.environ,
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(index),
+                "PYTHONPATH": str(Path(__file__).parents[2]),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for host in hosts:
+        out, err = host.communicate(timeout=120)
+        # They ask one another at every 16th step.
+        assert out.splitlines() == ["16 True"], err

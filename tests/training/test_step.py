@@ -1,0 +1,227 @@
+"""The step: micro-batches, clipping, skipping, donation, balancing, and what it reports."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from train_examples import DENSE, batch
+
+from lm import model, objectives, optim, training, trees
+from lm.errors import UserError
+from lm.parallel.mesh import Mesh
+from lm.precision import Precision
+
+SCHEDULE = optim.Linear(peak=0.1, warmup=2, steps=10)
+MESH = Mesh().build()
+
+
+def prepare(config=DENSE, optimizer=None, **options):
+    """(fresh state, compiled step)."""
+    optimizer = optimizer or optim.SGD()
+    transformation = optimizer.build(SCHEDULE.at, model.axes(config))
+    offload = options.get("offload", ())
+    state = training.init_state(config, transformation, Precision(), 0, MESH, offload=offload)
+    step = training.make_step(
+        config, objectives.NextToken(), optimizer, SCHEDULE.at, Precision(), **options
+    )
+    shardings = training.state_shardings(config, transformation, Precision(), MESH, offload=offload)
+    return state, training.compile_step(step, shardings, MESH)
+
+
+def host(tree):
+    """A copy that donation cannot take."""
+    return jax.tree.map(np.array, tree)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch():
+    """With label weights so uneven that a mean of means would be far off."""
+    data = batch()
+    data = data._replace(weights=data.weights * np.array([[1], [0], [0.1], [5]], np.float32))
+    results = {}
+    for microbatches in (1, 2, 4):
+        state, step = prepare(microbatches=microbatches)
+        before = host(state.params)
+        state, metrics = step(state, data)
+        rate = float(metrics["learning_rate"])
+        # Plain descent: the change is the gradient.
+        grads = jax.tree.map(lambda a, b: (a - np.array(b)) / rate, before, state.params)  # noqa: B023
+        results[microbatches] = grads, metrics
+    exact, line = results[1]
+    size = trees.global_norm(exact)
+    for grads, metrics in (results[2], results[4]):
+        difference = trees.global_norm(jax.tree.map(lambda a, b: a - b, grads, exact))
+        # float32 sums in another order; parameters of size 1 keep changes of 0.05 to 1e-6.
+        assert difference < 5e-6 * size
+        for name in line:
+            assert metrics[name] == pytest.approx(float(line[name]), rel=1e-6), name
+
+
+def test_gradients_may_be_summed_in_bfloat16():
+    """In half the memory, and within its rounding: 2^-9 of each of four partial sums."""
+    data, results, programs = batch(), {}, {}
+    for accumulate in ("float32", "bfloat16"):
+        state, step = prepare(microbatches=4, accumulate=accumulate)
+        programs[accumulate] = step.trace(state, data).jaxpr
+        before = host(state.params)
+        state, metrics = step(state, data)
+        rate = float(metrics["learning_rate"])
+        results[accumulate] = jax.tree.map(
+            lambda a, b: (a - np.array(b)) / rate,  # noqa: B023
+            before,
+            state.params,
+        )
+    exact = results["float32"]
+    difference = jax.tree.map(lambda a, b: a - b, results["bfloat16"], exact)
+    assert 0 < trees.global_norm(difference) < 2**-7 * trees.global_norm(exact)
+
+    def summed(program):
+        """What the loop over micro-batches carries, in bytes."""
+        (loop,) = (
+            eqn
+            for eqn in program.eqns
+            if eqn.primitive.name == "scan" and eqn.params["length"] == 4
+        )
+        return sum(x.aval.size * x.aval.dtype.itemsize for x in loop.outvars)
+
+    # The sums of the loss, a few numbers, stay in float32.
+    assert summed(programs["bfloat16"]) == pytest.approx(summed(programs["float32"]) / 2, rel=1e-2)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "block", ("qkv",)], ids=str)
+def test_what_lies_in_the_hosts_memory_comes_to_the_same(remat):
+    """Where it lies, and after three updates the same numbers to the last bit but one: the program
+    is another one, and XLA may sum in another order."""
+    adam = optim.AdamW()
+    state, step = prepare(optimizer=adam, remat=remat)
+    away, offloading = prepare(optimizer=adam, remat=remat, offload=("optimizer", "layers"))
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(away.opt_state) if x.ndim}
+    assert kinds == {"pinned_host"}
+    for _ in range(3):
+        state, line = step(state, batch())
+        away, other = offloading(away, batch())
+        assert other["loss"] == pytest.approx(float(line["loss"]), rel=1e-6)
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(away.opt_state) if x.ndim}
+    assert kinds == {"pinned_host"}
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(away), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_norm_is_reported_before_and_bounded_after_clipping():
+    data, moved, norms = batch(), {}, {}
+    for clip in (None, 0.05, 1e6):
+        state, step = prepare(optimizer=optim.SGD(clip_norm=clip), microbatches=2)
+        before = host(state.params)
+        state, metrics = step(state, data)
+        change = jax.tree.map(lambda a, b: a - np.array(b), before, state.params)
+        moved[clip] = trees.global_norm(change) / metrics["learning_rate"]
+        norms[clip] = metrics["grad_norm"]
+    assert len(set(map(float, norms.values()))) == 1 and norms[None] > 0.1
+    assert moved[None] == pytest.approx(float(norms[None]), rel=1e-3)
+    assert moved[0.05] == pytest.approx(0.05, rel=1e-3)
+    assert moved[1e6] == moved[None]
+
+
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_counts():
+    state, step = prepare(optimizer=optim.AdamW(weight_decay=0.1))
+    state, _ = step(state, batch())
+    before = host(state)
+    bad = batch(1)
+    bad.weights[0, 0] = np.nan
+    state, metrics = step(state, bad)
+    assert metrics["skipped"] == 1 and state.skipped == 1 and state.step == 2
+    for name in ("params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(state, name))
+    state, metrics = step(state, batch(2))
+    assert metrics["skipped"] == 0 and state.skipped == 1 and state.step == 3
+    assert metrics["learning_rate"] == SCHEDULE.at(2), "the schedule does not wait"
+
+
+def test_a_batch_without_weights_has_no_gradient():
+    state, step = prepare()
+    before = host(state.params)
+    state, metrics = step(state, batch(weights=np.zeros((4, 8))))
+    assert metrics["skipped"] == 0 and metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    jax.tree.map(np.testing.assert_array_equal, before, state.params)
+
+
+def test_the_state_is_donated():
+    state, step = prepare(optimizer=optim.AdamW())
+    old = jax.tree.leaves((state.params, state.opt_state))
+    step(state, batch())
+    assert all(leaf.is_deleted() for leaf in old)
+
+
+def test_the_state_is_updated_in_place():
+    """The compiled step copies no parameter and no moment, as wide matrices would show."""
+    config = dataclasses.replace(DENSE, vocab=997)
+    state, step = prepare(config, optim.AdamW(weight_decay=0.1, clip_norm=1.0))
+    text = step.lower(state, batch()).compile().as_text()
+    copies = [
+        line for line in text.splitlines() if re.search(r" = f32\[(997,16|16,997)\].* copy\(", line)
+    ]
+    assert not copies
+
+
+def test_metrics_say_what_happened():
+    state, step = prepare(optimizer=optim.AdamW(clip_norm=1.0))
+    data = batch()
+    losses = []
+    for i in range(20):
+        state, metrics = step(state, data)
+        assert all(x.dtype == jnp.float32 and x.shape == () for x in metrics.values())
+        if i == 0:
+            norm = float(trees.global_norm(state.params))
+            assert metrics["param_norm"] == pytest.approx(norm)
+            assert metrics["learning_rate"] == pytest.approx(0.05)
+            assert metrics["tokens"] == 28, "padding does not count"
+            assert metrics["weight"] == pytest.approx(data.weights.sum())
+            assert metrics["loss"] == metrics["nll"]
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0], "it learns a batch by heart"
+    assert "loss_scale" not in metrics and state.loss_scale is None
+
+
+def test_the_balancing_bias_follows_the_load_and_nothing_else():
+    moe = model.MoE(experts=4, experts_per_token=2, hidden=8, balance=model.BiasBalance(rate=0.01))
+    config = dataclasses.replace(DENSE, ffn=moe)
+    one, step = prepare(config, optim.Muon(weight_decay=0.1), microbatches=1)
+    two, step_two = prepare(config, optim.Muon(weight_decay=0.1), microbatches=2)
+    one, _ = step(one, batch())
+    two, _ = step_two(two, batch())
+    bias = np.array(one.params["blocks"]["0"]["ffn"]["bias"])
+    # Each expert's bias went one `rate` up or down, towards an even load.
+    np.testing.assert_allclose(np.abs(bias[bias != 0]), 0.01, rtol=1e-5)
+    assert (bias != 0).any()
+
+
+def test_dropout_follows_seed_and_step():
+    config = dataclasses.replace(DENSE, dropout=0.5)
+    losses = []
+    for seed in (0, 0, 1):
+        state, step = prepare(config, optim.SGD(clip_norm=1e-9), seed=seed)
+        for _ in range(2):
+            state, metrics = step(state, batch())
+            losses.append(float(metrics["loss"]))
+    assert losses[:2] == losses[2:4]
+    assert len({losses[0], losses[1], losses[4], losses[5]}) == 4
+
+
+def test_the_program_does_not_grow_with_layers_or_micro_batches():
+    def lines(layers, microbatches):
+        config = dataclasses.replace(DENSE, layers=layers)
+        state, step = prepare(config, microbatches=microbatches)
+        text = step.lower(state, batch(rows=8)).as_text()
+        return len(re.findall(r"\n", text))
+
+    assert lines(2, 2) == lines(4, 4)
+
+
+def test_micro_batches_must_divide_the_batch():
+    state, step = prepare(microbatches=3)
+    with pytest.raises(
+        UserError, match=r"place\.microbatches=3 does not divide batch\.sequences=4"
+    ):
+        step(state, batch())
