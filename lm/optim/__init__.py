@@ -1,7 +1,19 @@
 """Optimizers and learning-rate schedules: dataclasses that become optax transformations and
-functions of the step."""
+functions of the step.
 
-from lm.optim.optimizers import LAMB, SGD, Adafactor, AdamW, Lion, Muon, Optimizer
+optimizer   the base class Optimizer: direction, weight decay, learning rate; subclass it for yours
+layout      matrices, stacks and vectors by logical axes: what decays, what Muon orthogonalizes
+adamw, sgd, lion, lamb, adafactor, muon     the optimizers
+schedules   the base class Schedule, and the schedules
+shardings   shardings of the optimizer state
+"""
+
+from lm.optim.adafactor import Adafactor
+from lm.optim.adamw import AdamW
+from lm.optim.lamb import LAMB
+from lm.optim.lion import Lion
+from lm.optim.muon import Muon
+from lm.optim.optimizer import Optimizer
 from lm.optim.schedules import (
     WSD,
     Constant,
@@ -13,6 +25,7 @@ from lm.optim.schedules import (
     Tokens,
     WarmupCosine,
 )
+from lm.optim.sgd import SGD
 from lm.optim.shardings import state_shardings
 
 __all__ = [

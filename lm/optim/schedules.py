@@ -1,10 +1,10 @@
-"""Learning rate as a function of the step. A schedule declares; `resolve` turns its durations into
-steps; `at(step)` is traced by jit.
+"""Learning-rate schedules: `resolve` turns durations into steps, `at(step)` is the learning rate
+and can be traced.
 
-Durations are whole steps, `Tokens(1e9)`, or a share of all steps as a number below one, which keeps
-its meaning when `steps` is overridden. Step 0 is the first update: with a warm-up of W steps,
-at(0) = peak / W (never zero) and at(W - 1) = peak. What falls afterwards would reach its final
-value at step `steps`, one past the last update, so no update is spent at rate zero.
+A duration is a number of steps, `Tokens(1e9)`, or a fraction of all steps as a number below one,
+which keeps its meaning when `steps` is overridden. Step 0 is the first update: with a warm-up of W
+steps, at(0) = peak / W (never zero) and at(W - 1) = peak. A decay reaches its final value at step
+`steps`, one past the last update, so that no update has learning rate zero.
 """
 
 import abc
@@ -21,7 +21,7 @@ from lm.errors import UserError, check_name, check_positive
 
 @dataclass(frozen=True)
 class Tokens:
-    """A duration in tokens, padding included, counted as the batches count them."""
+    """A duration in tokens, padding included, as the batches count them."""
 
     count: float
 
@@ -33,16 +33,28 @@ Duration = int | float | Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Base(abc.ABC):
-    """`peak` is the highest rate, `steps` the length of the run, `warmup` the linear rise from peak
-    / warmup to peak."""
+class Schedule(abc.ABC):
+    """Base class of schedules. A subclass returns the fraction of the peak from `after`::
+
+        @dataclass(frozen=True, kw_only=True)
+        class Halving(optim.Schedule):
+            every: int
+
+            def after(self, t, lengths):
+                return 0.5 ** jnp.floor((t - lengths["warmup"]) / self.every)
+
+    Args:
+      peak: the highest learning rate.
+      steps: the length of the run.
+      warmup: the linear rise from peak / warmup to peak.
+    """
 
     peak: float
     steps: int | Tokens
     warmup: Duration = 0
 
-    # The parts of the run, in words of the declaration; together they may not exceed `steps`.
-    _parts: ClassVar[tuple[str, ...]] = ("warmup",)
+    # The fields that are durations of phases of the run; together they may not exceed `steps`.
+    phases: ClassVar[tuple[str, ...]] = ("warmup",)
 
     def __post_init__(self) -> None:
         check_positive(**{"schedule.peak": self.peak})
@@ -52,24 +64,48 @@ class _Base(abc.ABC):
                 raise UserError(
                     f"schedule.steps={self.steps!r} must be a whole number or Tokens(...)."
                 )
-        for name in self._parts:
+        for name in self.phases:
             _check_duration(f"schedule.{name}", getattr(self, name))
-        for name in ("final", "start"):
-            if not 0 <= getattr(self, name, 0) <= 1:
-                raise UserError(
-                    f"schedule.{name}={getattr(self, name)!r} is a share of the peak: "
-                    "between 0 and 1."
-                )
-        if not any(isinstance(getattr(self, name), Tokens) for name in ("steps", *self._parts)):
+        if not any(isinstance(getattr(self, name), Tokens) for name in ("steps", *self.phases)):
             self._check_fit(self._in_steps())
 
+    def rise(self, t: jax.Array, warmup: int) -> jax.Array:
+        """The fraction of the peak at step t of the warm-up (float32 scalar, from 0)."""
+        return (t + 1) / warmup
+
+    @abc.abstractmethod
+    def after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
+        """The fraction of the peak at step t (float32 scalar) after the warm-up.
+
+        `lengths` holds 'steps' and each of `phases` in steps.
+        """
+
+    def at(self, step: jax.typing.ArrayLike) -> jax.Array:
+        """The learning rate of update `step` (from 0), float32 scalar. Durations in Tokens must
+        have been resolved."""
+        lengths = self._in_steps()
+        t, warmup = jnp.asarray(step, jnp.float32), lengths["warmup"]
+        share = jnp.where(t < warmup, self.rise(t, max(warmup, 1)), self.after(t, lengths))
+        return jnp.float32(self.peak) * share
+
+    def resolve(self, batch: Any = None) -> Self:
+        """The same schedule with every duration in steps.
+
+        `batch` turns tokens into steps: `batch.steps_for(tokens)` and `batch.tokens_before(step)`,
+        as in data.BatchShape; it may be None where no duration is in Tokens. Raises UserError when
+        the phases are longer than the run.
+        """
+        lengths = self._in_steps(batch)
+        self._check_fit(lengths)
+        return dataclasses.replace(self, **lengths)
+
     def _check_fit(self, lengths: dict[str, int]) -> None:
-        total = sum(lengths[name] for name in self._parts)
+        total = sum(lengths[name] for name in self.phases)
         if total > lengths["steps"]:
-            parts = " + ".join(f"schedule.{name}={getattr(self, name)!r}" for name in self._parts)
+            phases = " + ".join(f"schedule.{name}={getattr(self, name)!r}" for name in self.phases)
             raise UserError(
-                f"{parts} comes to {total} steps, more than schedule.steps={lengths['steps']}. "
-                "Shorten it, or write it as a share of the steps, as in 0.1."
+                f"{phases} comes to {total} steps, more than schedule.steps={lengths['steps']}. "
+                "Shorten it, or write it as a fraction of the steps, such as 0.1."
             )
 
     def _in_steps(self, batch: Any = None) -> dict[str, int]:
@@ -78,10 +114,10 @@ class _Base(abc.ABC):
         else:
             steps = int(self.steps)
         lengths = {"steps": steps}
-        for name in self._parts:
+        for name in self.phases:
             value = getattr(self, name)
             if isinstance(value, Tokens) and name == "decay":
-                # Batches may grow, so the last tokens are counted from the end.
+                # The batch size may ramp up, so count the last tokens from the end.
                 before = batch.tokens_before(steps) - value.count
                 lengths[name] = steps - (batch.steps_for(before) if before > 0 else 0)
             elif isinstance(value, Tokens):
@@ -93,64 +129,45 @@ class _Base(abc.ABC):
                 lengths[name] = int(value)
         return lengths
 
-    def resolve(self, batch: Any = None) -> Self:
-        """The same schedule with every duration in whole steps.
-
-        `batch` turns tokens into steps: `batch.steps_for(tokens)` and `batch.tokens_before(step)`,
-        as data.BatchShape has them; it may be None where no duration is in Tokens. Raises UserError
-        when the parts are longer than the run.
-        """
-        lengths = self._in_steps(batch)
-        self._check_fit(lengths)
-        return dataclasses.replace(self, **lengths)
-
-    def at(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """The learning rate of update `step` (from 0), float32 scalar. Durations in Tokens must
-        have been resolved."""
-        lengths = self._in_steps()
-        t, warmup = jnp.asarray(step, jnp.float32), lengths["warmup"]
-        share = jnp.where(t < warmup, self._rise(t, max(warmup, 1)), self._after(t, lengths))
-        return jnp.float32(self.peak) * share
-
-    def _rise(self, t: jax.Array, warmup: int) -> jax.Array:
-        """The share of the peak at step t of the warm-up."""
-        return (t + 1) / warmup
-
-    @abc.abstractmethod
-    def _after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
-        """The share of the peak at step t, when the warm-up is over."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class Constant(_Base):
-    """The peak throughout, after the warm-up."""
+class Constant(Schedule):
+    """The peak after the warm-up."""
 
-    def _after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
+    def after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
         return jnp.ones_like(t)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupCosine(_Base):
+class WarmupCosine(Schedule):
     """Half a cosine from the peak to final * peak (Loshchilov & Hutter, arXiv:1608.03983)."""
 
     final: float = 0.1
 
-    def _after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction("final", self.final)
+
+    def after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
         return _between(_cosine(_progress(t, lengths)), self.final)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(_Base):
+class Linear(Schedule):
     """A straight line from the peak to final * peak."""
 
     final: float = 0.0
 
-    def _after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_fraction("final", self.final)
+
+    def after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
         return _between(1 - _progress(t, lengths), self.final)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Polynomial(_Base):
+class Polynomial(Schedule):
     """(1 - progress) ** power, from the peak to final * peak."""
 
     power: float
@@ -158,18 +175,19 @@ class Polynomial(_Base):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_fraction("final", self.final)
         check_positive(**{"schedule.power": self.power})
 
-    def _after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
+    def after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
         return _between((1 - _progress(t, lengths)) ** self.power, self.final)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneCycle(_Base):
+class OneCycle(Schedule):
     """Half a cosine up from start * peak during the warm-up, half a cosine down to final * peak
     (Smith & Topin, arXiv:1708.07120).
 
-    Unlike the others its rise begins at start * peak, and its peak is at step `warmup`.
+    Unlike the other schedules, it begins at start * peak and reaches the peak at step `warmup`.
     """
 
     warmup: Duration = 0.3
@@ -178,51 +196,52 @@ class OneCycle(_Base):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_fraction("final", self.final)
+        _check_fraction("start", self.start)
         check_positive(**{"schedule.start": self.start})
 
-    def _rise(self, t: jax.Array, warmup: int) -> jax.Array:
+    def rise(self, t: jax.Array, warmup: int) -> jax.Array:
         return _between(_cosine(1 - jnp.minimum(t / warmup, 1)), self.start)
 
-    def _after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
+    def after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
         return _between(_cosine(_progress(t, lengths)), self.final)
 
 
 @dataclass(frozen=True, kw_only=True)
-class WSD(_Base):
+class WSD(Schedule):
     """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395): the peak until the last `decay` steps,
-    which fall to final * peak.
+    which decay to final * peak.
 
-    shape: 'linear', or '1-sqrt' for 1 - sqrt(progress) (Hägele et al., arXiv:2405.18392).
+    `shape` of the decay is 'linear', or '1-sqrt' for 1 - sqrt(progress) (Hägele et al.,
+    arXiv:2405.18392).
     """
 
     decay: Duration
     final: float = 0.0
     shape: str = "linear"
 
-    _parts: ClassVar[tuple[str, ...]] = ("warmup", "decay")
+    phases: ClassVar[tuple[str, ...]] = ("warmup", "decay")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_fraction("final", self.final)
         check_name("schedule.shape", self.shape, ("linear", "1-sqrt"))
 
-    def _after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
+    def after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
         decay = lengths["decay"]
         progress = jnp.clip((t - (lengths["steps"] - decay)) / max(decay, 1), 0, 1)
         share = 1 - (progress if self.shape == "linear" else jnp.sqrt(progress))
-        # Without a decay the peak lasts to the end; 'progress' is then 1 only past it.
+        # Without a decay the peak lasts to the end.
         return _between(share, self.final) if decay else jnp.ones_like(t)
 
 
 @dataclass(frozen=True, kw_only=True)
-class InverseSqrt(_Base):
+class InverseSqrt(Schedule):
     """peak * sqrt(warmup / step) after the warm-up, independent of the run's length (Vaswani et
     al., arXiv:1706.03762)."""
 
-    def _after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
+    def after(self, t: jax.Array, lengths: dict[str, int]) -> jax.Array:
         return jax.lax.rsqrt((t + 1) / max(lengths["warmup"], 1))
-
-
-Schedule = Constant | WarmupCosine | Linear | Polynomial | OneCycle | WSD | InverseSqrt
 
 
 def _check_duration(name: str, value: Duration) -> None:
@@ -230,13 +249,20 @@ def _check_duration(name: str, value: Duration) -> None:
         return
     if not (value >= 0 and (value < 1 or value == int(value))):
         raise UserError(
-            f"{name}={value!r} must be a whole number of steps, Tokens(...), or a share of the "
+            f"{name}={value!r} must be a whole number of steps, Tokens(...), or a fraction of the "
             "steps below 1."
         )
 
 
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(
+            f"schedule.{name}={value!r} is a fraction of the peak and must be between 0 and 1."
+        )
+
+
 def _progress(t: jax.Array, lengths: dict[str, int]) -> jax.Array:
-    """From 0 at the end of the warm-up to 1 at `steps`, and 1 from there."""
+    """0 at the end of the warm-up, 1 at `steps` and later."""
     warmup = lengths["warmup"]
     return jnp.clip((t - warmup) / max(lengths["steps"] - warmup, 1), 0, 1)
 
@@ -247,5 +273,5 @@ def _cosine(progress: jax.Array) -> jax.Array:
 
 
 def _between(share: jax.Array, final: float) -> jax.Array:
-    """1 -> 1, 0 -> final."""
+    """Maps 1 to 1 and 0 to final."""
     return final + (1 - final) * share

@@ -1,4 +1,4 @@
-"""Where the optimizer's state lies: beside the parameters it belongs to."""
+"""Shardings of the optimizer state: as the parameters that it belongs to."""
 
 from typing import Any
 
@@ -16,31 +16,34 @@ def state_shardings(
     shardings: trees.Tree,
     mesh: jax.sharding.Mesh,
 ) -> Any:
-    """A NamedSharding for each leaf of the optimizer's state, given the parameters' shapes and
-    shardings (nested dicts).
+    """A NamedSharding for each leaf of the optimizer state.
 
-    A state leaf that stands at a parameter's path is split as the parameter is; a dimension reduced
-    to size 1, as in factored second moments, is not split. Counts and other leaves are copied to
-    every device.
+    A leaf at a parameter's path and of its rank is sharded as the parameter; a dimension of another
+    size (1, in factored second moments) is not sharded. Counts and all other leaves are replicated.
+
+    Args:
+      params: the parameters or their shapes, a nested dict.
+      shardings: the parameters' shardings, a nested dict.
     """
+    flat_shardings = trees.flatten(shardings)
     by_path = {
-        tuple(path.split("/")): (leaf, split)
-        for (path, leaf), split in zip(
-            trees.flatten(params).items(), trees.flatten(shardings).values(), strict=True
-        )
+        tuple(path.split("/")): (param, flat_shardings[path])
+        for path, param in trees.flatten(params).items()
     }
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         keys = tuple(str(k.key) if isinstance(k, jax.tree_util.DictKey) else None for k in path)
+        # The parameter's path is a suffix: before it stand the fields of the optax states.
         for start in range(len(keys)):
-            param, split = by_path.get(keys[start:], (None, None))
+            param, param_sharding = by_path.get(keys[start:], (None, None))
             if param is not None and len(param.shape) == len(leaf.shape):
-                parts = tuple(split.spec) + (None,) * (len(leaf.shape) - len(split.spec))
-                kept = [
-                    p if n == m else None
-                    for p, n, m in zip(parts, leaf.shape, param.shape, strict=True)
+                spec = tuple(param_sharding.spec)
+                spec += (None,) * (len(leaf.shape) - len(spec))
+                same = [
+                    axis if n == m else None
+                    for axis, n, m in zip(spec, leaf.shape, param.shape, strict=True)
                 ]
-                return NamedSharding(mesh, PartitionSpec(*kept))
+                return NamedSharding(mesh, PartitionSpec(*same))
         return sharding.replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, jax.eval_shape(transformation.init, params))

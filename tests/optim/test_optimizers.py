@@ -1,4 +1,7 @@
-"""Each optimizer against its formula in numpy, and what must hold for all of them."""
+"""Each optimizer against its formula in numpy, properties of all of them, and an optimizer that an
+experiment file defines itself."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from lm import optim
+from lm import optim, trees
 from lm.errors import UserError
-from lm.optim.optimizers import Layout, decays, is_hidden_matrix, orthogonalise
+from lm.optim.layout import Layout, decays, is_hidden_matrix
+from lm.optim.muon import orthogonalize
+from lm.parallel import sharding
+from lm.parallel.mesh import Mesh
 
 RATE = 0.01
 # An embedding, an unembedding, a stack of query projections, stacked experts, a stack of norms, a
@@ -42,7 +48,7 @@ each = pytest.mark.parametrize("optimizer", ALL, ids=lambda o: type(o).__name__)
 
 
 def draw(seed):
-    """Numbers of the shapes above."""
+    """Random parameters of the shapes above."""
     random = np.random.default_rng(seed)
     return jax.tree.map(
         lambda s: random.normal(size=s).astype(np.float32),
@@ -52,7 +58,8 @@ def draw(seed):
 
 
 def run(optimizer, params, gradients, axes=AXES, schedule=lambda step: RATE * (step + 1)):
-    """The parameters after these gradients, with a learning rate of 1, 2, 3 ... times RATE."""
+    """The parameters after updates with these gradients; the learning rate is 1, 2, 3 ... times
+    RATE."""
     transformation = optimizer.build(schedule, axes)
     state = transformation.init(params)
     update = jax.jit(transformation.update)
@@ -62,8 +69,8 @@ def run(optimizer, params, gradients, axes=AXES, schedule=lambda step: RATE * (s
     return params
 
 
-def by_hand(params, gradients, rule, weight_decay):
-    """The same in numpy: rule(g, p, memory, t, name) -> direction, for one leaf and t = 1, 2, 3."""
+def run_numpy(params, gradients, rule, weight_decay):
+    """`run` in numpy; rule(g, p, memory, t, name, decay) -> direction of one leaf, t = 1, 2, 3."""
 
     def leaf(path, p, *gs):
         name, memory, p = path[-1].key, {}, p.astype(np.float64)
@@ -119,8 +126,8 @@ def adafactor(g, p, memory, t, name, decay):
 
 def lamb(g, p, memory, t, name, decay):
     u = adam(0.9, 0.999, 1e-6)(g, p, memory, t, name, decay)
-    have, want = (np.sqrt(np.sum(x**2, inside(name), keepdims=True)) for x in (u, p))
-    return u * want / have
+    u_norm, p_norm = (np.sqrt(np.sum(x**2, inside(name), keepdims=True)) for x in (u, p))
+    return u * p_norm / u_norm
 
 
 def muon(g, p, memory, t, name, decay):
@@ -145,7 +152,7 @@ def muon(g, p, memory, t, name, decay):
 )
 def test_three_steps_follow_the_formula(optimizer, rule):
     params, gradients = draw(0), [draw(seed) for seed in (1, 2, 3)]
-    expected = by_hand(params, gradients, rule, 0.1)
+    expected = run_numpy(params, gradients, rule, 0.1)
     # float32 against float64: a few units in the last place over three steps; Newton-Schulz
     # multiplies them by up to 3.4**5.
     rtol = 1e-3 if isinstance(optimizer, optim.Muon) else 2e-5
@@ -161,7 +168,7 @@ def slice_of(tree, layer):
 
 
 @each
-def test_a_stack_moves_as_its_layers_do_one_by_one(optimizer):
+def test_a_stack_moves_as_its_layers_one_by_one(optimizer):
     params, gradients = draw(0), [draw(seed) for seed in (1, 2, 3)]
     stacked = run(optimizer, params, gradients)["blocks"]
     axes = {name: a[1:] for name, a in AXES["blocks"].items()}
@@ -175,7 +182,7 @@ def test_a_stack_moves_as_its_layers_do_one_by_one(optimizer):
 
 
 @each
-def test_the_balancing_bias_is_not_touched(optimizer):
+def test_the_balancing_bias_does_not_move(optimizer):
     params = draw(0)
     gradients = [draw(seed) for seed in (1, 2, 3)]
     for gradient in gradients:
@@ -190,7 +197,7 @@ def test_zero_gradients_only_decay_the_matrices(optimizer):
     params = draw(0)
     after = run(optimizer, params, [jax.tree.map(np.zeros_like, params)])
     np.testing.assert_array_equal(after["blocks"]["scale"], params["blocks"]["scale"])
-    # LAMB makes the decay as long as the matrix; the others take learning rate times decay.
+    # LAMB scales the decay to the matrix's norm; the others apply learning rate times decay.
     share = 1 - RATE * (1 if isinstance(optimizer, optim.LAMB) else 0.1)
     np.testing.assert_allclose(after["blocks"]["q"], params["blocks"]["q"] * share, rtol=1e-5)
 
@@ -219,7 +226,7 @@ def test_descends_on_a_quadratic(optimizer):
     assert distance(params) < 0.5 * before
 
 
-def test_what_decays_and_what_is_orthogonalised_is_read_from_the_axes():
+def test_what_decays_and_what_is_orthogonalized_is_read_from_the_axes():
     matrices = [
         ("embed", "heads", "head"),
         ("layers", "heads", "head", "embed"),
@@ -249,16 +256,16 @@ def test_what_decays_and_what_is_orthogonalised_is_read_from_the_axes():
 
 @pytest.mark.parametrize("shape", [(4, 32), (32, 4), (16, 64), (3, 2, 8, 24)])
 def test_orthogonal_matrices_have_singular_values_near_one(shape):
-    # The iteration does not settle at one but within 0.68 and 1.13 of it, for singular values above
+    # The iteration does not converge to one but to between 0.68 and 1.13, for singular values above
     # 1% of the norm.
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    values = np.linalg.svd(np.asarray(orthogonalise(x)), compute_uv=False)
+    values = np.linalg.svd(np.asarray(orthogonalize(x)), compute_uv=False)
     assert values.min() > 0.65 and values.max() < 1.2
-    scale = np.abs(orthogonalise(1e3 * x) - orthogonalise(x)).max()
-    assert scale < 1e-4, "the length of the momentum does not matter"
+    scale = np.abs(orthogonalize(1e3 * x) - orthogonalize(x)).max()
+    assert scale < 1e-4, "the norm of the momentum does not matter"
 
 
-def test_both_halves_of_muon_step_equally_far():
+def test_both_halves_of_muon_take_steps_of_one_size():
     random = np.random.default_rng(0)
     params = {"up": np.zeros((64, 256), np.float32), "embed": np.zeros((256, 64), np.float32)}
     axes = {"up": ("embed", "mlp"), "embed": ("vocab", "embed")}
@@ -269,11 +276,11 @@ def test_both_halves_of_muon_step_equally_far():
     after = run(optim.Muon(), params, gradients, axes, schedule=lambda step: 1.0)
     before = run(optim.Muon(), params, gradients[:-1], axes, schedule=lambda step: 1.0)
     rms = {k: float(np.sqrt(np.mean((after[k] - before[k]) ** 2))) for k in params}
-    # Adam's step on pure noise measures about sqrt((1 - b1) / (1 + b1)) = 0.23.
+    # The root mean square of Adam's step on pure noise is about sqrt((1 - b1) / (1 + b1)) = 0.23.
     assert rms["up"] == pytest.approx(0.2, rel=0.2) and rms["embed"] == pytest.approx(0.2, rel=0.3)
 
 
-def test_first_moments_in_bfloat16_halve_their_memory_and_hardly_matter():
+def test_first_moments_in_bfloat16_change_updates_little():
     params, gradients = draw(0), [draw(seed) for seed in (1, 2, 3)]
     for kind in (optim.AdamW, optim.Lion, optim.LAMB, optim.Muon, optim.SGD):
         options = {"momentum": 0.9} if kind is optim.SGD else {}
@@ -281,7 +288,7 @@ def test_first_moments_in_bfloat16_halve_their_memory_and_hardly_matter():
         optimizer = kind(moments="bfloat16", **options)
         state = optimizer.build(lambda step: RATE, AXES).init(params)
         assert sum(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(state)) == 6
-        if kind is not optim.Lion:  # whose sign turns where momentum rounds to another side of zero
+        if kind is not optim.Lion:  # its sign flips where momentum rounds across zero
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=0.01),
                 exact,
@@ -289,9 +296,9 @@ def test_first_moments_in_bfloat16_halve_their_memory_and_hardly_matter():
             )
 
 
-def test_the_update_only_streams_through_memory():
-    """AdamW compiles to a fusion for each array it writes, and to nothing else: 10 passes over
-    memory, where all in one fusion would be 7 (read 4, write 3)."""
+def test_the_update_streams_through_memory_once_per_fusion():
+    """AdamW compiles to one fusion for each array that it writes and nothing else: 10 passes over
+    memory; a single fusion would take 7 (read 4, write 3)."""
     shape = (256, 128)
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
     transformation = optim.AdamW(weight_decay=0.1).build(lambda step: RATE, {"w": ("embed", "mlp")})
@@ -324,3 +331,91 @@ def test_the_update_only_streams_through_memory():
 def test_a_bad_field_is_named(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adan(optim.Optimizer):
+    """An optax transformation that this package does not have, with state of three moments."""
+
+    b1: float = 0.98
+
+    def direction(self, axes):
+        return optax.scale_by_adan(self.b1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Halves(optim.Optimizer):
+    """Nested optax states, with parameters missing from each: momentum for matrices, Adam for the
+    rest."""
+
+    def direction(self, axes):
+        labels = trees.map_with_path(lambda _, a: "matrix" if decays(a) else "vector", axes)
+        return optax.multi_transform(
+            {"matrix": optax.trace(0.9), "vector": optax.scale_by_adam()}, labels
+        )
+
+
+own = pytest.mark.parametrize(
+    "optimizer", [Adan(weight_decay=0.1), Halves()], ids=lambda o: type(o).__name__
+)
+
+
+@own
+def test_an_optimizer_of_an_experiment_file_descends(optimizer):
+    test_descends_on_a_quadratic(optimizer)
+
+
+def test_an_optimizer_of_an_experiment_file_follows_its_formula():
+    """Decoupled decay and learning rate are added to the direction, as for our own."""
+    params, gradients = draw(0), [draw(1)]
+    direction = optax.scale_by_adan(0.98)
+    updates, _ = direction.update(gradients[0], direction.init(params), params)
+
+    def step(path, p, u):
+        decay = 0.1 * (path[-1].key in MATRICES)
+        return p - RATE * (u + decay * p)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
+        run(Adan(weight_decay=0.1), params, gradients),
+        jax.tree_util.tree_map_with_path(step, params, updates),
+    )
+
+
+@pytest.mark.parametrize("optimizer", [*ALL, Adan(), Halves()], ids=lambda o: type(o).__name__)
+def test_optimizer_state_is_sharded_as_its_parameters(optimizer):
+    """Every state leaf at a parameter's path has its sharding, but for dimensions of size 1."""
+    sizes = {"embed": (8, 4), "unembed": (4, 8), "blocks": {**SHAPES["blocks"], "q": (2, 4, 2, 2)}}
+    sizes["blocks"]["up"] = (2, 2, 4, 6)
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, "float32"), sizes, is_leaf=lambda s: isinstance(s, tuple)
+    )
+    mesh = Mesh(fsdp=2, expert=2, tensor=2).abstract()
+    shardings = sharding.weight_shardings(AXES, params, mesh)
+    transformation = optimizer.build(lambda step: RATE, AXES)
+    state = jax.eval_shape(transformation.init, params)
+    state_shardings = optim.state_shardings(transformation, params, shardings, mesh)
+    assert jax.tree.structure(state) == jax.tree.structure(state_shardings)
+    flat_params, flat_shardings = trees.flatten(params), trees.flatten(shardings)
+    mirrored = 0
+    for (path, leaf), leaf_sharding in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(state_shardings), strict=True
+    ):
+        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+        name = next((p for i in range(len(keys)) if (p := "/".join(keys[i:])) in flat_params), None)
+        if name is None:
+            assert leaf.shape == () and leaf_sharding.is_fully_replicated
+            continue
+        shape = flat_params[name].shape
+        shards = leaf_sharding.shard_shape(leaf.shape)
+        param_shards = flat_shardings[name].shard_shape(shape)
+        assert all(n in (m, 1) for n, m in zip(shards, param_shards, strict=True)), name
+        mirrored += leaf.shape == shape and shards != shape
+    assert mirrored > 0
+
+
+def test_the_base_class_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        optim.Optimizer()
+    with pytest.raises(UserError, match="optimizer.weight_decay=-1"):
+        Adan(weight_decay=-1)

@@ -1,4 +1,5 @@
-"""Schedules at their corners, their continuity, and durations in steps, shares and tokens."""
+"""Schedules: values, continuity, durations in steps, fractions and tokens, and a schedule that an
+experiment file defines itself."""
 
 import dataclasses
 
@@ -24,7 +25,7 @@ each = pytest.mark.parametrize("schedule", ALL, ids=lambda s: type(s).__name__)
 
 
 class Batches:
-    """Stands for data.BatchShape: 100 tokens a step, 200 from step 10 on."""
+    """In place of data.BatchShape: 100 tokens a step, 200 from step 10 on."""
 
     def tokens_before(self, step):
         return 100 * min(step, 10) + 200 * max(step - 10, 0)
@@ -41,14 +42,14 @@ def rates(schedule, steps=None):
 def test_is_positive_continuous_and_highest_after_the_warmup(schedule):
     rate = rates(schedule)
     assert rate.dtype == np.float32
-    assert (rate[:-1] > 0).all(), "no update is spent at rate zero, the first included"
+    assert (rate[:-1] > 0).all(), "no update has learning rate zero, the first included"
     assert np.abs(np.diff(rate[:-1])).max() < 0.5 * 0.25
     assert rate.max() == pytest.approx(0.5) and rate[9:11].max() == pytest.approx(0.5)
     assert (np.diff(rate[:10]) > 0).all() and (np.diff(rate[10:]) <= 0).all()
 
 
 @each
-def test_can_be_traced_and_holds_its_last_rate(schedule):
+def test_can_be_traced_and_keeps_its_last_value(schedule):
     assert jax.jit(schedule.at)(jnp.int32(50)) == pytest.approx(float(schedule.at(50)))
     if not isinstance(schedule, optim.InverseSqrt):
         np.testing.assert_array_equal(rates(schedule, 120)[100:], schedule.at(100))
@@ -87,7 +88,7 @@ def test_values():
     assert at(optim.InverseSqrt, 39) == pytest.approx(0.5)
 
 
-def test_a_share_keeps_its_meaning_when_the_steps_change():
+def test_a_fraction_keeps_its_meaning_when_the_steps_change():
     schedule = optim.WSD(peak=1.0, warmup=0.02, decay=0.2, steps=1000)
     assert schedule.resolve() == optim.WSD(peak=1.0, warmup=20, decay=200, steps=1000)
     short = dataclasses.replace(schedule, steps=50)
@@ -141,3 +142,35 @@ def test_tokens_become_steps_of_a_growing_batch():
 def test_a_bad_field_is_named(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Halving(optim.Schedule):
+    """A schedule with a phase of its own: after `hold` the rate halves every `every` steps."""
+
+    hold: int | float | optim.Tokens
+    every: int
+
+    phases = ("warmup", "hold")
+
+    def rise(self, t, warmup):
+        return jnp.sqrt((t + 1) / warmup)
+
+    def after(self, t, lengths):
+        since = jnp.maximum(t - lengths["warmup"] - lengths["hold"], 0)
+        return 0.5 ** jnp.floor(since / self.every)
+
+
+def test_a_schedule_of_an_experiment_file():
+    schedule = Halving(peak=1.0, warmup=4, hold=0.2, every=10, steps=50)
+    found = [float(schedule.at(step)) for step in (0, 3, 13, 23, 24, 34)]
+    assert found == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.25])
+    assert schedule.resolve() == dataclasses.replace(schedule, hold=10)
+    resolved = dataclasses.replace(schedule, hold=optim.Tokens(500)).resolve(Batches())
+    assert resolved == dataclasses.replace(schedule, hold=5)
+    with pytest.raises(
+        UserError, match=r"schedule\.warmup=4 \+ schedule\.hold=47 comes to 51 steps"
+    ):
+        dataclasses.replace(schedule, hold=47)
+    with pytest.raises(TypeError, match="abstract"):
+        optim.Schedule(peak=1.0, steps=1)
