@@ -8,10 +8,11 @@ import contextlib
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 PLAIN_SECONDS = 10.0  # between two plain lines: a log of hours stays readable
+_WITH_TOTAL = "{desc:<22} {percentage:3.0f}% |{bar}| {done}/{of} [{elapsed}<{remaining}]"
 
 
 class Progress(Protocol):
@@ -22,8 +23,9 @@ class Progress(Protocol):
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int | None = None) -> Iterator[Progress]:
-    """Shows how much of `total` (None: unknown) is done, until the block ends.
+def progress(description: str, total: int | None = None, unit: str = "") -> Iterator[Progress]:
+    """Shows how much of `total` (None: unknown) is done, until the block ends. `unit` is "B" for
+    bytes, which print as MB or GB, and "" for counts.
 
         with progress("Tokenising", total=len(files)) as bar:
             bar.advance(1)
@@ -31,10 +33,10 @@ def progress(description: str, total: int | None = None) -> Iterator[Progress]:
     A bar on a terminal or in a notebook, plain lines on stderr elsewhere.
     """
     if draws_bars():
-        with _bar(description, total) as bar:
+        with _bar(description, total, unit) as bar:
             yield bar
     else:
-        lines = _Lines(description, total)
+        lines = _Lines(description, total, unit)
         yield lines
         lines.done()
 
@@ -45,20 +47,30 @@ def draws_bars() -> bool:
 
 
 @contextlib.contextmanager
-def _bar(description: str, total: int | None) -> Iterator[Progress]:
+def _bar(description: str, total: int | None, unit: str) -> Iterator[Progress]:
     from tqdm import tqdm  # here, since most commands draw no bar
 
-    form = "{desc:<22} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-    with tqdm(
+    amount = _amount(unit)
+
+    class Bar(tqdm):
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            values = super().format_dict
+            return values | {"done": amount(values["n"]), "of": amount(values["total"] or 0)}
+
+    with Bar(
         desc=description,
         total=total,
-        unit_scale=True,
         ncols=100 if _in_notebook() else None,
         dynamic_ncols=not _in_notebook(),
-        bar_format=form if total else None,
+        bar_format=_WITH_TOTAL if total else "{desc:<22} {done} [{elapsed}]",
         file=sys.stderr,
     ) as bar:
         yield _Bar(bar)
+
+
+def _amount(unit: str) -> Callable[[float], str]:
+    return size if unit == "B" else number
 
 
 class _Bar:
@@ -72,8 +84,8 @@ class _Bar:
 class _Lines:
     """A plain line at most every PLAIN_SECONDS, and one at the end."""
 
-    def __init__(self, description: str, total: int | None) -> None:
-        self._description, self._total = description, total
+    def __init__(self, description: str, total: int | None, unit: str) -> None:
+        self._description, self._total, self._amount = description, total, _amount(unit)
         self._count = 0
         self._start = self._last = time.monotonic()
 
@@ -92,8 +104,9 @@ class _Lines:
         self._print(f" in {duration(time.monotonic() - self._start)}")
 
     def _print(self, tail: str) -> None:
-        of = f" of {number(self._total)}" if self._total else ""
-        print(f"{self._description}: {number(self._count)}{of}{tail}", file=sys.stderr, flush=True)
+        of = f" of {self._amount(self._total)}" if self._total else ""
+        done = self._amount(self._count)
+        print(f"{self._description}: {done}{of}{tail}", file=sys.stderr, flush=True)
 
 
 def _in_notebook() -> bool:
