@@ -1,10 +1,10 @@
-"""Devices: which there are, how they form a mesh, and which holds which part of an array.
+"""Device meshes, sharding, pipeline parallelism and multi-host runs. See README.md.
 
-mesh         Mesh and Place: what an experiment declares
-sharding     logical axis names to mesh axes
+mesh         Mesh and Place, which an experiment declares
+sharding     maps logical axis names to mesh axes
 pipeline     pipeline parallelism over the mesh axis `pipe`
-distributed  several hosts: start-up, barriers, agreement
-peers        ends all processes of a run when one ends
+distributed  multi-host initialization, barriers, agreement
+peers        ends all processes of a run when one of them ends
 hardware     peak rates of chips, and the measured matmul rate
 """
 

@@ -1,4 +1,4 @@
-"""What accelerators can do, as published, and how fast this machine multiplies, as measured."""
+"""Published rates of accelerators, and the measured matmul rate of this machine."""
 
 import time
 from collections.abc import Mapping
@@ -12,18 +12,19 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """A kind of accelerator. All rates are per chip, a second.
+    """A kind of accelerator. Rates are per chip and second.
 
-    kinds          beginnings of jax.Device.device_kind
-    flops          dense bf16
-    hbm_bandwidth  bytes
+    kinds          prefixes of jax.Device.device_kind
+    flops          dense bfloat16 FLOP/s
+    hbm_bandwidth  bytes/s
     hbm            bytes that a jax device may use, as libtpu's compiler allows
-    devices        jax devices in a chip
-    links, link    of TPUs that lm.planning knows: connections to other chips, and bytes through one of
-                   them in one direction
-    dims           of the torus; a dimension closes to a ring when it is a multiple of `ring`
-    network        of the same: bytes between slices, from or to a chip
-    cores          what the number in a slice's name counts, per chip
+    devices        jax devices per chip
+    links, link    interconnect: links per chip, and bytes/s through one link in one direction
+    dims, ring     dimensions of the torus; a dimension of a multiple of `ring` chips is a ring
+    network        bytes/s between slices, from or to a chip
+    cores          units per chip in the number of a slice's name (v5p-64: 64 cores, 32 chips)
+
+    The last six are 0 or 1 for chips that lm.planning does not support.
     """
 
     kinds: tuple[str, ...]
@@ -39,10 +40,10 @@ class Chip:
     cores: int = 1
 
 
-# The one table of chips. FLOP/s, memory, links and network from docs.cloud.google.com/tpu/docs
-# (links are quoted there for both directions together, the network in bits and on some pages for a
-# whole pod) and nvidia.com, November 2026; usable memory from libtpu 0.0.42's own refusals; rings
-# from the same pages: dimensions of a multiple of 4 chips on v5p and tpu7x, of 16 on v5e and v6e.
+# FLOP/s, memory, links and network from docs.cloud.google.com/tpu/docs (links are quoted there for
+# both directions together, the network in bits and on some pages for a whole pod) and nvidia.com,
+# November 2026. Usable memory from error messages of libtpu 0.0.42. Rings from the same pages:
+# dimensions of a multiple of 4 chips on v5p and tpu7x, of 16 on v5e and v6e.
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(kinds=("TPU v4",), flops=275e12, hbm_bandwidth=1228e9, hbm=32e9),
     "v5e": Chip(
@@ -68,7 +69,7 @@ CHIPS: Mapping[str, Chip] = {
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """The kind of chip that a jax device is, or is part of; None where it is not in the table."""
+    """The chip of a jax device; None where it is not in CHIPS."""
     for chip in CHIPS.values():
         if device.device_kind.startswith(chip.kinds):
             return chip
@@ -76,24 +77,24 @@ def chip_of(device: jax.Device) -> Chip | None:
 
 
 def peak_flops(device: jax.Device, dtype: str = "float32") -> float:
-    """FLOP/s of one device: the published bf16 peak where it is known, else the matmul rate
+    """FLOP/s of one device: the published bfloat16 peak, or for an unknown device the matmul rate
     measured in `dtype`."""
     chip = chip_of(device)
     return matmul_flops(dtype) if chip is None else chip.flops / chip.devices
 
 
 def machine_flops(mesh: jax.sharding.Mesh, dtype: str = "float32") -> float:
-    """FLOP/s of all devices of a mesh together. Virtual CPU devices share one processor."""
+    """FLOP/s of all devices of a mesh. Virtual CPU devices share one processor."""
     device = mesh.devices.flat[0]
     shares = jax.process_count() if device.platform == "cpu" else mesh.devices.size
     return shares * peak_flops(device, dtype)
 
 
 def matmul_flops(dtype: str = "float32", size: int | None = None, repeats: int = 7) -> float:
-    """Measured FLOP/s of a square matrix product on the default device, the best of `repeats`:
-    whatever else runs on the machine can only slow it."""
+    """Measured FLOP/s of a square matmul on the default device: the best of `repeats`, because
+    other work on the machine can only slow it down."""
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-    # Random, since products of zeros run faster on chips that are limited by power.
+    # Random values: matmuls of zeros run faster on chips that are limited by power.
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(a, a).block_until_ready()

@@ -1,5 +1,5 @@
-"""Where a run may happen: a Mesh says how many devices each kind of parallelism takes, a Place
-how memory is spent there."""
+"""Mesh: number of devices per kind of parallelism. Place: a mesh with gradient accumulation,
+activation checkpointing and offload."""
 
 import dataclasses
 import math
@@ -14,25 +14,31 @@ from jax.experimental import mesh_utils
 
 from lm.errors import UserError, check_name, check_positive
 
-# Slow axes first: neighbours on the last axis are neighbours on the chip-to-chip links.
+# Ordered by communication, least first: devices adjacent on the last axis are adjacent on the
+# interconnect.
 AXES = ("pipe", "data", "fsdp", "expert", "context", "tensor")
 
 CONTEXT = ("ring", "gather")
 REMAT = ("none", "dots", "attention", "block", "stage")
 SUMS = ("float32", "bfloat16")
 OFFLOAD = ("optimizer", "layers")
-# What may be kept by name, of each layer.
-KEPT = ("attention", "qkv", "attention_out", "ffn_hidden")
+# Activations of a layer that `remat` can save by name.
+SAVED = ("attention", "qkv", "attention_out", "ffn_hidden")
 
 _TPU_PLACE = re.compile(r"(\d+x)?(v\d+[a-z]*|tpu\d+x)-\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Devices per axis.
+    """Number of devices per mesh axis.
 
-    `data` copies the weights, `fsdp` splits them, `tensor` splits each matrix product, `expert`
-    the experts of an MoE; `pipe` splits the layers and `context` the sequence.
+    Args:
+      data: data parallelism; weights are replicated.
+      fsdp: data parallelism with sharded weights, gradients and optimizer state (FSDP, ZeRO-3).
+      tensor: tensor parallelism: heads, feed-forward width and vocabulary are split.
+      pipe: pipeline parallelism: layers are split into stages.
+      expert: expert parallelism: the experts of an MoE are split.
+      context: context parallelism: each sequence is split.
     """
 
     data: int = 1
@@ -57,7 +63,7 @@ class Mesh:
 
     @property
     def batch_size(self) -> int:
-        """Into how many parts a batch is split: its sequences must divide by it."""
+        """Number of shards of the batch; batch.sequences must be a multiple of it."""
         return self.pipe * self.data * self.fsdp * self.expert
 
     @classmethod
@@ -75,21 +81,21 @@ class Mesh:
         return cls(**sizes)
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-        """The jax mesh over the first `size` devices (default: all of jax.devices()).
+        """The jax mesh over the first `size` of `devices` (default: jax.devices()).
 
-        Raises UserError when there are too few devices, or when a host would be left without any.
+        Raises UserError when there are too few devices, or when a host would have none of them.
         """
         devices = jax.devices() if devices is None else list(devices)
         if self.size > len(devices):
             raise UserError(
                 f"mesh {self} needs {self.size} devices and this machine has {len(devices)} "
-                f"({devices[0].platform}). Choose a smaller mesh, or try it on virtual CPU devices:"
+                f"({devices[0].platform}). Choose a smaller mesh, or use virtual CPU devices:"
                 f" XLA_FLAGS=--xla_force_host_platform_device_count={self.size}"
             )
         hosts = {device.process_index for device in devices}
         if {device.process_index for device in devices[: self.size]} != hosts:
             raise UserError(
-                f"mesh {self} takes {self.size} of {len(devices)} devices and would leave some of "
+                f"mesh {self} uses {self.size} of {len(devices)} devices and would leave some of "
                 f"the {len(hosts)} hosts idle; choose a mesh of {len(devices)} devices."
             )
         return jax.sharding.Mesh(
@@ -99,7 +105,7 @@ class Mesh:
         )
 
     def abstract(self) -> jax.sharding.AbstractMesh:
-        """The axes and their sizes without any devices: enough to check shapes against."""
+        """The mesh without devices, for checking shapes and shardings."""
         return jax.sharding.AbstractMesh(self.shape, AXES)
 
     def _grid(self, devices: Sequence[jax.Device]) -> np.ndarray:
@@ -108,7 +114,7 @@ class Mesh:
         slices = len({getattr(device, "slice_index", 0) for device in devices})
         across = self.across(slices)
         within = [size // ways for size, ways in zip(self.shape, across, strict=True)]
-        # A size that is no product of sides of the torus takes parts of them.
+        # allow_split_physical_axes: an axis size need not be a product of the torus dimensions.
         if slices == 1:
             return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
         return mesh_utils.create_hybrid_device_mesh(
@@ -116,10 +122,10 @@ class Mesh:
         )
 
     def across(self, slices: int) -> tuple[int, ...]:
-        """How many ways each axis is split over slices, which only a slow network joins: the first
-        of AXES as far as possible, for their devices have the least to say to each other.
+        """Number of parts into which each axis is split over slices.
 
-        Raises UserError where the axes do not come to so many parts.
+        The network between slices is slow, so the first of AXES, which communicate least, are
+        split first. Raises UserError when the axis sizes do not divide over the slices.
         """
         ways, left = [], slices
         for size in self.shape:
@@ -139,28 +145,33 @@ class Mesh:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A mesh and how to spend its memory.
+    """A mesh, and how a step uses memory on it.
 
     Args:
-      microbatches: into how many parts a step's batch is split. They are computed one after
-        another, their gradients added up; with mesh.pipe above 1 they are what passes through the
-        pipeline, and a multiple of mesh.pipe.
-      circular_repeats: with mesh.pipe above 1, how often a micro-batch goes round the stages, each of which
-        holds so many groups of layers: 1 is GPipe; more (the circular schedule) divide the bubble.
-      context: with mesh.context above 1, how queries meet the keys and values of other devices:
-        'ring' passes them round, so that a device holds no more than two parts; 'gather' fetches
-        all of them first, as layers whose model.attention.sinks are FirstTokens always do.
-      remat: which activations the backward pass computes anew: 'none' only element-wise work,
-        'dots' all but the products with weights and attention's result, 'attention' all but each
-        layer's input and attention's result, 'block' all but each layer's input, 'stage' all but
-        the input of a pipeline stage's group of layers. Or the names of what is kept beside each
-        layer's input: 'qkv' (what attention compares and mixes), 'attention' (its result and the
-        logs of its softmax), 'attention_out' (after the output projection) and 'ffn_hidden' (the
-        products with gate and up; not those of an MoE's routed experts).
-      accumulate: the number format in which gradients are summed over micro-batches: 'bfloat16'
-        takes half the memory, and loses what is below 1/256 of a sum.
-      offload: what lies in the host's memory while it is not used: 'optimizer', its state, between
-        updates; 'layers', the input of each layer, from its forward to its backward pass.
+      mesh: devices per axis.
+      microbatches: gradient accumulation: the batch is split into this many micro-batches, computed
+        one after another, and their gradients are summed. With mesh.pipe above 1 these are the
+        micro-batches of the pipeline, and must be a multiple of mesh.pipe.
+      circular_repeats: with mesh.pipe above 1, the number of groups of layers per pipeline stage.
+        1 is GPipe; more (the circular, or interleaved, schedule) divide the bubble.
+      context: with mesh.context above 1, how attention gets the keys and values of other devices.
+        'ring' (ring attention) passes them from device to device, so that a device holds at most
+        two shards; 'gather' all-gathers them first, which layers whose model.attention.sinks are
+        FirstTokens always do.
+      remat: activation checkpointing: what the forward pass saves for the backward pass, which
+        recomputes the rest.
+          'none'       everything except element-wise results
+          'dots'       outputs of weight matmuls and of attention
+          'attention'  each layer's input and the attention output
+          'block'      each layer's input
+          'stage'      the input of each pipeline stage's group of layers
+        Or a tuple of names to save in addition to each layer's input: 'qkv' (queries, keys,
+        values), 'attention' (its output and log-sum-exp), 'attention_out' (output projection),
+        'ffn_hidden' (gate and up projections; not those of routed experts).
+      accumulate: dtype in which gradients are summed over micro-batches. 'bfloat16' takes half the
+        memory and loses what is below 1/256 of a sum.
+      offload: what is kept in host memory while unused: 'optimizer' (its state, between updates),
+        'layers' (each layer's input, from its forward to its backward pass).
     """
 
     mesh: Mesh = Mesh()
@@ -181,47 +192,54 @@ class Place:
             check_name("place.offload", name, OFFLOAD)
         if "layers" in self.offload and self.mesh.pipe > 1:
             raise UserError(
-                f"place.offload={self.offload!r} moves no layers' inputs with mesh.pipe="
-                f"{self.mesh.pipe}; leave 'layers' out, and use remat='stage' to keep fewer."
+                f"place.offload={self.offload!r}: 'layers' is not supported with mesh.pipe="
+                f"{self.mesh.pipe}; leave it out, and use remat='stage' to save fewer activations."
             )
         if self.microbatches == 1 and self.accumulate != "float32":
             raise UserError(
-                f"place.accumulate={self.accumulate!r} has nothing to sum with "
+                f"place.accumulate={self.accumulate!r} has no effect with "
                 "place.microbatches=1; set more micro-batches, or leave accumulate out."
             )
         if self.mesh.pipe > 1 and self.microbatches % self.mesh.pipe:
             raise UserError(
                 f"place.microbatches={self.microbatches} must be a multiple of mesh.pipe="
-                f"{self.mesh.pipe}: micro-batches enter the pipeline in turns of as many."
+                f"{self.mesh.pipe}, the number of pipeline stages."
             )
         if self.mesh.pipe == 1 and self.circular_repeats > 1:
             raise UserError(
-                f"place.circular_repeats={self.circular_repeats} is for pipelines; set mesh.pipe, or leave circular_repeats out."
+                f"place.circular_repeats={self.circular_repeats} is for pipelines; set mesh.pipe, "
+                "or leave circular_repeats out."
             )
         if self.mesh.pipe == 1 and self.remat == "stage":
             raise UserError("place.remat='stage' is for pipelines; set mesh.pipe, or use 'block'.")
 
 
 def check_remat(what: str, remat: str | tuple[str, ...]) -> None:
-    """Raises UserError unless `remat` is a policy, or names of what is kept."""
+    """Raises UserError unless `remat` is in REMAT or a tuple of SAVED; `what` names the field."""
     if isinstance(remat, str):
         check_name(what, remat, REMAT)
         return
     if not remat:
         raise UserError(
-            f"{what}=() names nothing to keep; use 'block', which keeps layers' inputs."
+            f"{what}=() names nothing to save; use 'block', which saves each layer's input."
         )
     for name in remat:
-        check_name(what, name, KEPT)
+        check_name(what, name, SAVED)
 
 
 def choose(
     places: Mapping[str, Place], on: str | None = None, mesh: Mesh | None = None
 ) -> tuple[str, Place]:
-    """The place called `on`, or else the first that fits this machine; `mesh` replaces its mesh.
+    """(name, place): the place called `on`, or the first that fits this machine.
 
     A place named after a TPU slice ('v5p-64', or '4xv5p-64' for four of them) fits only TPUs and
-    only the whole of them; any other fits wherever there are enough devices.
+    must use all of them; any other fits where there are enough devices.
+
+    Args:
+      mesh: replaces the mesh of the place.
+
+    Raises:
+      UserError: `on` is unknown, or no place fits.
     """
     if on is not None:
         check_name("--on", on, places)
@@ -237,7 +255,7 @@ def choose(
 
 
 def _with_mesh(place: Place, mesh: Mesh) -> Place:
-    """The place on another mesh, with as many micro-batches as its pipeline needs."""
+    """The place on another mesh, its micro-batches rounded up to a multiple of mesh.pipe."""
     changes: dict[str, Any] = {"microbatches": math.lcm(place.microbatches, mesh.pipe)}
     if mesh.pipe == 1:
         changes |= {
@@ -254,8 +272,9 @@ def _fits(name: str, place: Place) -> bool:
 
 
 def _none_fits(places: Mapping[str, Place]) -> str:
-    wanted = ", ".join(f"{name} ({place.mesh.size} devices)" for name, place in places.items())
-    here = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+    needed = ", ".join(f"{name} ({place.mesh.size} devices)" for name, place in places.items())
+    available = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
     return (
-        f"No place fits this machine, which has {here}: {wanted}. Give a mesh, as in --mesh data=1."
+        f"No place fits this machine, which has {available}: {needed}. "
+        "Give a mesh, as in --mesh data=1."
     )

@@ -1,9 +1,10 @@
-"""When one process of several ends, all end: with its last word, and within seconds.
+"""Ends all processes of a run within seconds when one of them ends, with the message of that one.
 
-A process that fails alone would leave the others waiting for it. So each holds a connection to
-process 0, which passes a last word on to all. A connection that breaks without one tells of a
-process that was killed, for its system has closed it. A host that is lost together with its network
-is left to JAX's heartbeats, which miss it after 100 seconds.
+When one process fails, the others would wait for it in their next collective. Therefore each keeps
+a connection to process 0, which forwards the last message of a process to all others. A connection
+that closes without a message means that the process was killed: its operating system closed the
+connection. The loss of a host together with its network is detected by JAX's heartbeats after
+100 seconds.
 """
 
 import atexit
@@ -18,128 +19,138 @@ import time
 import traceback
 from typing import Any
 
-_WAIT = 10.0  # seconds for the others to end
-_JOIN = 60.0  # seconds for the others to connect
-_LONGEST = 4096  # bytes of a last word
-_GOODBYE = "."
+_EXIT_TIMEOUT = 10.0  # seconds for the other processes to end
+_CONNECT_TIMEOUT = 60.0  # seconds for the other processes to connect
+_MAX_BYTES = 4096  # of a message
+_GOODBYE = "."  # sent by a process that ends normally
 
-_watch: "_Watch | None" = None
+_watcher: "_Watcher | None" = None
 
 
 def watch(client: Any, host: str, index: int, count: int) -> None:
-    """Begins, in a thread. `client` is that of JAX's coordination service, on `host`, through which
-    the processes learn where process 0 listens. Where they cannot connect, they do without."""
-    global _watch
-    if count == 1 or _watch is not None:
+    """Starts watching the other processes, in a thread.
+
+    Args:
+      client: of JAX's coordination service; processes get the port of process 0 through it.
+      host: address of process 0. A process that cannot connect to it runs without watching.
+      index: of this process, of `count`.
+    """
+    global _watcher
+    if count == 1 or _watcher is not None:
         return
     if index == 0:
         server, token = socket.create_server(("", 0)), secrets.token_hex(16)
         client.key_value_set("lm/peers", f"{server.getsockname()[1]} {token}")
-        _watch = _Main(_accepted(server, token, count - 1))
+        _watcher = _MainWatcher(_accept(server, token, count - 1))
     else:
-        port, token = client.blocking_key_value_get("lm/peers", int(1000 * _JOIN)).split()
+        timeout_ms = int(1000 * _CONNECT_TIMEOUT)
+        port, token = client.blocking_key_value_get("lm/peers", timeout_ms).split()
         try:
-            connection = socket.create_connection((host, int(port)), timeout=_JOIN)
+            connection = socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT)
         except OSError:
             return
         connection.settimeout(None)
         connection.sendall(f"{token} {index}\n".encode())
-        _watch = _Other(connection)
-    threading.Thread(target=_watch.run, daemon=True, name="peers").start()
-    atexit.register(_watch.leave)
-    sys.excepthook = _unexpected
+        _watcher = _PeerWatcher(connection)
+    threading.Thread(target=_watcher.run, daemon=True, name="peers").start()
+    atexit.register(_watcher.leave)
+    sys.excepthook = _on_unexpected_exception
 
 
-def _accepted(server: socket.socket, token: str, count: int) -> dict[socket.socket, int]:
-    """The connections of all others, as far as they come in time."""
+def _accept(server: socket.socket, token: str, count: int) -> dict[socket.socket, int]:
+    """{connection: process index} of the processes that connect in time."""
     peers: dict[socket.socket, int] = {}
-    server.settimeout(_JOIN)
+    server.settimeout(_CONNECT_TIMEOUT)
     with server, contextlib.suppress(OSError):
         while len(peers) < count:
             connection, _ = server.accept()
-            connection.settimeout(_JOIN)
-            given, _, index = _read(connection).partition(" ")
-            if given == token:
+            connection.settimeout(_CONNECT_TIMEOUT)
+            received_token, _, index = _read_line(connection).partition(" ")
+            if received_token == token:
                 peers[connection] = int(index)
     return peers
 
 
-def end(sentence: str, code: int) -> None:
-    """Says the sentence, here and on all processes, and ends them. Returns at once where there is
-    one process only."""
-    if _watch is not None:
-        _watch.end(sentence, code)
+def end(message: str, code: int) -> None:
+    """Prints the message on all processes and ends them with `code`. Returns when the run has a
+    single process."""
+    if _watcher is not None:
+        _watcher.end(message, code)
 
 
-def _unexpected(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """What no one expected keeps its traceback. It may be that another process was killed and this
-    one heard of it in the middle of a sum: then that is said instead."""
+def _on_unexpected_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Prints the traceback, then ends all processes.
+
+    Waits for a second first: the exception may be the effect of another process that was killed
+    during a collective. In that case the watcher ends this process with that message instead.
+    """
     if isinstance(error, Exception):
         time.sleep(1)
     traceback.print_exception(kind, error, trace)
     end(f"ended by {kind.__name__}; the lines above say where.", 1)
 
 
-class _Watch:
-    """Either side. `_ending` is taken once: whoever has it speaks, and the process ends."""
+class _Watcher:
+    """Base of both sides. The thread that acquires `_ending` prints its message and exits."""
 
     def __init__(self) -> None:
         self._ending = threading.Lock()
 
-    def _last(self, sentence: str, code: int) -> None:
+    def _print_and_exit(self, message: str, code: int) -> None:
         with contextlib.suppress(OSError, ValueError):
-            print(sentence, file=sys.stderr, flush=True)
+            print(message, file=sys.stderr, flush=True)
         self._exit(code)
 
     def _exit(self, code: int) -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-        os._exit(code)  # not sys.exit: JAX would wait for the others to leave with it
+        os._exit(code)  # not sys.exit: JAX would wait for the other processes at shutdown
 
 
-class _Main(_Watch):
-    """Process 0."""
+class _MainWatcher(_Watcher):
+    """Process 0: receives the messages of all others."""
 
     def __init__(self, peers: dict[socket.socket, int]):
         super().__init__()
         self._peers = peers
 
     def run(self) -> None:
-        with selectors.DefaultSelector() as ready:
+        with selectors.DefaultSelector() as selector:
             for peer in self._peers:
-                ready.register(peer, selectors.EVENT_READ)
-            while ready.get_map():
-                for key, _ in ready.select():
-                    self._hear(key.fileobj)
-                    ready.unregister(key.fileobj)
+                selector.register(peer, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    self._receive(key.fileobj)
+                    selector.unregister(key.fileobj)
 
-    def _hear(self, peer: socket.socket) -> None:
-        said, index = _read(peer), self._peers[peer]
-        if said == _GOODBYE:
+    def _receive(self, peer: socket.socket) -> None:
+        line, index = _read_line(peer), self._peers[peer]
+        if line == _GOODBYE:
             return
-        code, _, sentence = said.partition(" ")
-        sentence = f"{sentence} (said by process {index})" if code else _died(index)
+        code, _, message = line.partition(" ")
+        message = f"{message} (from process {index})" if code else _killed(index)
         if self._ending.acquire(blocking=False):
-            self._tell(f"{code or 1} {sentence}")
-            self._last(sentence, int(code or 1))
+            self._broadcast(f"{code or 1} {message}")
+            self._print_and_exit(message, int(code or 1))
 
-    def end(self, sentence: str, code: int) -> None:
+    def end(self, message: str, code: int) -> None:
         self._ending.acquire()
-        print(sentence, file=sys.stderr, flush=True)
-        self._tell(f"{code} {sentence} (said by process 0)")
+        print(message, file=sys.stderr, flush=True)
+        self._broadcast(f"{code} {message} (from process 0)")
         self._exit(code)
 
-    def _tell(self, line: str) -> None:
-        """All peers; waits until they have ended, for JAX's own service ends with this process."""
-        late = time.monotonic() + _WAIT
+    def _broadcast(self, line: str) -> None:
+        """Sends to all peers and waits until they have ended: JAX's coordination service ends with
+        this process."""
+        deadline = time.monotonic() + _EXIT_TIMEOUT
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.sendall(f"{_one_line(line)}\n".encode())
         for peer in self._peers:
             with contextlib.suppress(OSError):
-                peer.settimeout(max(late - time.monotonic(), 0.01))
-                while peer.recv(_LONGEST):
+                peer.settimeout(max(deadline - time.monotonic(), 0.01))
+                while peer.recv(_MAX_BYTES):
                     pass
 
     def leave(self) -> None:
@@ -149,29 +160,29 @@ class _Main(_Watch):
                     peer.sendall(f"{_GOODBYE}\n".encode())
 
 
-class _Other(_Watch):
-    """Any other process."""
+class _PeerWatcher(_Watcher):
+    """Any process but 0: receives the messages that process 0 forwards."""
 
     def __init__(self, connection: socket.socket):
         super().__init__()
         self._connection, self._code = connection, 0
 
     def run(self) -> None:
-        said = _read(self._connection)
-        if said == _GOODBYE:
+        line = _read_line(self._connection)
+        if line == _GOODBYE:
             return
-        code, _, sentence = said.partition(" ")
+        code, _, message = line.partition(" ")
         if self._ending.acquire(blocking=False):
-            self._last(sentence or _died(0), int(code or 1))
-        self._exit(self._code or 1)  # it was this process that had spoken
+            self._print_and_exit(message or _killed(0), int(code or 1))
+        self._exit(self._code or 1)  # this process sent the message
 
-    def end(self, sentence: str, code: int) -> None:
+    def end(self, message: str, code: int) -> None:
         self._ending.acquire()
         self._code = code
-        print(sentence, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
-            self._connection.sendall(f"{code} {_one_line(sentence)}\n".encode())
-        time.sleep(_WAIT)  # process 0 answers, and `run` ends this process
+            self._connection.sendall(f"{code} {_one_line(message)}\n".encode())
+        time.sleep(_EXIT_TIMEOUT)  # process 0 answers, and `run` ends this process
         self._exit(code)
 
     def leave(self) -> None:
@@ -180,12 +191,12 @@ class _Other(_Watch):
                 self._connection.sendall(f"{_GOODBYE}\n".encode())
 
 
-def _read(connection: socket.socket) -> str:
-    """One line, without its end; "" when the other side is gone."""
+def _read_line(connection: socket.socket) -> str:
+    """One line without its newline; "" when the other side has closed."""
     line = b""
     with contextlib.suppress(OSError):
-        while not line.endswith(b"\n") and (more := connection.recv(_LONGEST)):
-            line += more
+        while not line.endswith(b"\n") and (data := connection.recv(_MAX_BYTES)):
+            line += data
     return line.decode(errors="replace").rstrip("\n")
 
 
@@ -193,8 +204,8 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _died(index: int) -> str:
+def _killed(index: int) -> str:
     return (
-        f"Process {index} was killed or lost, so this one ends too; "
-        "the same command goes on from the last checkpoint."
+        f"Process {index} was killed or lost, so this process ends too. "
+        "Run the same command again to resume from the last checkpoint."
     )

@@ -1,18 +1,24 @@
-"""Layers in stages: each device of the mesh axis `pipe` holds some of a stack, and micro-batches
-pass from stage to stage (GPipe, arXiv:1811.06965; circular, or interleaved, arXiv:2104.04473).
+"""Pipeline parallelism: the mesh axis `pipe` splits stacked layers into stages, and micro-batches
+pass from stage to stage (GPipe, arXiv:1811.06965; circular, or interleaved, schedule,
+arXiv:2104.04473).
 
-A stage holds `circular_repeats` groups of consecutive layers; the groups lie around the ring of stages, so
-that a micro-batch goes round it `circular_repeats` times. Micro-batches enter in turns of as many as there
-are stages: the last of a turn has entered when the first one comes back, to begin its next round or
-to leave. Nobody waits but at the two ends, and nothing is put by. Two stages, two circular_repeats and the
-micro-batches a b c d take 9 iterations, in 8 of which each stage works:
+A stage holds `circular_repeats` groups of consecutive layers. Group g is on stage g modulo the
+number of stages, so that a micro-batch passes through the ring of stages `circular_repeats` times.
+Micro-batches enter in turns of as many as there are stages: when the last of a turn has entered,
+the first one returns to stage 0, to begin its next pass or to leave. Stages are idle only while the
+pipeline fills and drains, and no micro-batch has to be buffered between two passes. Two stages, two
+circular repeats and the micro-batches a, b, c, d take 9 iterations, in 8 of which each stage
+computes:
 
     stage 0   a1 b1 a2 b2 c1 d1 c2 d2  .
     stage 1    . a1 b1 a2 b2 c1 d1 c2 d2
 
-Outside the stages the batch is split over `pipe` too, and it stays so: the micro-batches that wait
-lie on all stages and move down, one slot at each iteration, to stage 0, which puts a finished one
-where it took a fresh one. So embedding and head, done before and after, cost each stage its share.
+where a2 is the second pass of a.
+
+Before and after the stages `pipe` shards the batch, so that embedding and head cost each stage an
+equal share. The micro-batches that wait stay sharded over the stages: in each iteration one slot of
+them moves one stage towards stage 0, which takes the next micro-batch from it and puts a finished
+one into its place.
 """
 
 import math
@@ -33,11 +39,12 @@ Layer = Callable[[Any, Any, jax.Array], tuple[Any, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How `layers` (repeats of the model's pattern) pass through a pipeline.
+    """Pipeline schedule.
 
-    stages        devices along `pipe`
-    circular_repeats        groups of layers that each stage holds; 1 is GPipe
-    microbatches  into which the batch is split, a multiple of `stages`
+    layers            repeats of the model's pattern of layers
+    stages            size of the mesh axis `pipe`
+    circular_repeats  groups of layers per stage; 1 is GPipe
+    microbatches      parts of the batch, a multiple of `stages`
     """
 
     layers: int
@@ -48,30 +55,30 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.microbatches % self.stages:
             raise UserError(
-                f"microbatches={self.microbatches} must be a multiple of mesh.pipe={self.stages}: "
-                "they enter the pipeline in turns of as many."
+                f"microbatches={self.microbatches} must be a multiple of mesh.pipe={self.stages}, "
+                "the number of pipeline stages."
             )
         if self.layers < self.stages * self.circular_repeats:
             raise UserError(
-                f"mesh.pipe={self.stages} times place.circular_repeats={self.circular_repeats} is more than the "
-                f"{self.layers} repeats of the model's pattern; take fewer stages or circular_repeats."
+                f"mesh.pipe={self.stages} times place.circular_repeats={self.circular_repeats} is "
+                f"more than the {self.layers} repeats of the model's pattern; reduce one of them."
             )
 
     @property
     def depth(self) -> int:
-        """Layers in a group. Where they do not divide evenly, the last groups have fewer, and wait
-        for the others."""
+        """Layers per group. If they do not divide evenly, the last groups have fewer layers and
+        wait for the others."""
         return -(-self.layers // (self.stages * self.circular_repeats))
 
     @property
     def iterations(self) -> int:
-        """Trips of the compiled loop, in each of which every stage runs one group."""
+        """Iterations of the compiled loop; in each, every stage computes one group."""
         return self.microbatches * self.circular_repeats + self.stages - 1
 
     @property
     def bubble(self) -> float:
-        """The share of the stages' time in which they do nothing of use: while the pipeline fills
-        and drains, and where groups have fewer layers than the fullest."""
+        """Fraction of the stages' time that is idle: while the pipeline fills and drains, and in
+        groups with fewer layers than `depth`."""
         work = self.microbatches * self.layers
         return 1 - work / (self.stages * self.iterations * self.depth)
 
@@ -87,71 +94,38 @@ def pipeline(
     accumulate: str = "float32",
     policy: Callable[..., bool] | None = None,
 ) -> tuple[Any, Any]:
-    """All layers of a stack, one after another, on the mesh in use.
+    """Applies all layers of a stack, in order, on the active mesh.
 
     Args:
-        begin: begin(along, microbatch), of one micro-batch and its number, gives what is done for
-            each layer: layer(weights, x, number) -> (x, sums).
+        begin: begin(along, microbatch) returns the function of one layer for a micro-batch and its
+            index: layer(weights, x, layer_index) -> (x, sums).
         stacked: weights, each with a leading axis of the layers.
-        x: [B, ...], what layers change.
-        along: [B, ...] arrays that travel with x; not differentiated.
-        partitions: how the leaves of `stacked` lie on the mesh. Where `pipe` splits their layers
-            and a stage has one group, each stage has what it needs; else it is brought there, by an
-            all-to-all if `pipe` splits another axis.
-        accumulate: the dtype in which gradients of the weights are summed over micro-batches.
-        policy: of jax.checkpoint: what the backward pass finds kept, besides the input of each
-            group. The weights of a group must not be among it.
+        x: tree of [B, ...], the input of the first layer.
+        along: tree of [B, ...] that layers read and do not change; not differentiated.
+        partitions: PartitionSpecs of the leaves of `stacked`. If `pipe` shards their layers and a
+            stage has one group, each stage already holds its weights. Otherwise they are moved to
+            their stage, by an all-to-all if `pipe` shards another axis.
+        accumulate: dtype in which gradients of the weights are summed over micro-batches.
+        policy: of jax.checkpoint around a group, whose input is always saved. It must not save the
+            weights of a group.
 
     Returns:
         x after the last layer, and the sums over micro-batches, stacked by layer.
     """
     leaves, structure = jax.tree.flatten(stacked)
     leaves = [_by_stage(w, p, schedule) for w, p in zip(leaves, partitions, strict=True)]
-    # By hand over `data` too: there the gradients of the weights are summed once, after the loop.
-    shards = sharding.active_mesh().shape["data"]
-
-    def on_stage(leaves: list[jax.Array], x: Any, along: Any) -> tuple[Any, Any]:
-        stage = jax.lax.axis_index("pipe")
-        slots = schedule.microbatches // schedule.stages
-        waiting = jax.tree.map(lambda a: _split(a, slots), (x, along))
-        weights = [
-            _with_sum(_own(w, p, stage), accumulate, p)
-            for w, p in zip(leaves, partitions, strict=True)
-        ]
-
-        @partial(jax.checkpoint, policy=policy)
-        def group(weights: Any, packet: Any, index: jax.Array, microbatch: jax.Array):
-            x, along = packet
-            chosen = [_summed_into(w[index], total[index]) for w, total in weights]
-            first = (index * schedule.stages + stage) * schedule.depth
-            layer = begin(along, microbatch * shards + jax.lax.axis_index("data"))
-            chosen = jax.tree.unflatten(structure, chosen)
-            x, sums = _in_turn(layer, chosen, x, first, schedule)
-            return (x, along), sums
-
-        def iterate(carry: tuple[Any, Any, Any], step: jax.Array) -> tuple[Any, None]:
-            arrived, waiting, total = carry
-            packet, waiting = _exchange(arrived, waiting, step, stage, schedule)
-            turn, index = jnp.divmod((step - stage) // schedule.stages, schedule.circular_repeats)
-            microbatch = turn * schedule.stages + (step - stage) % schedule.stages
-            here = (step >= stage) & (microbatch < schedule.microbatches)
-            packet, sums = group(weights, packet, index, microbatch)
-            total = jax.tree.map(lambda t, s: t.at[index].add(jnp.where(here, s, 0)), total, sums)
-            return (_pass(packet, +1, schedule), waiting, total), None
-
-        packet = jax.tree.map(lambda a: jnp.zeros_like(a[0]), waiting)
-        number = jnp.int32(0)
-        sums = jax.eval_shape(group, weights, packet, number, number)[1]
-        total = jax.tree.map(
-            lambda s: jnp.zeros((schedule.circular_repeats, *s.shape), s.dtype), sums
-        )
-        (arrived, waiting, total), _ = jax.lax.scan(
-            iterate, (packet, waiting, total), jnp.arange(schedule.iterations)
-        )
-        _, (x, _) = _exchange(arrived, waiting, schedule.iterations, stage, schedule)
-        x = jax.tree.map(lambda a: _join(jnp.roll(a, -schedule.stages, axis=0)), x)
-        return x, jax.tree.map(lambda t: t[:, None, None], total)
-
+    on_stage = partial(
+        _on_stage,
+        begin=begin,
+        structure=structure,
+        schedule=schedule,
+        partitions=partitions,
+        accumulate=accumulate,
+        policy=policy,
+        # `data` is a manual axis too, so that gradients of the weights are summed over it once,
+        # after the loop.
+        shards=sharding.active_mesh().shape["data"],
+    )
     rows, by_device = PartitionSpec(("pipe", "data")), PartitionSpec(None, "pipe", "data")
     x, sums = jax.shard_map(
         on_stage,
@@ -159,7 +133,7 @@ def pipeline(
         in_specs=([_on_pipe(p) for p in partitions], rows, rows),
         out_specs=(rows, by_device),
         axis_names={"pipe", "data"},
-        # The arrays that layers make for their own loops do not say that they vary by device.
+        # Layers create arrays for loops of their own, which are not marked as varying by device.
         check_vma=False,
     )(leaves, x, along)
 
@@ -169,56 +143,117 @@ def pipeline(
     return x, jax.tree.map(by_layer, sums)
 
 
-def _in_turn(
+def _on_stage(
+    leaves: list[jax.Array],
+    x: Any,
+    along: Any,
+    *,
+    begin: Callable[[Any, jax.Array], Layer],
+    structure: Any,
+    schedule: Schedule,
+    partitions: Sequence[PartitionSpec],
+    accumulate: str,
+    policy: Callable[..., bool] | None,
+    shards: int,
+) -> tuple[Any, Any]:
+    """The loop of one stage, inside shard_map over `pipe` and `data`. `shards` is the size of
+    `data`; the other arguments are as in `pipeline`, with `stacked` as `leaves` and `structure`."""
+    stage = jax.lax.axis_index("pipe")
+    slots = schedule.microbatches // schedule.stages
+    waiting = jax.tree.map(lambda a: _split(a, slots), (x, along))
+    weights = [
+        _with_accumulator(_own(w, p, stage), accumulate, p)
+        for w, p in zip(leaves, partitions, strict=True)
+    ]
+
+    @partial(jax.checkpoint, policy=policy)
+    def group(weights: Any, packet: Any, index: jax.Array, microbatch: jax.Array):
+        x, along = packet
+        own = [_gradient_into(w[index], total[index]) for w, total in weights]
+        first = (index * schedule.stages + stage) * schedule.depth
+        layer = begin(along, microbatch * shards + jax.lax.axis_index("data"))
+        own = jax.tree.unflatten(structure, own)
+        x, sums = _apply_group(layer, own, x, first, schedule)
+        return (x, along), sums
+
+    def iterate(carry: tuple[Any, Any, Any], step: jax.Array) -> tuple[Any, None]:
+        arrived, waiting, total = carry
+        packet, waiting = _enter_and_leave(arrived, waiting, step, stage, schedule)
+        turn, index = jnp.divmod((step - stage) // schedule.stages, schedule.circular_repeats)
+        microbatch = turn * schedule.stages + (step - stage) % schedule.stages
+        active = (step >= stage) & (microbatch < schedule.microbatches)
+        packet, sums = group(weights, packet, index, microbatch)
+        total = jax.tree.map(lambda t, s: t.at[index].add(jnp.where(active, s, 0)), total, sums)
+        return (_shift(packet, +1, schedule), waiting, total), None
+
+    packet = jax.tree.map(lambda a: jnp.zeros_like(a[0]), waiting)
+    number = jnp.int32(0)
+    sums = jax.eval_shape(group, weights, packet, number, number)[1]
+    total = jax.tree.map(lambda s: jnp.zeros((schedule.circular_repeats, *s.shape), s.dtype), sums)
+    (arrived, waiting, total), _ = jax.lax.scan(
+        iterate, (packet, waiting, total), jnp.arange(schedule.iterations)
+    )
+    _, (x, _) = _enter_and_leave(arrived, waiting, schedule.iterations, stage, schedule)
+    x = jax.tree.map(lambda a: _join(jnp.roll(a, -schedule.stages, axis=0)), x)
+    return x, jax.tree.map(lambda t: t[:, None, None], total)
+
+
+def _apply_group(
     layer: Layer, weights: Any, x: Any, first: jax.Array, schedule: Schedule
 ) -> tuple[Any, Any]:
-    """The layers of a group, which is numbered from `first`; those beyond the last one of the model
-    are stand-ins and change nothing."""
+    """Applies the layers of a group, whose first has the index `first`. Layers beyond the last one
+    of the model are padding and leave x unchanged."""
     padded = schedule.layers % (schedule.stages * schedule.circular_repeats)
 
     def body(x: Any, inputs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
         number, weights = inputs
         new, sums = layer(weights, x, number)
         if padded:
-            real = number < schedule.layers
-            new = jax.tree.map(lambda a, b: jnp.where(real, a, b), new, x)
-            sums = jax.tree.map(lambda s: jnp.where(real, s, 0), sums)
+            exists = number < schedule.layers
+            new = jax.tree.map(lambda a, b: jnp.where(exists, a, b), new, x)
+            sums = jax.tree.map(lambda s: jnp.where(exists, s, 0), sums)
         return new, sums
 
     return jax.lax.scan(body, x, (first + jnp.arange(schedule.depth), weights))
 
 
-def _exchange(
+def _enter_and_leave(
     arrived: Any, waiting: Any, step: jax.Array | int, stage: jax.Array, schedule: Schedule
 ) -> tuple[Any, Any]:
-    """(what a stage works on in this iteration, what waits after it).
+    """(input of the stage in this iteration, micro-batches that wait after it).
 
-    While a turn enters, stage 0 takes the micro-batch of the slot at hand and leaves there the one
-    that came back finished; then that slot moves down by a stage, and from stage 0 to the last.
+    While a turn enters, stage 0 takes the micro-batch in the current slot and puts the finished one
+    that arrived into its place. Then the slot moves to the previous stage, from stage 0 to the
+    last.
     """
     turn, within = jnp.divmod(step, schedule.stages * schedule.circular_repeats)
     entering = within < schedule.stages
     slot = (turn * schedule.stages + within) % (schedule.microbatches // schedule.stages)
     first = stage == 0
     held = jax.tree.map(lambda a: a[slot], waiting)
-    taken = jax.tree.map(lambda h, a: jnp.where(first & entering, h, a), held, arrived)
-    left = jax.tree.map(lambda h, a: jnp.where(first, a, h), held, arrived)
-    moved = _pass(left, -1, schedule)
+    packet = jax.tree.map(lambda h, a: jnp.where(first & entering, h, a), held, arrived)
+    replaced = jax.tree.map(lambda h, a: jnp.where(first, a, h), held, arrived)
+    moved = _shift(replaced, -1, schedule)
     waiting = jax.tree.map(
         lambda a, m, h: a.at[slot].set(jnp.where(entering, m, h)), waiting, moved, held
     )
-    return taken, waiting
+    return packet, waiting
 
 
-def _pass(packet: Any, by: int, schedule: Schedule) -> Any:
-    """To the stage `by` further on the ring."""
+def _shift(packet: Any, by: int, schedule: Schedule) -> Any:
+    """Sends to the stage `by` further on the ring."""
     ring = [(stage, (stage + by) % schedule.stages) for stage in range(schedule.stages)]
     return jax.lax.ppermute(packet, "pipe", ring)
 
 
-def _with_sum(w: jax.Array, dtype: str, partition: PartitionSpec) -> tuple[jax.Array, jax.Array]:
-    """The weight, and zeros in whose place its gradient is summed over the iterations: these are
-    of a dtype of their own, and never exist in the forward pass."""
+def _with_accumulator(
+    w: jax.Array, dtype: str, partition: PartitionSpec
+) -> tuple[jax.Array, jax.Array]:
+    """(weight, gradient accumulator).
+
+    The accumulator is an array of zeros of the given dtype whose gradient is that of the weight,
+    summed over iterations. The forward pass never materializes it.
+    """
 
     @jax.custom_vjp
     def zeros(w: jax.Array) -> jax.Array:
@@ -229,54 +264,61 @@ def _with_sum(w: jax.Array, dtype: str, partition: PartitionSpec) -> tuple[jax.A
 
 
 @jax.custom_vjp
-def _summed_into(w: jax.Array, total: jax.Array) -> jax.Array:
-    """The weight, whose gradient goes to `total`."""
+def _gradient_into(w: jax.Array, total: jax.Array) -> jax.Array:
+    """Returns the weight; its gradient flows to `total`."""
     return w
 
 
-def _summed_into_forward(w: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _gradient_into_forward(w: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
     return w, jnp.zeros((), total.dtype)
 
 
-def _summed_into_backward(like: jax.Array, gradient: jax.Array) -> tuple[None, jax.Array]:
+def _gradient_into_backward(like: jax.Array, gradient: jax.Array) -> tuple[None, jax.Array]:
     return None, gradient.astype(like.dtype)
 
 
-_summed_into.defvjp(_summed_into_forward, _summed_into_backward)
+_gradient_into.defvjp(_gradient_into_forward, _gradient_into_backward)
 
 
-# Where the axes of a weight begin, once its layers are [circular_repeats, stages, depth].
-_REST = 3
+# Leading axes of a weight that is split into groups: [circular_repeats, stages, depth].
+_LEADING = 3
 
 
 def _by_stage(w: jax.Array, partition: PartitionSpec, schedule: Schedule) -> jax.Array:
-    """[layers, ...] -> [circular_repeats, stages, depth, ...], filled up with zeros. An axis that `pipe`
-    splits becomes three: what the other mesh axes split, what `pipe` splits, and the rest. So it is
-    brought to a stage without the compiler having to undo the other splits."""
+    """Splits a weight into groups: [layers, ...] -> [circular_repeats, stages, depth, ...], padded
+    with zeros.
+
+    An axis that `pipe` shards becomes three: the part that other mesh axes shard, the part that
+    `pipe` shards, and the remainder. The weight can then be moved to its stage without undoing the
+    other shardings.
+    """
     groups = (schedule.circular_repeats, schedule.stages, schedule.depth)
-    short = groups[0] * groups[1] * groups[2] - schedule.layers
-    w = jnp.pad(w, [(0, short)] + [(0, 0)] * (w.ndim - 1)) if short else w
+    padding = groups[0] * groups[1] * groups[2] - schedule.layers
+    w = jnp.pad(w, [(0, padding)] + [(0, 0)] * (w.ndim - 1)) if padding else w
     w = w.reshape(*groups, *w.shape[1:])
     axis = _pipe_axis(partition)
     if axis is None or axis == 1:
         return w
-    others = _without_pipe(partition[axis - _REST + 1])
+    others = _without_pipe(partition[axis - _LEADING + 1])
     ways = math.prod(sharding.active_mesh().shape[name] for name in others)
     w = w.reshape(*w.shape[:axis], ways, schedule.stages, -1, *w.shape[axis + 1 :])
     return sharding.constrain(w, _in_parts(partition, "pipe"))
 
 
 def _in_parts(partition: PartitionSpec, pipe: str | None) -> PartitionSpec:
-    """Of a weight in groups with an axis in three parts, the middle one split by `pipe`."""
+    """PartitionSpec of a weight in groups with an axis split in three; `pipe` shards the second."""
     rest = [_without_pipe(part) or None for part in partition[1:]]
-    at = _pipe_axis(partition) - _REST
-    return PartitionSpec(*(None,) * _REST, *rest[: at + 1], pipe, None, *rest[at + 1 :])
+    at = _pipe_axis(partition) - _LEADING
+    return PartitionSpec(*(None,) * _LEADING, *rest[: at + 1], pipe, None, *rest[at + 1 :])
 
 
 def _pipe_axis(partition: PartitionSpec) -> int | None:
-    """The axis that `pipe` splits, of a weight in groups."""
-    split = [i for i, part in enumerate(partition) if "pipe" in sharding.split_over(part)]
-    return split[0] + _REST - 1 if split and split[0] else 1 if split else None
+    """The axis of a weight in groups that `pipe` shards: 1 if that is the axis of the layers, None
+    without one."""
+    sharded = [i for i, part in enumerate(partition) if "pipe" in sharding.split_over(part)]
+    if not sharded:
+        return None
+    return sharded[0] + _LEADING - 1 if sharded[0] else 1
 
 
 def _without_pipe(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -284,6 +326,7 @@ def _without_pipe(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _on_pipe(partition: PartitionSpec) -> PartitionSpec:
+    """The manual part of a PartitionSpec in `pipeline`'s shard_map."""
     axis = _pipe_axis(partition)
     if axis is None:
         return PartitionSpec()
@@ -291,20 +334,20 @@ def _on_pipe(partition: PartitionSpec) -> PartitionSpec:
 
 
 def _own(w: jax.Array, partition: PartitionSpec, stage: jax.Array) -> jax.Array:
-    """This stage's part [circular_repeats, depth, ...] of a weight in groups."""
+    """The groups of this stage: [circular_repeats, depth, ...]."""
     axis = _pipe_axis(partition)
     if axis is None:
         w = jax.lax.dynamic_slice_in_dim(w, stage, 1, axis=1)
     elif axis > 1:
-        w = _exchanged(w, 1, axis + 1, _in_parts(partition, None))
+        w = _all_to_all(w, 1, axis + 1, _in_parts(partition, None))
         w = w.reshape(*w.shape[:axis], -1, *w.shape[axis + 3 :])
     return _constrain(w[:, 0], partition)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _exchanged(w: jax.Array, split: int, concat: int, parts: PartitionSpec) -> jax.Array:
-    """All-to-all over `pipe`, by hand over the other axes too: XLA's partitioner would first gather
-    what they split."""
+def _all_to_all(w: jax.Array, split: int, concat: int, parts: PartitionSpec) -> jax.Array:
+    """All-to-all over `pipe` in a shard_map over all axes: with the other axes left to it, XLA's
+    partitioner would all-gather over them first."""
     exchange = partial(
         jax.lax.all_to_all, axis_name="pipe", split_axis=split, concat_axis=concat, tiled=True
     )
@@ -315,29 +358,29 @@ def _exchanged(w: jax.Array, split: int, concat: int, parts: PartitionSpec) -> j
     )(w)
 
 
-def _exchanged_forward(
+def _all_to_all_forward(
     w: jax.Array, split: int, concat: int, parts: PartitionSpec
 ) -> tuple[jax.Array, None]:
-    return _exchanged(w, split, concat, parts), None
+    return _all_to_all(w, split, concat, parts), None
 
 
-def _exchanged_backward(
+def _all_to_all_backward(
     split: int, concat: int, parts: PartitionSpec, _: None, gradient: jax.Array
 ) -> tuple[jax.Array]:
-    return (_exchanged(gradient, concat, split, parts),)
+    return (_all_to_all(gradient, concat, split, parts),)
 
 
-_exchanged.defvjp(_exchanged_forward, _exchanged_backward)
+_all_to_all.defvjp(_all_to_all_forward, _all_to_all_backward)
 
 
 def _constrain(w: jax.Array, partition: PartitionSpec) -> jax.Array:
-    """A stage's part of a weight, split over the other axes of the mesh as the whole is."""
+    """Keeps the weights of a stage sharded over the other mesh axes."""
     rest = [_without_pipe(part) or None for part in partition[1:]]
     return sharding.constrain(w, PartitionSpec(None, None, *rest))
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] -> [parts, B/parts, ...], each device of the other axes keeping its rows."""
+    """[B, ...] -> [parts, B/parts, ...] such that every device keeps its rows."""
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 

@@ -1,9 +1,8 @@
-"""Which device holds which part of an array: two tables from logical axis names to mesh axes, one
-for weights, one for activations.
+"""Shardings of weights and activations: two tables that map logical axis names to mesh axes.
 
-A weight's axes stand beside its shape where it is declared; an activation is constrained with
-`shard(x, "batch", "seq", "embed")` at a handful of seams. An unknown name, a mesh axis used twice
-in one array, or a size that does not divide raises.
+A weight declares its logical axes beside its shape; an activation is constrained by
+`shard(x, "batch", "seq", "embed")`. An unknown name, a mesh axis used twice in one array, or a size
+that does not divide raises UserError.
 """
 
 import contextlib
@@ -23,27 +22,27 @@ from lm.parallel.mesh import AXES, Mesh, Place
 MeshAxes = tuple[str, ...]
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
-# fsdp splits weights along the model width; tensor splits heads, feed-forward width and vocabulary
-# (Megatron, arXiv:1909.08053). pipe splits a stack of layers, and the width of what is in none.
+# fsdp shards weights along the model width; tensor shards heads, feed-forward width and vocabulary
+# (Megatron, arXiv:1909.08053). pipe shards stacked layers, and the model width of other weights.
 WEIGHTS: Mapping[str, MeshAxes] = {
     "layers": ("pipe",),
     "vocab": ("tensor",),
-    "embed": ("fsdp", "pipe"),  # in this order: lm.parallel.pipeline takes pipe's parts together
+    "embed": ("fsdp", "pipe"),  # lm.parallel.pipeline relies on this order
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head": (),
     "mlp": ("tensor",),
     "expert": ("expert",),
-    "router": (),  # a router's output width: small, and read whole by every device
-    "norm": (),  # vectors: too small to be worth gathering
+    "router": (),  # number of a router's outputs: small, read in full by every device
+    "norm": (),  # vectors: too small to shard
 }
-# Outside the pipeline (embedding, head, single layers) pipe is one more way to split the batch.
+# Outside the pipeline (embedding, head, single layers) pipe shards the batch too.
 ACTIVATIONS: Mapping[str, MeshAxes] = {
     "batch": ("pipe", "data", "fsdp", "expert"),
     "seq": ("context",),
-    "keys": ("context",),  # the sequence of keys and values, while queries meet them
-    # The sequence in the residual stream and its norms (Korthikanti et al., arXiv:2205.05198):
-    # gathered before attention and feed-forward, whose sums are scattered again.
+    "keys": ("context",),  # the sequence of keys and values inside attention
+    # Sequence of the residual stream and its norms: sequence parallelism (Korthikanti et al.,
+    # arXiv:2205.05198). All-gathered before attention and feed-forward, reduce-scattered after.
     "stream": ("context", "tensor"),
     "embed": (),
     "heads": ("tensor",),
@@ -54,19 +53,20 @@ ACTIVATIONS: Mapping[str, MeshAxes] = {
     "expert": ("expert",),
     "router": (),
     "norm": (),
-    "group": ("pipe", "data", "fsdp"),  # the batch, where the expert axis holds experts
+    "group": ("pipe", "data", "fsdp"),  # the batch, where the expert axis shards experts
     "capacity": (),
 }
-# With fewer key/value heads than tensor devices, each device keeps a copy of all of them.
+# Replicated where the mesh axis is a multiple of the size: with fewer key/value heads than tensor
+# devices, each device holds all of them.
 MAY_REPLICATE = ("kv_heads",)
-# Mesh axes that split a logical axis only where its size allows it. Of weights that `pipe` does not
-# split, the pipeline brings each stage what it needs.
+# Mesh axes that are left out where the size does not divide. The pipeline moves weights that `pipe`
+# does not shard to their stage.
 WHERE_POSSIBLE = {"layers": "pipe", "embed": "pipe", "stream": "tensor"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Logical axis -> mesh axes, for weights and for activations."""
+    """{logical axis: mesh axes} for weights and for activations."""
 
     weights: Mapping[str, MeshAxes] = field(default_factory=lambda: WEIGHTS)
     activations: Mapping[str, MeshAxes] = field(default_factory=lambda: ACTIVATIONS)
@@ -80,32 +80,32 @@ class Rules:
     def weight(
         self, axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh, path: str = "weight"
     ) -> PartitionSpec:
-        """The partition of a weight with these logical `axes` and this `shape`."""
+        """PartitionSpec of a weight with these logical `axes` and this `shape`."""
         return _spec(self.weights, axes, shape, _sizes(mesh), path)
 
     def activation(self, axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
-        """The partition of an activation with these logical `axes` and this `shape`; inside a
-        shard_map, over the mesh axes that it leaves to the compiler."""
+        """PartitionSpec of an activation. Leaves out the manual axes of a surrounding shard_map."""
         return _spec(self.activations, axes, shape, _sizes(mesh), "activation")
 
 
-def rules_at(place: Place) -> Rules:
-    """The rules of a place. A pipeline of several circular_repeats needs layers from all over the stack on
-    each stage: there `pipe` splits the width of the stack's weights, and they are brought to their
-    stage in every step. Within a pipeline `tensor` leaves the residual stream whole, since XLA's
-    partitioner, of jax 0.10, ends the process over experts of a capacity that meet it in parts."""
+def rules_for(place: Place) -> Rules:
+    """The rules of a place."""
     weights, activations = WEIGHTS, ACTIVATIONS
     if place.mesh.pipe > 1:
+        # Not sharded over tensor: XLA's partitioner (jax 0.10) crashes on MoE layers with a
+        # capacity.
         activations = {**activations, "stream": ("context",)}
     if place.circular_repeats > 1:
+        # A stage needs layers from all parts of the stack: pipe shards the model width instead, and
+        # every step moves the weights to their stages.
         weights = {**WEIGHTS, "layers": ()}
     if place.context == "gather":
         activations = {**activations, "keys": ()}
     return Rules(weights=weights, activations=activations)
 
 
-# For rows of any length, as in generation: no sequence is split.
-WHOLE_ROWS = Rules(activations={**ACTIVATIONS, "seq": (), "stream": ()})
+# For sequences of any length, as in generation: no axis shards the sequence.
+UNSPLIT_SEQUENCE = Rules(activations={**ACTIVATIONS, "seq": (), "stream": ()})
 
 
 def _spec(
@@ -115,7 +115,8 @@ def _spec(
     sizes: Mapping[str, int],
     what: str,
 ) -> PartitionSpec:
-    """`sizes` are those of the mesh axes."""
+    """PartitionSpec by `table`. `sizes` are those of the mesh axes; `what` names the array in
+    errors."""
     if len(axes) != len(shape):
         raise UserError(
             f"{what} has shape {tuple(shape)} but axes {tuple(axes)}: "
@@ -135,7 +136,8 @@ def _spec(
         for name in mesh_axes:
             if name in used:
                 raise UserError(
-                    f"{what}: axes {used[name]!r} and {axis!r} both lie on mesh axis {name!r}."
+                    f"{what}: axes {used[name]!r} and {axis!r} are both sharded over mesh axis "
+                    f"{name!r}."
                 )
             used[name] = axis
         parts.append(mesh_axes or None)
@@ -145,7 +147,7 @@ def _spec(
 def _dividing(
     mesh_axes: MeshAxes, axis: str, size: int, sizes: Mapping[str, int], what: str
 ) -> MeshAxes:
-    """The mesh axes, over which `size` must divide."""
+    """`mesh_axes`, checked to divide `size`; none where the axis may be replicated."""
     ways = math.prod(sizes[name] for name in mesh_axes)
     if size % ways == 0:
         return mesh_axes
@@ -161,7 +163,7 @@ def _dividing(
 def weight_shardings(
     axes: trees.Tree, shapes: trees.Tree, mesh: jax.sharding.Mesh, rules: Rules | None = None
 ) -> dict[str, Any]:
-    """A NamedSharding for every weight; `axes` and `shapes` are nested dicts of one structure."""
+    """A NamedSharding per weight; `axes` and `shapes` are nested dicts of the same structure."""
     rules = rules or Rules()
     return trees.map_with_path(
         lambda path, a, s: NamedSharding(mesh, rules.weight(a, s.shape, mesh, path)), axes, shapes
@@ -169,27 +171,29 @@ def weight_shardings(
 
 
 def split_over(part: str | MeshAxes | None) -> MeshAxes:
-    """The mesh axes of one entry of a PartitionSpec, which writes a single one as a string."""
+    """Mesh axes of one entry of a PartitionSpec: None, a name, or a tuple of names."""
     return (part,) if isinstance(part, str) else part or ()
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Sharding with a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> NamedSharding:
-    """Of a [batch, seq] array."""
+def batch_sharding(
+    mesh: jax.sharding.Mesh, rules: Rules | None = None, ndim: int = 2
+) -> NamedSharding:
+    """Sharding of an array of a batch: [batch, seq] if it has two dimensions, else [batch, ...]."""
     rules = rules or Rules()
     axes = [
         tuple(n for n in rules.activations[a] if mesh.shape[n] > 1) or None
         for a in ("batch", "seq")
     ]
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return NamedSharding(mesh, PartitionSpec(*axes[: 2 if ndim == 2 else 1]))
 
 
 def batch_ways(mesh: jax.sharding.Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """Number of shards of the batch."""
     return math.prod(mesh.shape[axis] for axis in ACTIVATIONS["batch"])
 
 
@@ -200,8 +204,8 @@ _active: contextvars.ContextVar[tuple[jax.sharding.Mesh, Rules] | None] = contex
 
 @contextlib.contextmanager
 def use(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
-    """Inside, `shard` constrains to this mesh. Wrap the call of the jitted function, where it is
-    traced, not its declaration."""
+    """Context in which `shard` constrains to this mesh. Must surround the call of a jitted
+    function, where it is traced."""
     token = _active.set((mesh, rules or Rules()))
     try:
         yield
@@ -213,31 +217,31 @@ _ONE_DEVICE = Mesh().abstract()
 
 
 def active_mesh() -> jax.sharding.Mesh | None:
-    """The mesh of the surrounding `use`; None outside, where there is one device."""
+    """The mesh of the surrounding `use`, None outside."""
     active = _active.get()
     return active[0] if active else None
 
 
 def partition(shape: Sequence[int], *axes: str) -> PartitionSpec:
-    """How an activation of this shape lies on the mesh in use, for the specs of shard_map."""
+    """PartitionSpec of an activation on the active mesh, for the specs of shard_map."""
     mesh, rules = _active.get()
     return rules.activation(axes, shape, mesh)
 
 
 def is_sharded() -> bool:
-    """Whether the mesh in use has more than one."""
+    """Whether the active mesh has more than one device."""
     mesh = active_mesh()
     return mesh is not None and mesh.size > 1
 
 
-def stages() -> int:
-    """Devices along the pipe axis of the mesh in use."""
+def pipeline_parallel_size() -> int:
+    """Size of the pipe axis of the active mesh, 1 without one."""
     mesh = active_mesh()
     return 1 if mesh is None else mesh.shape["pipe"]
 
 
 def context_parallel_size() -> int:
-    """Into how many parts a sequence is split on the mesh in use."""
+    """Number of shards of a sequence on the active mesh."""
     active = _active.get()
     if active is None:
         return 1
@@ -246,9 +250,9 @@ def context_parallel_size() -> int:
 
 
 def shard(x: jax.Array, *axes: str) -> jax.Array:
-    """Constrains `x` to the mesh by the logical names of its axes.
+    """Constrains the sharding of `x` by the logical names of its axes.
 
-    Outside `use` it is the identity, but names are still checked.
+    Outside `use` it returns `x`, but still checks the names.
     """
     active = _active.get()
     if active is None:
@@ -259,25 +263,33 @@ def shard(x: jax.Array, *axes: str) -> jax.Array:
     return constrain(x, spec)
 
 
+def shard_rows(x: jax.Array) -> jax.Array:
+    """Constrains an array of a batch to `batch_sharding`."""
+    if x.ndim == 2 or _active.get() is None:
+        return shard(x, *("batch", "seq")[: x.ndim]) if x.ndim <= 2 else x
+    mesh, rules = _active.get()
+    return constrain(x, batch_sharding(mesh, rules, x.ndim).spec)
+
+
 def constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """`x` partitioned in this way on the mesh in use."""
+    """Constrains the sharding of `x` on the active mesh."""
     mesh, _ = _active.get()
     return jax.lax.with_sharding_constraint(x, NamedSharding(_context(mesh), spec))
 
 
 def shard_weight(w: jax.Array, *axes: str) -> jax.Array:
-    """As `shard`, to the parts in which a weight is kept."""
+    """`shard` for a weight."""
     return w if _active.get() is None else constrain(w, weight_partition(axes, w.shape))
 
 
 def weight_partition(axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-    """How a weight with these axes lies on the mesh in use, for the specs of `shard_map`."""
+    """PartitionSpec of a weight on the active mesh, for the specs of `shard_map`."""
     mesh, rules = _active.get()
     return rules.weight(axes, shape, mesh)
 
 
 def remaining(*mesh_axes: str) -> MeshAxes:
-    """Those of the mesh axes that no surrounding shard_map has taken into its own hands."""
+    """Those of the mesh axes that are not manual in a surrounding shard_map."""
     return tuple(name for name in mesh_axes if name not in _manual_axes())
 
 
@@ -287,11 +299,11 @@ def shard_map(
     out_specs: Any,
     axes: Sequence[str] = AXES,
 ) -> Callable[..., Any]:
-    """jax.shard_map over these axes of the mesh in use; inside another shard_map, over the
-    `remaining` ones, of which alone the specs may speak."""
+    """jax.shard_map over `axes` of the active mesh; inside another shard_map over the `remaining`
+    ones, which alone may occur in the specs."""
     mesh = active_mesh()
     if mesh is None:
-        raise ValueError("there are no devices to map over outside `sharding.use`")
+        raise ValueError("shard_map needs an active mesh: call it inside `sharding.use`")
     return jax.shard_map(
         function,
         mesh=_context(mesh),
@@ -311,6 +323,6 @@ def _manual_axes() -> frozenset[str]:
 
 
 def _context(mesh: jax.sharding.Mesh) -> AnyMesh:
-    """The mesh as constraints and shard_map take it here: inside a shard_map, the one that says
-    so."""
+    """The mesh that constraints and shard_map accept: inside a shard_map the abstract mesh, which
+    marks manual axes."""
     return jax.sharding.get_abstract_mesh() if _manual_axes() else mesh
