@@ -1,17 +1,19 @@
-"""Declared places, compiled: each fits, and its memory and collectives are text that is kept.
+"""Compiles each declared place and compares memory and collectives with the text kept for it.
 
-    python tests/aot/test_places.py --write llama3_8b:v6e-256     compiles, and keeps the text
+    python tests/aot/test_places.py --write llama3_8b:v6e-256     compiles one place, keeps its text
     python tests/aot/test_places.py --write                       all places of all experiments
 
-Both print the rows of the table in experiments/README.md. Compiling takes a minute or several for
-each, so a text names the compiler and the program that it is of, by a hash of what is handed to the
-compiler and of what reads the result. A test compiles anew where one of them is another, and always
-the places in ALWAYS.
+Both print the rows of the table in lm/planning/README.md. Compiling takes one to several minutes
+per place. The first line of each text therefore names jax, libtpu and a hash of the program
+(canonical StableHLO); the test compiles only where one of them has changed. The code that reads a
+compiled program, lm/planning, is not part of the hash: tests/planning/test_reading.py and the
+places in ALWAYS, which are compiled in every run, cover it.
 """
 
 import hashlib
 import importlib
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -24,7 +26,6 @@ import pytest
 
 from lm import planning, run, terminal
 from lm.experiment import Experiment
-from lm.parallel import hardware
 from lm.planning import compiled, slices
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,11 +46,12 @@ def declared() -> list[str]:
 
 
 def path_of(name: str) -> Path:
-    """Of the text that is kept."""
+    """File of the kept text."""
     return KEPT / f"{name.replace(':', '@')}.txt"
 
 
-def kept_of(name: str) -> str:
+def kept_text(name: str) -> str:
+    """The kept text, '' where there is none."""
     return path_of(name).read_text() if path_of(name).exists() else ""
 
 
@@ -57,125 +59,159 @@ def experiment(name: str) -> Experiment:
     return importlib.import_module(f"experiments.{name}").experiment()
 
 
-def row(told: planning.Plan) -> str:
-    """Of the table: what takes a hundredth of the time on the links, or more, by name."""
+def table_row(plan: planning.Plan) -> str:
+    """Row of the table. Names the collectives that take more than 1 % of the time on the links."""
     size = terminal.size
-    everything = sum(each["seconds"] for each in told["collectives"])
+    link_seconds = sum(each["seconds"] for each in plan["collectives"])
     collectives = "; ".join(
         f"{each['kind']} {each['axes']} {each['count']:,} x, {size(each['nbytes'])}"
-        for each in told["collectives"]
-        if each["seconds"] > 0.01 * everything
+        for each in plan["collectives"]
+        if each["seconds"] > 0.01 * link_seconds
     )
     cells = (
-        f"{told['experiment']} {told['place']}",
-        f"{told['mesh']}; {told['microbatches']}; {told['remat']}",
-        f"{size(told['peak_bytes_per_device'])} of {size(told['capacity_bytes_per_device'])}",
+        f"{plan['experiment']} {plan['place']}",
+        f"{plan['mesh']}; {plan['microbatches']}; {plan['remat']}",
+        f"{size(plan['peak_bytes_per_device'])} of {size(plan['capacity_bytes_per_device'])}",
         collectives,
-        terminal.duration(told["step_seconds"]),
-        f"{100 * told['model_flops_utilization']:.0f} %",
-        terminal.duration(told["compile_seconds"]),
+        terminal.duration(plan["step_seconds"]),
+        f"{100 * plan['model_flops_utilization']:.0f} %",
+        terminal.duration(plan["compile_seconds"]),
     )
     return f"| {' | '.join(cells)} |"
 
 
-def head(name: str) -> str:
-    """What a text is of: the compiler; the program, and what reads it when it is compiled."""
-    # Pallas keeps in its kernels where their source lies: the folder and line are none of this.
+def first_line(name: str) -> str:
+    """Versions of the compiler and hash of the program."""
+    # Pallas kernels carry the file and line of their source unless tracebacks are off.
     jax.config.update("jax_traceback_in_locations_limit", 0)
     name, _, place = name.partition(":")
     e = experiment(name)
     devices = compiled.describe(slices.find(place))
     program = run.assemble_at(e, place, e.places[place], devices)
     text = program.step.lower(program.abstract, program.abstract_batch()).as_text()
-    readers = [*sorted(Path(planning.__file__).parent.glob("*.py")), Path(hardware.__file__)]
-    of = hashlib.sha256(b"".join([text.encode(), *(path.read_bytes() for path in readers)]))
-    return f"{VERSIONS}, program {of.hexdigest()[:16]}"
+    digest = hashlib.sha256(canonical(text).encode()).hexdigest()[:16]
+    return f"{VERSIONS}, program {digest}"
 
 
-def kept_text(told: planning.Plan) -> str:
-    """What must not change unseen: that it fits, peak and arguments, modelled time, collectives."""
+_NAMES = re.compile(r'\bjax\.result_info = "[^"]*"|(?<=\bmodule )@[\w.$\-]+')
+_SYMBOL = re.compile(r'(custom_call )?@([\w.$\-]+|"[^"]*")')
+
+
+def canonical(stablehlo: str) -> str:
+    """Text of a lowered program, independent of the names of Python functions: without the names of
+    the module and of results, symbols numbered in order of appearance. Custom-call targets stay."""
+    numbers: dict[str, int] = {}
+
+    def renumber(match: re.Match) -> str:
+        target, symbol = match.groups()
+        return match.group() if target else f"@{numbers.setdefault(symbol, len(numbers))}"
+
+    return _SYMBOL.sub(renumber, _NAMES.sub("", stablehlo))
+
+
+def test_a_renamed_function_is_the_same_program():
+    def lower(name, constant, output):
+        def inner(x):
+            return x * constant
+
+        def outer(x):
+            return {output: jax.jit(inner)(x)}
+
+        inner.__name__, outer.__name__ = name, f"outer_{name}"
+        text = jax.jit(outer).lower(jax.ShapeDtypeStruct((3,), "float32")).as_text()
+        assert f"@{name}" in text and f"@jit_outer_{name}" in text and output in text
+        return canonical(text)
+
+    assert lower("a", 2.0, "first_result") == lower("b", 2.0, "second_result")
+    assert lower("a", 2.0, "first_result") != lower("a", 3.0, "first_result")
+    call = "stablehlo.custom_call @{}(%0) : (tensor<3xf32>) -> tensor<3xf32>"
+    assert canonical(call.format("first")) != canonical(call.format("second"))
+
+
+def summary(plan: planning.Plan) -> str:
+    """The facts that must not change unnoticed: peak, arguments, modelled time, collectives."""
     lines = [
-        f"{told['experiment']} on {told['place']}: mesh {told['mesh']}, "
-        f"{told['microbatches']} micro-batches, remat {told['remat']}",
-        f"peak {terminal.size(told['peak_bytes_per_device'])}",
-        f"arguments {terminal.size(told['argument_bytes_per_device'])}",
-        f"step {terminal.duration(told['step_seconds'])}",
-        f"MFU {100 * told['model_flops_utilization']:.1f} %",
+        f"{plan['experiment']} on {plan['place']}: mesh {plan['mesh']}, "
+        f"{plan['microbatches']} micro-batches, remat {plan['remat']}",
+        f"peak {terminal.size(plan['peak_bytes_per_device'])}",
+        f"arguments {terminal.size(plan['argument_bytes_per_device'])}",
+        f"step {terminal.duration(plan['step_seconds'])}",
+        f"MFU {100 * plan['model_flops_utilization']:.1f} %",
     ]
-    for row in told["collectives"] or ():
+    for row in plan["collectives"] or ():
         moved = terminal.size(row["nbytes"])
         lines.append(f"{row['kind']} {row['axes']} {row['dtype']} {row['count']} {moved}")
     return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="module")
-def compiling(request):
-    """By place, its process. Two at a time, each alone, since libtpu keeps hundreds of MB of every
-    program."""
-    test = test_a_place_compiles_and_fits_and_is_what_it_was.__name__
+def compilations(request):
+    """{place: future of its process}. Two run at a time, each in a process of its own: libtpu keeps
+    hundreds of MB of every program that it compiles."""
+    test = test_a_place_compiles_and_fits_as_before.__name__
     items = [each for each in request.session.items if each.name.startswith(test)]
     pool = ThreadPoolExecutor(2)
     yield {name: pool.submit(in_process, name) for name in (i.callspec.id for i in items)}
-    pool.shutdown(cancel_futures=True)  # where time was over
+    pool.shutdown(cancel_futures=True)  # after a timeout, some have not started
 
 
 def in_process(name: str) -> subprocess.CompletedProcess:
-    """Prints the place's text."""
-    found = os.environ | {"PYTHONPATH": str(ROOT)}
+    """Prints the text of a place."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, "--text", name]
-    return subprocess.run(command, env=found, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not compiled.available(), reason="libtpu is not installed")
 @pytest.mark.parametrize("name", declared())
-def test_a_place_compiles_and_fits_and_is_what_it_was(name, compiling):
-    done = compiling[name].result()
+def test_a_place_compiles_and_fits_as_before(name, compilations):
+    done = compilations[name].result()
     assert done.returncode == 0, done.stderr[-3000:]
-    found, kept = done.stdout.splitlines(), kept_of(name).splitlines()
-    assert kept, f"no text is kept; python tests/aot/test_places.py --write {name}"
-    # Each compiler lays out memory in its own way.
+    text, kept = done.stdout.splitlines(), kept_text(name).splitlines()
+    assert kept, f"no text is kept; run: python tests/aot/test_places.py --write {name}"
+    # Memory layout depends on the compiler's version.
     if kept[0].startswith(f"{VERSIONS},"):
-        assert found[1:] == kept[1:]
-        if found[0] != kept[0]:
-            said = f"the text of {name} is of an earlier program, so it was compiled"
-            warnings.warn(said, stacklevel=1)
+        assert text[1:] == kept[1:]
+        if text[0] != kept[0]:
+            message = f"{name}: the program differs from the one of the kept text; compiled again"
+            warnings.warn(message, stacklevel=1)
 
 
 @pytest.mark.skipif(not compiled.available(), reason="libtpu is not installed")
 @pytest.mark.parametrize("name", declared())
-def test_the_mesh_of_a_place_lies_on_its_torus(name):
+def test_the_mesh_of_a_place_covers_its_torus(name):
     name, _, place = name.partition(":")
-    where = slices.find(place)
+    tpu_slice = slices.find(place)
     e = experiment(name)
-    grid = e.places[place].mesh.build(compiled.describe(where)).devices
-    assert grid.size == where.devices
-    assert len({device.id for device in grid.flat}) == where.devices
+    grid = e.places[place].mesh.build(compiled.describe(tpu_slice)).devices
+    assert grid.size == tpu_slice.devices
+    assert len({device.id for device in grid.flat}) == tpu_slice.devices
 
 
-def test_what_is_kept_is_declared():
+def test_each_kept_text_belongs_to_a_declared_place():
     assert {*KEPT.glob("*")} <= {path_of(name) for name in declared()}
 
 
 def write(names: list[str]) -> None:
-    """Compiles, and keeps what fits."""
+    """Compiles, and keeps the text of each place that fits."""
     KEPT.mkdir(exist_ok=True)
     for each in names:
-        told = compile_place(each)
-        if told["fits"]:
-            path_of(each).write_text(f"{head(each)}\n{kept_text(told)}")
-        print(row(told) if told["fits"] else told, flush=True)
+        plan = compile_place(each)
+        if plan["fits"]:
+            path_of(each).write_text(f"{first_line(each)}\n{summary(plan)}")
+        print(table_row(plan) if plan["fits"] else plan, flush=True)
     for path in {*KEPT.glob("*")} - {path_of(each) for each in declared()}:
         path.unlink()
 
 
 def text_of(name: str) -> str:
-    """As kept, where it is of this compiler and program; else compiled."""
-    first, kept = head(name), kept_of(name)
+    """The kept text where compiler and program are unchanged; else compiles."""
+    first, kept = first_line(name), kept_text(name)
     if name not in ALWAYS and kept.startswith(f"{first}\n"):
         return kept
-    told = compile_place(name)
-    return f"{first}\n{kept_text(told)}" if told["fits"] else sys.exit(str(told))
+    plan = compile_place(name)
+    return f"{first}\n{summary(plan)}" if plan["fits"] else sys.exit(str(plan))
 
 
 def compile_place(name: str) -> planning.Plan:
