@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved with Orbax (store), restored on any mesh."""
+"""Checkpoints of a run: saved with Orbax, restored on any mesh (store)."""
 
 from lm.checkpoint.store import Save, Store
 

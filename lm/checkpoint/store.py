@@ -1,8 +1,9 @@
-"""Checkpoints of a run on Orbax: FOLDER/STEP/ holds the state after STEP updates.
+"""Checkpoints of a run, written with Orbax: FOLDER/STEP/ holds the state after STEP updates.
 
-On disk a state is a nested dict of arrays whose keys are the fields, dict keys and indices of the
-state ("params/blocks/0/ffn/up", "opt_state/0/mu/..."): no class of this or of another library is
-needed to read it. A save writes aside and renames, so a folder with a bare number is complete.
+On disk a state is a nested dict of arrays. Its keys are the state's fields, dict keys and indices
+("params/blocks/0/ffn/up", "opt_state/0/mu/..."); reading it needs no class of this or another
+library. A save writes to a temporary folder and renames it, so a folder named by a number is
+complete.
 """
 
 import contextlib
@@ -31,8 +32,14 @@ from lm.parallel import distributed
 
 @dataclass(frozen=True, kw_only=True)
 class Save:
-    """When to save (each `every` steps, and `minutes` after the last save, whichever comes first)
-    and what to keep: the `keep_last` newest, and for good every `keep_every`-th step."""
+    """When to save, and which checkpoints to keep.
+
+    Args:
+      every: saves each time the step is a multiple of this.
+      minutes: saves also once this time has passed since the last save; None: never.
+      keep_last: keeps the newest checkpoints, this many.
+      keep_every: keeps every checkpoint whose step is a multiple of this; None: no others.
+    """
 
     every: int
     minutes: float | None = None
@@ -55,24 +62,24 @@ class Save:
 class Store:
     """The checkpoints in a folder (a local path, or a bucket such as gs://...).
 
-    With a `Save` it writes: opening it removes what an interrupted save left behind. Without, it
-    only reads, and may do so while another process trains. All processes of a run call its
-    methods at the same steps.
+    With a `Save` it writes; opening it then removes incomplete saves. Without one it only reads,
+    which is safe while another process trains. All processes of a run call its methods at the same
+    steps.
     """
 
     def __init__(self, folder: epath.PathLike, save: Save | None = None) -> None:
         self.folder = epath.Path(folder)
-        # TensorStore wants absolute paths; messages show the path as it was given.
+        # TensorStore needs absolute paths; messages show the user's path.
         self._remote = "://" in str(folder)
         self._root = self.folder if self._remote else self.folder.expanduser().absolute()
         self._save = save
-        _quiet_leftovers()
+        _silence_aborted_tasks()
         self._saved_at = time.monotonic()
-        self._begun: int | None = None  # the step being saved
+        self._saving: int | None = None  # the step being saved
         self._writer = None
         if save is not None:
-            self._remove_torn()
-            distributed.barrier("torn checkpoints removed")
+            self._remove_incomplete()
+            distributed.barrier("incomplete checkpoints removed")
             self._writer = _open_writer(self._root, save)
 
     def __enter__(self) -> "Store":
@@ -88,7 +95,7 @@ class Store:
         return sorted(found.step for found in _NAMES.find_all(self._root))
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint; None where there is none."""
+        """The newest complete checkpoint; None if there is none."""
         return max(self.steps(), default=None)
 
     def due(self, step: int, now: float) -> bool:
@@ -100,54 +107,59 @@ class Store:
         return step % save.every == 0 or distributed.agree(waited, step)
 
     def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> None:
-        """Begins to save and returns once the arrays are copied to the host: they may be donated
-        to the next step at once. Waits for the save before, and tells of its failure.
+        """Starts an asynchronous save. Returns once the arrays are copied to the host, so they may
+        be donated to the next step.
 
-        `state` is any tree of arrays with a field or key `params`; `metadata` is what JSON holds.
-        Older checkpoints are deleted by the keep policy only after this one is complete.
+        Waits for the previous save first and raises its failure. Older checkpoints are deleted only
+        after this one is complete.
+
+        Args:
+          step: the number of updates so far; the folder's name.
+          state: any tree of arrays with a field or key `params`.
+          metadata: stored as JSON beside the arrays.
         """
         self._writing()
-        self.wait()  # also tells of its failure under its own step
-        self._begun = step
+        self.wait()  # raises the previous save's failure, which names its own step
+        self._saving = step
         flat = _flat(state)
-        beside = {"metadata": dict(metadata or {}), "checksums": _checksums(flat)}
-        with self._telling():
-            self._writer.save_async(step, trees.unflatten(flat), force=True, custom_metadata=beside)
+        custom = {"metadata": dict(metadata or {}), "checksums": _checksums(flat)}
+        with self._save_errors():
+            self._writer.save_async(step, trees.unflatten(flat), force=True, custom_metadata=custom)
         self._saved_at = time.monotonic()
 
     def wait(self) -> None:
-        """Until the last save is complete. Raises UserError if it failed, as on a full disk."""
+        """Waits until the last save is complete. Raises UserError if it failed (a full disk)."""
         if self._writer is not None:
-            with self._telling():
+            with self._save_errors():
                 self._writer.wait()
 
     def close(self) -> None:
-        """Waits, and ends the threads that save."""
+        """Waits for the last save and ends the threads that save."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            with self._telling():
+            with self._save_errors():
                 writer.close()
 
     def restore(self, abstract: Any, step: int | None = None) -> Any:
-        """The state of `step` (default: the newest), laid out as `abstract` says.
+        """Restores the state of `step` (default: the newest) onto any mesh.
 
-        `abstract` is the state as a tree of jax.ShapeDtypeStruct, each with the sharding it is
-        wanted in (without one: the first device), whatever mesh it was saved from. Raises UserError
-        if the checkpoint is of another declaration, or damaged.
+        `abstract` is the state as a tree of jax.ShapeDtypeStruct, each with its sharding (without
+        one: the first device). Raises UserError if the checkpoint is damaged, or if its paths,
+        shapes or dtypes differ.
         """
         step = self._existing(step)
-        wanted = _flat(abstract)
-        self._check_fits(step, self._stored(step), wanted)
-        loaded = self._load(step, wanted)
-        return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in wanted])
+        flat = _flat(abstract)
+        self._check_fits(step, self._stored(step), flat)
+        loaded = self._load(step, flat)
+        return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in flat])
 
     def restore_params(
         self, step: int | None = None, shardings: Sharding | trees.Tree | None = None
     ) -> dict[str, Any]:
-        """Only the parameters of `step` (default: the newest), as a nested dict of arrays.
+        """Restores only the parameters of `step` (default: the newest), as a nested dict of arrays.
 
-        Shapes and dtypes come from the checkpoint; `shardings` is one for all, a nested dict of
-        them, or None for the first device. The optimizer is neither known nor read.
+        Shapes and dtypes come from the checkpoint. `shardings` is one sharding for all, a nested
+        dict of them, or None for the first device. Does not read the optimizer state.
         """
         step = self._existing(step)
         stored = {p: x for p, x in self._stored(step).items() if p.startswith("params/")}
@@ -156,22 +168,22 @@ class Store:
             for path in [*flat, *stored]:
                 if path not in stored or path not in flat:
                     where = "this model" if path in stored else f"checkpoint {step}"
-                    raise self._misfit(step, f"{path} is missing in {where}.")
+                    raise self._mismatch(step, f"{path} is missing in {where}.")
         else:
             flat = dict.fromkeys(stored, shardings)
-        wanted = {
+        abstract = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=flat[path])
             for path, x in stored.items()
         }
-        return trees.unflatten(self._load(step, wanted))["params"]
+        return trees.unflatten(self._load(step, abstract))["params"]
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
-        """What was handed to `save` beside the state."""
+        """The metadata passed to `save`."""
         step = self._existing(step)
-        return self._beside(step).get("metadata", {})
+        return self._custom_metadata(step).get("metadata", {})
 
-    def _beside(self, step: int) -> dict[str, Any]:
-        with self._reading(step):
+    def _custom_metadata(self, step: int) -> dict[str, Any]:
+        with self._read_errors(step):
             return ocp.metadata(self._root / str(step)).custom_metadata or {}
 
     def _writing(self) -> Save:
@@ -191,52 +203,54 @@ class Store:
         return steps[-1] if step is None else step
 
     def _stored(self, step: int) -> dict[str, Any]:
-        """Path -> what has the shape and dtype of the array in the checkpoint."""
-        with self._reading(step):
+        """Path -> shape and dtype of the array in the checkpoint."""
+        with self._read_errors(step):
             tree = ocp.metadata(self._root / str(step)).metadata
             if tree is None:
-                raise ValueError("its arrays are damaged or missing")
+                raise ValueError("the arrays are damaged or missing")
             stored = trees.flatten(tree)
         if not any(path.startswith("params/") for path in stored):
-            raise self._misfit(step, "it holds no parameters of a run.")
+            raise self._mismatch(step, "it holds no parameters of a run.")
         return stored
 
-    def _check_fits(self, step: int, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        for path in [*wanted, *stored]:
-            there, here = (
-                _describe(tree[path]) if path in tree else None for tree in (stored, wanted)
+    def _check_fits(
+        self, step: int, stored: Mapping[str, Any], expected: Mapping[str, Any]
+    ) -> None:
+        for path in [*expected, *stored]:
+            old, new = (
+                _describe(tree[path]) if path in tree else None for tree in (stored, expected)
             )
-            if there is None:
-                raise self._misfit(step, f"it has no {path}, which is {here} here.")
-            if here is None:
-                raise self._misfit(step, f"its {path} of {there} has no place here.")
-            if there != here:
-                raise self._misfit(step, f"{path} is {there} there and {here} here.")
+            if old is None:
+                raise self._mismatch(step, f"it has no {path}; the experiment has {path}: {new}.")
+            if new is None:
+                raise self._mismatch(step, f"it has {path}: {old}; the experiment has no {path}.")
+            if old != new:
+                raise self._mismatch(step, f"{path} is {old} there and {new} in the experiment.")
 
-    def _load(self, step: int, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def _load(self, step: int, abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
         first = SingleDeviceSharding(jax.local_devices()[0])
-        abstract = {
+        placed = {
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first)
-            for path, x in wanted.items()
+            for path, x in abstract.items()
         }
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        written = self._beside(step).get("checksums", {})
-        with self._reading(step), context:
-            loaded = trees.flatten(ocp.load(self._root / str(step), trees.unflatten(abstract)))
-            for path, found in _checksums(loaded).items():
-                if written.get(path, found) != found:
-                    raise ValueError(f"the checksum of {path} is another")
+        checksums = self._custom_metadata(step).get("checksums", {})
+        with self._read_errors(step), context:
+            loaded = trees.flatten(ocp.load(self._root / str(step), trees.unflatten(placed)))
+            for path, checksum in _checksums(loaded).items():
+                if checksums.get(path, checksum) != checksum:
+                    raise ValueError(f"the checksum of {path} does not match")
         return loaded
 
-    def _misfit(self, step: int, why: str) -> UserError:
+    def _mismatch(self, step: int, why: str) -> UserError:
         return UserError(
-            f"The checkpoint {self.folder / str(step)} is of another declaration: {why}"
+            f"Checkpoint {self.folder / str(step)} does not match the experiment: {why}"
         )
 
     @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        """Whatever fails inside is told as a damaged checkpoint, with the step to fall back to."""
+    def _read_errors(self, step: int) -> Iterator[None]:
+        """Re-raises any error as a damaged checkpoint and names the previous usable step."""
         try:
             yield
         except (UserError, MemoryError):
@@ -245,60 +259,62 @@ class Store:
             path = self.folder / str(step)
             older = [s for s in self.steps() if s < step]
             raise UserError(
-                f"The checkpoint {path} cannot be read ({_first_line(error)}). "
+                f"Checkpoint {path} cannot be read ({_first_line(error)}). "
                 + (
-                    f"Step {older[-1]} is the one before it: delete {path} to go on from there."
+                    f"Delete {path} to resume from step {older[-1]}, the previous checkpoint."
                     if older
-                    else "There is no older one."
+                    else "There is no earlier checkpoint."
                 )
             ) from error
 
     @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Whatever fails inside is told in a sentence; what is complete stays."""
+    def _save_errors(self) -> Iterator[None]:
+        """Re-raises any error as a failed save, in one sentence; complete checkpoints stay."""
         try:
             yield
         except Exception as error:
-            self._remove_torn()  # a full disk needs its room back
+            self._remove_incomplete()  # frees space on a full disk
             latest = self.latest()
             full = _is_full(error)
-            why = "the disk is full. Make room" if full else f"{_first_line(error)}. Mend it"
-            then = "begins anew" if latest is None else f"continues from step {latest}"
+            why = "the disk is full. Free space" if full else f"{_first_line(error)}. Fix it"
+            then = "starts over" if latest is None else f"resumes from step {latest}"
             raise UserError(
-                f"The checkpoint of step {self._begun} could not be saved in {self.folder}: "
+                f"The checkpoint of step {self._saving} could not be saved in {self.folder}: "
                 f"{why} and run the same command again; it {then}."
             ) from error
 
-    def _remove_torn(self) -> None:
-        # Orbax could do it, but in the background, where it races with the first save.
+    def _remove_incomplete(self) -> None:
+        # Orbax can do this too, but in the background, where it races with the first save.
         if not distributed.is_main() or not self._root.is_dir():
             return
         complete = {str(step) for step in self.steps()}
         for path in self._root.iterdir():
-            # A bucket has no rename: there a torn save bears the bare number, without a seal.
-            unsealed = self._remote and path.name.isdigit() and path.name not in complete
-            if ".orbax-checkpoint-tmp" in path.name or unsealed:
+            # A bucket has no rename: an incomplete save has its final name but no commit marker.
+            uncommitted = self._remote and path.name.isdigit() and path.name not in complete
+            if ".orbax-checkpoint-tmp" in path.name or uncommitted:
                 path.rmtree(missing_ok=True)
 
 
-def _not_raised(record: logging.LogRecord) -> bool:
+def _not_from_orbax(record: logging.LogRecord) -> bool:
     frames = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
     files = [record.pathname, *(frame.f_code.co_filename for frame, _ in frames)]
     message = record.getMessage()
     return not any("orbax" in file for file in files) and "tensorstore_spec" not in message
 
 
-# What Orbax logs as errors, pages of traceback from each of its threads and tasks, is raised as
-# well and then told in a sentence by UserError.
+# Orbax raises each error and also logs it, with a traceback from each of its threads and tasks. The
+# raised one becomes a UserError, so drop the log records.
 for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_not_raised)
+    logging.getLogger(_name).addFilter(_not_from_orbax)
 
 
 @functools.cache
-def _quiet_leftovers() -> None:
-    """When a read or a write fails, the tasks at work beside it find their event loop closed, or
-    are never begun. Python prints that from their threads and at exit, pages of it, below the
-    sentence that tells of the failure itself."""
+def _silence_aborted_tasks() -> None:
+    """Suppresses the tracebacks of Orbax tasks aborted by another task's failure.
+
+    When a read or write fails, concurrent tasks find their event loop closed or never start. Python
+    prints a traceback for each, from their threads and at exit, below the actual error.
+    """
     raised, unraisable = sys.excepthook, sys.unraisablehook
 
     def on_raised(kind: Any, error: Any, trace: Any) -> None:
@@ -314,7 +330,7 @@ def _quiet_leftovers() -> None:
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
 
-_NAMES = ocp.path.step.standard_name_format()
+_NAMES = ocp.path.step.standard_name_format()  # a step's folder is its number
 
 
 def _open_writer(root: epath.Path, save: Save) -> ocp.training.Checkpointer:
@@ -334,7 +350,7 @@ def _open_writer(root: epath.Path, save: Save) -> ocp.training.Checkpointer:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    """Path -> leaf of any tree: fields, dict keys and indices joined by '/'."""
+    """Path -> leaf of any tree; a path is fields, dict keys and indices joined by '/'."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(map(_key, path)): leaf for path, leaf in leaves}
 
@@ -345,24 +361,27 @@ def _key(entry: Any) -> str:
 
 
 def _checksums(flat: Mapping[str, Any]) -> dict[str, int]:
-    """Of each array, the same on any mesh; any one changed element changes it. Files do not notice
-    a flipped bit: random numbers are stored as they are. One array after another, since on a CPU
-    the sum needs memory of the array's size."""
+    """A checksum of each array, equal on any mesh, that changes with any one element.
+
+    The file format detects no flipped bits in incompressible data. Computes one array at a time,
+    since on a CPU the sum needs memory of the array's size.
+    """
     return {path: int(_sum_of_bits(jnp.asarray(x))) for path, x in flat.items()}
 
 
 @jax.jit
 def _sum_of_bits(x: jax.Array) -> jax.Array:
-    """Elements as whole numbers times odd weights by their place, modulo 2**32: exact, so in any
-    order."""
-    x = jax.device_put(x, jax.memory.Space.Device)  # it may lie in the host's memory
+    """Sums elements as integers, times odd weights by position, modulo 2**32: exact, so independent
+    of the order."""
+    x = jax.device_put(x, jax.memory.Space.Device)  # it may be offloaded to host memory
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    position, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
         index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        place, stride = place + index * jnp.uint32(stride % 2**32), stride * x.shape[axis]
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+        position = position + index * jnp.uint32(stride % 2**32)
+        stride = stride * x.shape[axis]
+    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
 
 
 def _describe(x: Any) -> str:

@@ -1,4 +1,4 @@
-"""What was saved comes back bit for bit, on any mesh; what is damaged or foreign is refused."""
+"""Checkpoints restore bit for bit, on any mesh; damaged and mismatched ones are refused."""
 
 import asyncio
 import gc
@@ -59,7 +59,7 @@ def save_steps(folder: Path, *steps: int, save: Save | None = None) -> None:
             store.save(step, make_state(step), {"name": "run"})
 
 
-def test_a_state_comes_back_with_its_bits_dtypes_and_named_tuples(tmp_path: Path) -> None:
+def test_a_state_restores_with_its_bits_dtypes_and_named_tuples(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
     store = Store(tmp_path)
     assert store.steps() == [1, 2]
@@ -68,7 +68,22 @@ def test_a_state_comes_back_with_its_bits_dtypes_and_named_tuples(tmp_path: Path
     assert_same(store.restore(abstract(make_state(0)), step=1), make_state(1))
 
 
-def test_params_come_back_alone_as_a_nested_dict(tmp_path: Path) -> None:
+def test_any_optax_state_restores(tmp_path: Path) -> None:
+    """Nested states, in which some parameters are missing."""
+    params = make_state(1).params
+    labels = {"embed": "adam", "blocks": "trace"}
+    transformation = optax.multi_transform(
+        {"adam": optax.scale_by_adam(), "trace": optax.trace(0.9)}, labels
+    )
+    state = State(jnp.int32(1), params, transformation.init(params), None)
+    _, opt_state = transformation.update(params, state.opt_state)
+    state = state._replace(opt_state=opt_state)
+    with Store(tmp_path, Save(every=1)) as store:
+        store.save(1, state)
+    assert_same(Store(tmp_path).restore(abstract(state)), state)
+
+
+def test_params_restore_alone_as_a_nested_dict(tmp_path: Path) -> None:
     save_steps(tmp_path, 3)
     assert_same(Store(tmp_path).restore_params(), make_state(3).params)
 
@@ -84,11 +99,11 @@ def test_a_state_may_be_donated_while_it_is_saved(tmp_path: Path) -> None:
     for step in range(6):
         restored = Store(tmp_path).restore_params(step)
         np.testing.assert_array_equal(restored["w"], np.full((512, 512), 3.0 * step))
-        # And what is restored may be donated in turn.
+        # Restored arrays may be donated too.
         np.testing.assert_array_equal(bump(restored)["w"], np.full((512, 512), 3.0 * step + 1))
 
 
-def test_the_last_ones_and_every_nth_are_kept(tmp_path: Path) -> None:
+def test_the_newest_and_every_nth_are_kept(tmp_path: Path) -> None:
     save_steps(tmp_path, *range(1, 12), save=Save(every=1, keep_last=2, keep_every=4))
     assert Store(tmp_path).steps() == [4, 8, 10, 11]
 
@@ -111,12 +126,12 @@ def test_due_by_steps_and_by_minutes(tmp_path: Path) -> None:
         ({"every": 10, "keep_every": 15}, "multiple of save.every=10"),
     ],
 )
-def test_a_bad_declaration_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_a_bad_field_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Save(**fields)
 
 
-def test_nothing_to_restore_is_told(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint in"):
         Store(tmp_path / "none").restore_params()
     assert Store(tmp_path / "none").latest() is None
@@ -130,22 +145,26 @@ def test_another_model_is_refused_naming_the_first_difference(tmp_path: Path) ->
     save_steps(tmp_path, 1)
     store = Store(tmp_path)
     with pytest.raises(
-        UserError, match=r"params/.*\[2, 8, 24\] there and bfloat16\[2, 4, 24\] here"
+        UserError, match=r"params/.*\[2, 8, 24\] there and bfloat16\[2, 4, 24\] in the exp"
     ):
         store.restore(abstract(make_state(0, width=4)))
     state = abstract(make_state(0))
     more = state._replace(params={**state.params, "norm": jax.ShapeDtypeStruct((8,), "float32")})
-    with pytest.raises(UserError, match="no params/norm, which is float32"):
+    with pytest.raises(
+        UserError, match="it has no params/norm; the experiment has params/norm: float32"
+    ):
         store.restore(more)
     fewer = state._replace(params={"embed": state.params["embed"]})
-    with pytest.raises(UserError, match=r"params/blocks/0/up of bfloat16.* no place here"):
+    with pytest.raises(
+        UserError, match=r"it has params/blocks/0/up: bfloat16.*; the experiment has no params/b"
+    ):
         store.restore(fewer)
     with pytest.raises(UserError, match="params/norm is missing in checkpoint 1"):
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         store.restore_params(shardings=jax.tree.map(lambda _: first, more.params))
 
 
-def test_a_folder_that_is_no_checkpoint_of_a_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_of_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "model.bin").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="7"):
@@ -168,12 +187,13 @@ def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("left", ["nothing", "half", "all but a byte", "no file"])
-def test_a_damaged_checkpoint_is_refused_or_right(
+def test_a_damaged_checkpoint_is_refused_or_restores_correctly(
     two_saved: Path, tmp_path: Path, left: str
 ) -> None:
-    """Each file in turn: some carry nothing that is needed, but no damage loads wrong numbers."""
+    """Damages each file in turn. Some hold nothing that is needed, but no damage may load wrong
+    numbers."""
     refused = 0
-    wanted = abstract(make_state(0))
+    shapes = abstract(make_state(0))
     for path in _files(two_saved / "2"):
         shutil.rmtree(tmp_path)
         shutil.copytree(two_saved, tmp_path)
@@ -185,7 +205,7 @@ def test_a_damaged_checkpoint_is_refused_or_right(
             os.truncate(
                 damaged, {"nothing": 0, "half": size // 2, "all but a byte": size - 1}[left]
             )
-        for read in (lambda s: s.restore(wanted, 2), lambda s: s.restore_params(2)):
+        for read in (lambda s: s.restore(shapes, 2), lambda s: s.restore_params(2)):
             try:
                 restored = read(Store(tmp_path))
             except UserError as refusal:
@@ -193,28 +213,28 @@ def test_a_damaged_checkpoint_is_refused_or_right(
                 assert str(damaged.parent.relative_to(tmp_path)).startswith("2")
                 assert "2" in str(refusal)
                 if "cannot be read" in str(refusal):
-                    assert "Step 1 is the one before it" in str(refusal)
+                    assert "to resume from step 1, the previous checkpoint" in str(refusal)
             else:
                 expected = make_state(2)
                 assert_same(restored, expected if isinstance(restored, State) else expected.params)
-        # The older one is what it was.
+        # The earlier checkpoint is unaffected.
         assert_same(Store(tmp_path).restore_params(1), make_state(1).params)
-    assert refused >= 6  # at least the tree's description, the index and the data, read both ways
+    assert refused >= 6  # at least the tree metadata, the index and the data, read both ways
 
 
-def test_a_torn_save_is_not_listed_and_is_removed_on_opening(tmp_path: Path) -> None:
+def test_an_incomplete_save_is_not_listed_and_is_removed_by_a_writer(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
-    torn = tmp_path / "2.orbax-checkpoint-tmp"
-    shutil.copytree(tmp_path / "1", torn)
-    assert Store(tmp_path).steps() == [1]  # a reader lists it not, and leaves it
-    assert torn.exists()
+    incomplete = tmp_path / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "1", incomplete)
+    assert Store(tmp_path).steps() == [1]  # a reader neither lists nor removes it
+    assert incomplete.exists()
     with Store(tmp_path, Save(every=1)) as store:
-        assert not torn.exists()
+        assert not incomplete.exists()
         store.save(2, make_state(2))
     assert Store(tmp_path).steps() == [1, 2]
 
 
-def test_a_failed_save_is_told_and_loses_nothing(
+def test_a_failed_save_is_reported_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_steps(tmp_path, 1, save=Save(every=1, keep_last=1))
@@ -224,9 +244,7 @@ def test_a_failed_save_is_told_and_loses_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(store._writer), "save_async", full)
-    with pytest.raises(
-        UserError, match=r"step 2 could not .* disk is full.* continues from step 1"
-    ):
+    with pytest.raises(UserError, match=r"step 2 could not .* disk is full.* resumes from step 1"):
         store.save(2, make_state(2))
     monkeypatch.undo()
     store.close()
@@ -235,7 +253,7 @@ def test_a_failed_save_is_told_and_loses_nothing(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
-    """A file system of 2 MB, where the tests may mount one."""
+    """A file system of 2 MB; skips where mounting one is not allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
@@ -245,13 +263,13 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_and_loses_nothing(small_disk: Path) -> None:
+def test_a_full_disk_is_reported_and_loses_nothing(small_disk: Path) -> None:
     # Random numbers, since a constant would be compressed.
     states = [{"params": {"w": jax.random.normal(jax.random.key(i), (300_000,))}} for i in (0, 1)]
     store = Store(small_disk, Save(every=1, keep_last=1))
     store.save(1, states[0])
     store.wait()
-    with pytest.raises(UserError, match=r"step 2 could.* disk is full.* continues from step 1"):
+    with pytest.raises(UserError, match=r"step 2 could.* disk is full.* resumes from step 1"):
         store.save(2, states[1])
         store.wait()
     assert Store(small_disk).steps() == [1]
@@ -325,8 +343,8 @@ def test_eight_devices_to_one_and_to_other_meshes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_save_together(tmp_path: Path) -> None:
-    """Each of the two holds four of the eight devices; the result is one checkpoint."""
-    start = "from lm import distributed; distributed.initialize()\n"
+    """Each process has four of the eight devices; the result is one checkpoint."""
+    start = "from lm.parallel import distributed; distributed.initialize()\n"
     port = 20_000 + os.getpid() % 10_000
     together = [
         _python(
@@ -352,27 +370,27 @@ def test_one_flipped_bit_changes_the_checksum(dtype: str) -> None:
     content = np.asarray(x).copy()
     flat = content.view(np.uint8).reshape(-1)
     (before,) = _checksums({"x": x}).values()
-    for place in range(flat.size):
+    for position in range(flat.size):
         for bit in range(8):
-            flat[place] ^= 1 << bit
+            flat[position] ^= 1 << bit
             assert _checksums({"x": content}) != {"x": before}
-            flat[place] ^= 1 << bit
+            flat[position] ^= 1 << bit
     assert _checksums({"x": content}) == {"x": before}
 
 
-@pytest.mark.parametrize(("file", "told"), [("orbax/checkpoint/writes.py", 0), ("mine.py", 1)])
-def test_a_forgotten_task_of_orbax_prints_no_traceback(
-    caplog: pytest.LogCaptureFixture, file: str, told: int
+@pytest.mark.parametrize(("file", "records"), [("orbax/checkpoint/writes.py", 0), ("mine.py", 1)])
+def test_an_abandoned_task_of_orbax_prints_no_traceback(
+    caplog: pytest.LogCaptureFixture, file: str, records: int
 ) -> None:
-    """On a full disk several writes fail, and the first is what `wait` raises; asyncio logs the
-    others when their tasks are collected."""
+    """On a full disk several writes fail. `wait` raises the first error; asyncio logs the others as
+    it collects their tasks."""
     code: dict[str, Any] = {}
     exec(compile("async def write(): raise ValueError('RESOURCE_EXHAUSTED')", file, "exec"), code)
 
-    async def forget() -> None:
+    async def abandon() -> None:
         asyncio.get_running_loop().create_task(code["write"]())
         await asyncio.sleep(0)
 
-    asyncio.run(forget())
+    asyncio.run(abandon())
     gc.collect()
-    assert len(caplog.records) == told
+    assert len(caplog.records) == records
