@@ -1,45 +1,44 @@
-"""Documents in, Batch out. Imports run down this list:
+"""Text in, batches of token ids out: sources, tokenizers, token shards, packing, loading.
 
-batch        the contract with the model
-files        finding, opening and decoding files, local or at a URL
-sources      declarations that yield documents; records: TFDS files at a URL
-tokenizer    SentencePiece: train, encode, decode; tokenizer_json: those of tokenizer.json;
-             tokenizer_files: which of the two a folder holds
-division     which text is held out
-shards       tokens on disk; folder, stream: writing and reading them
-mixture      weights of sources
-packing      documents into sequences
-loader       batch(step); evaluation: the held-out documents in order
-prepare      all of it: a declaration and a folder in, Prepared out
+batch            Batch, the arrays that every later stage reads
+progress         interface of progress bars
+identity         names and digests of the classes in a recipe
+files            finding, opening and decoding files, local or at a URL
+sources          base class Source; Documents, StandardLibrary, Shards
+file_sources     Text, Jsonl, Csv, Parquet
+tfds             Tfds: datasets prepared by TensorFlow Datasets; records: their record files
+folder           atomic reads and writes in a folder, local or at a URL
+tokenizer        SentencePiece: training, encoding, decoding
+tokenizer_json   tokenizer.json files of Hugging Face
+tokenizer_files  TokenizerFile: loading an existing tokenizer of either kind
+split            which text is trained on and which is held out
+stream           random access to the tokens of one source and split
+shards           token shards on disk: format, writing, reading
+mixture          weights of sources
+packing          documents packed into sequences
+loader           batch(step): training batches
+evaluation       the held-out documents as batches
+prepare          the whole pipeline: a declaration and a folder in, Prepared out
+
+README.md describes formats, mixtures, tokenizers, resuming and how to write a source. Imports run
+down this list.
 """
 
 from lm.data.batch import Batch
 from lm.data.evaluation import Evaluation, evaluation
+from lm.data.file_sources import Csv, FileSource, Jsonl, Parquet, Text
 from lm.data.loader import BatchShape, Loader, prefetch
 from lm.data.mixture import Mixture
-from lm.data.packing import BestFit, Concatenate
+from lm.data.packing import BestFit, Concatenate, Packing
 from lm.data.prepare import Counts, Prepared, prepare, recipe
 from lm.data.progress import Progress
-from lm.data.sources import (
-    AnySource,
-    Csv,
-    Documents,
-    Jsonl,
-    Parquet,
-    Shards,
-    StandardLibrary,
-    Text,
-    Tfds,
-)
-from lm.data.tokenizer import CHAT_SYMBOLS, SentencePiece, Tokenizer
+from lm.data.sources import Documents, Shards, Source, StandardLibrary
+from lm.data.tfds import Tfds
+from lm.data.tokenizer import CHAT_SYMBOLS, SentencePiece, Tokenizer, TokenizerConfig
 from lm.data.tokenizer_files import TokenizerFile, has_tokenizer, load_tokenizer
-
-AnyTokenizer = SentencePiece | TokenizerFile
 
 __all__ = [
     "CHAT_SYMBOLS",
-    "AnySource",
-    "AnyTokenizer",
     "Batch",
     "BatchShape",
     "BestFit",
@@ -48,18 +47,22 @@ __all__ = [
     "Csv",
     "Documents",
     "Evaluation",
+    "FileSource",
     "Jsonl",
     "Loader",
     "Mixture",
+    "Packing",
     "Parquet",
     "Prepared",
     "Progress",
     "SentencePiece",
     "Shards",
+    "Source",
     "StandardLibrary",
     "Text",
     "Tfds",
     "Tokenizer",
+    "TokenizerConfig",
     "TokenizerFile",
     "evaluation",
     "has_tokenizer",

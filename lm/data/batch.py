@@ -1,4 +1,4 @@
-"""The contract between data and everything after it."""
+"""Batch: the interface between the data pipeline and training, evaluation and objectives."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,14 @@ Array = jax.Array | np.ndarray
 
 
 class Batch(NamedTuple):
-    """B sequences of T tokens; all arrays are [B, T].
+    """B sequences of T tokens for next-token prediction; every array is [B, T].
 
-    tokens     int32, what the model reads
-    targets    int32, what follows each token in its document
-    weights    float32, how much each target counts in the loss: 0 on padding
-    segments   int32, the document within the sequence, from 1, which attention never leaves; 0 is
-               padding
-    positions  int32, the place within the document, from 0 at each segment's start
+    tokens     int32, model inputs
+    targets    int32, the token after each input token
+    weights    float32, loss weight of each target; 0 on padding
+    segments   int32, document number within the sequence, from 1; 0 on padding. Attention stays
+               within a segment
+    positions  int32, position within the segment, from 0
     """
 
     tokens: Array

@@ -1,5 +1,5 @@
-"""A fixed set of documents in batches of one shape, every token predicted once, each prediction
-with its document."""
+"""A fixed set of documents as batches for evaluation: every token is predicted once, and each
+prediction has the index of its document."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,23 +7,24 @@ import numpy as np
 
 from lm.data import packing
 from lm.data.batch import Batch
-from lm.data.division import in_batches
 from lm.data.packing import BestFit
-from lm.data.sources import AnySource
+from lm.data.sources import Source
+from lm.data.split import in_batches
 from lm.data.stream import Stream
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 
 
 class Evaluation:
-    """Iterates over (Batch, documents_bt): int32 the document of each prediction, -1 on padding.
+    """Iterates over (Batch, documents_bt), with documents_bt int32 [B, T]: the document index of
+    each prediction, -1 on padding.
 
     name      of the source
-    bytes_d   int64, UTF-8 bytes of each document's text
-    tokens_d  int64, predictions in each document: its tokens and its end
+    bytes_d   int64 [D], UTF-8 bytes of each document's text
+    tokens_d  int64 [D], predictions in each document: its tokens and its end token
 
-    Batches are [sequences, length], the last one filled up with padding. They come in a fixed,
-    mixed order, so that the first few are a fair sample of all.
+    Batches are [sequences, length]; the last one is padded. Sequences come in a fixed shuffled
+    order, so that the first batches are a fair sample of all.
     """
 
     def __init__(self, name: str, stream: Stream, length: int, sequences: int):
@@ -45,7 +46,7 @@ class Evaluation:
     def batch(
         self, index: int, rows: slice | Sequence[int] = slice(None)
     ) -> tuple[Batch, np.ndarray]:
-        """The batch of this index, or only these rows of it, with its documents_bt."""
+        """The batch of this index and its documents_bt, or only the given rows of both."""
         places = np.arange(index * self._rows, (index + 1) * self._rows)[rows]
         batch = packing.empty(len(places), self._length)
         documents_bt = np.full(batch.tokens.shape, -1, np.int32)
@@ -57,17 +58,19 @@ class Evaluation:
         return batch, documents_bt
 
     def _fill_documents(self, documents_t: np.ndarray, sequence: int) -> None:
-        pieces = slice(*self._plan.offsets[sequence : sequence + 2].tolist())
-        documents = self._stream.document_at(self._plan.starts[pieces])
-        filled = np.repeat(documents, self._plan.lengths[pieces])
-        documents_t[: len(filled)] = filled
+        chunks = slice(*self._plan.offsets[sequence : sequence + 2].tolist())
+        documents = self._stream.document_at(self._plan.starts[chunks])
+        repeated = np.repeat(documents, self._plan.lengths[chunks])
+        documents_t[: len(repeated)] = repeated
 
 
 def evaluation(
-    source: AnySource, tokenizer: Tokenizer, length: int, sequences: int, name: str | None = None
+    source: Source, tokenizer: Tokenizer, length: int, sequences: int, name: str | None = None
 ) -> Evaluation:
-    """All documents of a source, tokenised here and now and held in memory; none is held out.
-    Raises UserError if there is none."""
+    """All documents of a source, tokenized now and held in memory; its `held_out` is ignored.
+
+    Raises UserError for a source without text.
+    """
     ids, lengths = [], []
     for texts in in_batches(source.documents()):
         for text, tokens in zip(texts, tokenizer.encode_batch(texts)):

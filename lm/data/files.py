@@ -1,8 +1,7 @@
-"""Files of text: found by path, glob or URL, opened through fsspec, decompressed by extension,
-decoded strictly.
+"""Text files: found by path, glob or URL, opened through fsspec, decompressed by extension, decoded
+strictly.
 
-Whatever is wrong with one is a UserError sentence that names the file, and the line or byte where
-there is one.
+Every error is a UserError that names the file, and the line or byte offset where there is one.
 """
 
 import codecs
@@ -11,7 +10,8 @@ import hashlib
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -19,82 +19,117 @@ import fsspec
 
 from lm.errors import UserError, nearest
 
-BLOCK = 1 << 20  # bytes read at a time
-_COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".lzma"}
+BLOCK = 1 << 20  # bytes per read
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as it was found. `stamp` changes when it is written again: its time, or the bucket's
-    tag."""
+    """A file that `find` returned.
+
+    size   bytes on disk; None where the filesystem does not report it
+    stamp  changes when the file is rewritten: modification time, or the bucket's tag
+    """
 
     path: str
     size: int | None
     stamp: str
 
-    @property
-    def text_size(self) -> int | None:
-        """Bytes of text in it, where that is known before reading: not when compressed."""
-        return None if os.path.splitext(self.path)[1] in _COMPRESSED else self.size
-
 
 def find(path: str | tuple[str, ...]) -> list[File]:
-    """The files behind a path, a glob, a URL, or several of them; each once, those of a glob
-    sorted.
+    """The files of a path, a glob, a URL or several of them, without duplicates. Matches of a glob
+    are sorted.
 
-    Raises UserError for a path or glob that finds nothing.
+    Raises UserError for a path or glob without a file.
     """
-    paths = (path,) if isinstance(path, str) else tuple(path)
-    if not paths:
-        raise UserError("path=() names no file; give a path, as in path='books/*.txt'.")
-    found = {file.path: file for one in paths for file in _find(one)}
-    return list(found.values())
+    paths = (path,) if isinstance(path, str) else path
+    return list({file.path: file for each in paths for file in _find(each)}.values())
 
 
 def fingerprint(files: list[File]) -> str:
-    """A digest of names, sizes and times: another one means that something has changed."""
+    """A digest of names, sizes and stamps: changes when one of the files changes."""
     lines = [f"{os.path.basename(file.path)}\t{file.size}\t{file.stamp}" for file in files]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+# Called with bytes read from disk. A context variable, since a file is opened inside the generator
+# of a source, which need not know about progress bars.
+_on_read: ContextVar[Callable[[int], None] | None] = ContextVar("on_read", default=None)
+
+
+@contextlib.contextmanager
+def on_read(advance: Callable[[int], None] | None) -> Iterator[None]:
+    """Within this context, `advance(n)` is called when n more bytes of a file have been read from
+    disk, before decompression."""
+    token = _on_read.set(advance)
+    try:
+        yield
+    finally:
+        _on_read.reset(token)
+
+
 @contextlib.contextmanager
 def reading(path: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed. What goes wrong inside, also later while reading, is
-    refused by name."""
+    """Opens a file for reading its decompressed bytes. An OSError or decompression error inside the
+    context becomes a UserError that names the file."""
     _check_zstandard(path)
     try:
-        with fsspec.open(path, "rb", compression="infer") as file:
-            yield file
+        opened = fsspec.open(path, "rb", compression="infer")
+        with opened as file:
+            advance = _on_read.get()
+            yield file if advance is None else _Reported(file, opened.fobjects[0], advance)
     except FileNotFoundError:
         raise UserError(_missing(path)) from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; name its files, as in '{path}/*.txt'.") from None
+        raise UserError(_is_folder(path)) from None
     except PermissionError:
-        raise UserError(f"{path} may not be read: its permissions forbid it.") from None
+        raise UserError(f"{path} cannot be read: permission denied.") from None
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise UserError(
             f"{path} is cut short or damaged ({error}); fetch or write it again."
         ) from error
 
 
+class _Reported:
+    """An open file that reports the progress of `raw`, the compressed file below it."""
+
+    def __init__(self, file: BinaryIO, raw: BinaryIO, advance: Callable[[int], None]):
+        self._file, self._raw, self._advance = file, raw, advance
+        self._position = 0
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size)
+        position = self._raw.tell()
+        if position > self._position:  # a zip file is read from its end first
+            self._advance(position - self._position)
+            self._position = position
+        return block
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._file)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 def decoded(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
-    """The text of a file in blocks. Raises UserError with the offset of the first byte that is not of
-    this encoding."""
+    """The text of a file in blocks, without a byte-order mark. Raises UserError with the offset of
+    the first byte that is invalid in this encoding."""
     decoder = codecs.getincrementaldecoder(encoding)("strict")
-    before = 0  # bytes handed to the decoder so far
+    bytes_decoded = 0
     block = file.read(BLOCK)
     while True:
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            offset = before - (len(error.object) - len(block)) + error.start
+            # The decoder's input is what it buffered from earlier blocks, then this block.
+            offset = bytes_decoded - (len(error.object) - len(block)) + error.start
             raise UserError(
                 f"{path}: byte {offset} ({error.object[error.start]:#04x}) is not {encoding}. "
-                "Convert the file, or name its encoding, as in encoding='latin-1'."
+                "Convert the file, or set its encoding, as in encoding='latin-1'."
             ) from None
-        if before == 0:
-            text = text.removeprefix("\ufeff")  # a byte-order mark is not text
-        before += len(block)
+        if bytes_decoded == 0:
+            text = text.removeprefix("\ufeff")
+        bytes_decoded += len(block)
         if text:
             yield text
         if not block:
@@ -103,14 +138,14 @@ def decoded(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
 
 
 def lines(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
-    """The lines of a file with their line ends; only '\\n' ends one."""
-    held = ""
+    """The lines of a file, line ends included. Only '\\n' ends a line."""
+    partial = ""
     for block in decoded(file, path, encoding):
-        *whole, held = (held + block).split("\n")
-        for line in whole:
+        *complete, partial = (partial + block).split("\n")
+        for line in complete:
             yield line + "\n"
-    if held:
-        yield held
+    if partial:
+        yield partial
 
 
 def _find(path: str) -> list[File]:
@@ -120,8 +155,8 @@ def _find(path: str) -> list[File]:
         raise UserError(f"{path} cannot be opened: {error}") from None
     is_local = "://" not in path
     if any(sign in inner for sign in "*?[") and not fs.exists(inner):
-        found = sorted(fs.glob(inner, detail=True).items())
-        infos = [(name, info) for name, info in found if info["type"] == "file"]
+        matches = sorted(fs.glob(inner, detail=True).items())
+        infos = [(name, info) for name, info in matches if info["type"] == "file"]
         if not infos:
             raise UserError(f"path={path!r} matches no file.")
     else:
@@ -130,9 +165,9 @@ def _find(path: str) -> list[File]:
         except FileNotFoundError:
             raise UserError(_missing(path)) from None
         except OSError as error:
-            raise UserError(f"{path} may not be read: {error}") from None
+            raise UserError(f"{path} cannot be read: {error}") from None
         if infos[0][1]["type"] == "directory":
-            raise UserError(f"{path} is a folder; name its files, as in '{path}/*.txt'.")
+            raise UserError(_is_folder(path))
     return [
         File(name if is_local else fs.unstrip_protocol(name), info.get("size"), _stamp(info))
         for name, info in infos
@@ -140,17 +175,23 @@ def _find(path: str) -> list[File]:
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    known = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
-    return str(next((info[key] for key in known if info.get(key)), ""))
+    # The field's name depends on the filesystem.
+    names = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated")
+    return str(next((info[name] for name in names if info.get(name)), ""))
 
 
 def _missing(path: str) -> str:
     folder, name = os.path.split(os.path.expanduser(path))
     hint = ""
     if "://" not in path and os.path.isdir(folder or "."):
-        close = nearest(name, os.listdir(folder or "."))
+        files = [entry.name for entry in os.scandir(folder or ".") if entry.is_file()]
+        close = nearest(name, files)
         hint = close if "Did you mean" in close else ""
     return f"There is no file {path!r}.{hint}"
+
+
+def _is_folder(path: str) -> str:
+    return f"{path} is a folder; name its files, as in '{path}/*.txt'."
 
 
 def _check_zstandard(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Batches by step: batch(step) is a pure function of seed and step, on one host or on many."""
+"""Training batches: batch(step) is a pure function of seed and step, on any number of hosts."""
 
 import math
 from collections import deque
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from lm.data import mixture, packing
 from lm.data.batch import Batch
-from lm.data.packing import BestFit, Concatenate, Plan
+from lm.data.packing import BestFit, Packing, Plan
 from lm.data.stream import Stream
 from lm.errors import UserError, check_positive
 
@@ -19,12 +19,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """`sequences` of `length` tokens per step. A `ramp` begins with fewer: ((500, 8), (1000, 16))
-    means 8 until step 500, 16 until step 1000, `sequences` from there."""
+    """The global batch: `sequences` of `length` tokens per step.
+
+    packing  how documents fill sequences
+    ramp     batch size warmup: ((500, 8), (1000, 16)) takes 8 sequences before step 500, 16 before
+             step 1000, then `sequences`
+    """
 
     sequences: int
     length: int
-    packing: BestFit | Concatenate = BestFit()
+    packing: Packing = BestFit()
     ramp: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -41,31 +45,31 @@ class BatchShape:
             )
 
     def sequences_at(self, step: int) -> int:
-        """How many sequences this step takes."""
+        """Sequences in the batch of this step."""
         return next((size for until, size in self.ramp if step < until), self.sequences)
 
     def sequences_before(self, step: int) -> int:
-        """How many sequences the steps before this one take."""
+        """Sequences in all batches before this step."""
         total = 0
         for first, last, size in self._phases():
             total += max(0, min(step, last) - first) * size
         return int(total)
 
     def tokens_before(self, step: int) -> int:
-        """How many tokens the steps before this one take, padding included."""
+        """Tokens in all batches before this step, padding included."""
         return self.sequences_before(step) * self.length
 
     def steps_for(self, tokens: float) -> int:
-        """The least number of steps that takes this many tokens."""
-        wanted = math.ceil(tokens / self.length)  # sequences
+        """The least number of steps with at least this many tokens."""
+        sequences = math.ceil(tokens / self.length)
         for first, last, size in self._phases():
-            if wanted <= (last - first) * size:
+            if sequences <= (last - first) * size:
                 break
-            wanted -= (last - first) * size
-        return first + max(0, -(-wanted // size))
+            sequences -= (last - first) * size
+        return first + max(0, -(-sequences // size))
 
     def _phases(self) -> Iterator[tuple[int, float, int]]:
-        # (first step, the step after the last, sequences per step)
+        """(first step, step after the last, sequences per step) of each part of the ramp."""
         first = 0
         for until, size in self.ramp:
             yield first, until, size
@@ -74,7 +78,7 @@ class BatchShape:
 
 
 class Loader:
-    """Batches for training, drawn from packed streams by the weights of a mixture."""
+    """Training batches from packed streams, mixed by weights."""
 
     def __init__(
         self,
@@ -92,44 +96,44 @@ class Loader:
         self._order = mixture.order(sequences, weights, shape.sequences_before, seed)
 
     def batch(self, step: int, rows: slice | Sequence[int] = slice(None)) -> Batch:
-        """The batch of a step as numpy arrays, or only these rows of it: a host reads no more than
-        it needs."""
+        """The global batch of a step as numpy arrays, or only the given rows: a host reads only the
+        rows of its own devices."""
         sequences = range(self._shape.sequences_at(step))
-        wanted = sequences[rows] if isinstance(rows, slice) else [sequences[row] for row in rows]
+        chosen = sequences[rows] if isinstance(rows, slice) else [sequences[row] for row in rows]
         first = self._shape.sequences_before(step)
-        batch = packing.empty(len(wanted), self._shape.length)
-        for row, sequence in enumerate(wanted):
+        batch = packing.empty(len(chosen), self._shape.length)
+        for row, sequence in enumerate(chosen):
             name, number = self._order[first + sequence]
             packing.fill(batch, row, self._streams[name], self._plans[name], number)
         return batch
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text per predicted token, by the weights at step 0; divides nats per token
-        into bits per byte."""
+        """UTF-8 bytes per predicted token with the weights of step 0. Bits per byte is nats per
+        token divided by this and ln 2."""
         return self.bytes_per_token_at(0)
 
     def bytes_per_token_at(self, step: int) -> float:
-        """The same by the weights of this step."""
+        """UTF-8 bytes per predicted token with the weights of this step."""
         table = [table for start, table in self._weights if start <= step][-1]
         rate = {n: s.bytes_d.sum() / (s.tokens - s.documents) for n, s in self._streams.items()}
         return float(sum(table[n] * rate[n] for n in rate) / sum(table[n] for n in rate))
 
     @property
     def sequences(self) -> dict[str, int]:
-        """How many sequences an epoch of each source has."""
+        """Sequences per epoch of each source."""
         return {name: plan.sequences for name, plan in self._plans.items()}
 
 
 class prefetch(Iterator[T]):
-    """function(start), function(start + 1), ... up to `stop`, computed in a thread up to `depth`
-    steps ahead of the consumer, from now on.
+    """Iterates over function(start), function(start + 1), ... before `stop`, computed in a thread
+    up to `depth` steps ahead. The thread starts at once.
 
         with prefetch(loader.batch, 0, steps) as batches:
             for batch in batches: ...
 
-    An exception is raised where its value was due. Leaving the block waits for the step in work and
-    drops those after it.
+    An exception is raised in place of its value. Leaving the block waits for the current step and
+    cancels later ones.
     """
 
     def __init__(
@@ -151,7 +155,7 @@ class prefetch(Iterator[T]):
         return due.result()
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._steps = iter(())
         self._ahead.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,5 @@
-"""Several sources in one stream of sequences, by weights that may change at a step."""
+"""Mixtures of sources: one sequence order over several sources, with weights that may change at a
+step."""
 
 import hashlib
 import sys
@@ -10,31 +11,31 @@ from itertools import pairwise
 import grain
 import numpy as np
 
-from lm.data.sources import AnySource
+from lm.data.sources import Source
 from lm.errors import UserError, check_name
 
-# Weights as a declaration writes them: one table, or ((step, table), ...) from step 0 on.
+# Weights as declared: one table, or ((step, table), ...) from step 0 on.
 Weights = dict[str, float] | tuple[tuple[int, dict[str, float]], ...]
-# The same, always as phases that name each source.
+# Normalized weights: phases whose tables name every source.
 Phases = tuple[tuple[int, dict[str, float]], ...]
 
-_SMALL = 1 << 16  # elements: fewer are permuted in memory
+_SMALL = 1 << 16  # elements; below this a permutation is held in memory
 _UNITS = 1 << 32  # weights are rounded to this fraction of their sum
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Named sources, and the share of sequences that each gives: `weights={"web": 0.8, "code":
-    0.2}`, or from which step on which, `weights=((0, {...}), (1000, {...}))`. Without weights each
-    source counts by its tokens."""
+    """Named sources and the fraction of sequences from each: `weights={"web": 0.8, "code": 0.2}`,
+    or a schedule by step, `weights=((0, {...}), (1000, {...}))`. Default: sources are weighted by
+    their number of tokens."""
 
-    sources: dict[str, AnySource]
+    sources: dict[str, Source]
     weights: dict[str, float] | tuple[tuple[int, dict[str, float]], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise UserError(
-                "data.sources={} is empty; name a source, as in {'web': data.Text(...)}."
+                "data.sources={} is empty; add a source, as in {'web': data.Text(...)}."
             )
         for name in self.sources:
             if not name.replace("_", "").replace("-", "").isalnum():
@@ -44,14 +45,14 @@ class Mixture:
 
 
 def phases(weights: Weights, tokens: Mapping[str, int]) -> Phases:
-    """`weights` as phases that name each source; by `tokens` of each where none are given. Raises
-    UserError for bad ones."""
+    """Normalizes `weights`; without any, sources are weighted by `tokens`. Raises UserError for
+    unknown sources, negative or zero weights and steps out of order."""
     if not weights:
         weights = {name: float(count) for name, count in tokens.items()}
     steps = ((0, weights),) if isinstance(weights, Mapping) else tuple(weights)
     if steps[0][0] != 0 or any(b[0] <= a[0] for a, b in pairwise(steps)):
         raise UserError(
-            f"data.weights must begin at step 0 and rise, and not be {[s for s, _ in steps]}."
+            f"data.weights must begin at step 0 and rise; its steps are {[s for s, _ in steps]}."
         )
     for _, table in steps:
         for name, weight in table.items():
@@ -59,18 +60,17 @@ def phases(weights: Weights, tokens: Mapping[str, int]) -> Phases:
             if weight < 0:
                 raise UserError(f"data.weights.{name}={weight!r} must not be below zero.")
         if not sum(table.values()) > 0:
-            raise UserError(f"data.weights={table!r} must hold a weight above zero.")
+            raise UserError(f"data.weights={table!r} must have a weight above zero.")
     return tuple((step, {name: t.get(name, 0.0) for name in tokens}) for step, t in steps)
 
 
 def order(
     sequences: Mapping[str, int], weights: Phases, sequences_before: Callable[[int], int], seed: int
 ) -> grain.MapDataset:
-    """Which sequence comes when: an endless dataset of (source name, sequence number).
+    """The global order of sequences: an infinite dataset of (source name, sequence number).
 
-    Each source is gone through in a shuffled order of its own, another one in every epoch. Where
-    the weights change, at the global sequence `sequences_before(step)`, each source continues where
-    it was.
+    Each source is shuffled on its own, differently in every epoch. Where the weights change, at
+    global sequence `sequences_before(step)`, each source continues from its current position.
     """
     names = list(sequences)
     datasets = [
@@ -80,20 +80,20 @@ def order(
         for name in names
     ]
     starts = [sequences_before(step) for step, _ in weights]
-    turns = _Turns(starts, [[table[name] for name in names] for _, table in weights])
-    return grain.MapDataset.select_from_datasets(datasets, turns)
+    selection = _Selection(starts, [[table[name] for name in names] for _, table in weights])
+    return grain.MapDataset.select_from_datasets(datasets, selection)
 
 
 def _shuffled(count: int, seed: int) -> grain.MapDataset:
-    """0 .. count - 1 in another order in every epoch, without end."""
+    """0 .. count - 1 in a new order in every epoch, repeated forever."""
     if count >= _SMALL:
         return grain.MapDataset.range(count).shuffle(seed=seed).repeat()
     return grain.MapDataset.source(_Permutations(count, seed))
 
 
 class _Permutations:
-    """What Grain's shuffle does, for few elements. That one draws from 65,536 places until it hits
-    an element, which takes 20 ms for the elements of a list of two."""
+    """Grain's shuffle for few elements. Grain draws from 65,536 positions until it hits an element,
+    which takes 20 ms per element of a list of two."""
 
     def __init__(self, count: int, seed: int):
         self._count = count
@@ -103,44 +103,43 @@ class _Permutations:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> int:
-        epoch, place = divmod(index, self._count)
-        return int(self._epoch(epoch)[place])
+        epoch, position = divmod(index, self._count)
+        return int(self._epoch(epoch)[position])
 
 
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    # RandomState is frozen: later versions of NumPy give the same numbers.
+    # NumPy guarantees the same RandomState numbers in every version.
     return np.random.RandomState(_seed_of(seed, str(epoch))).permutation(count)
 
 
-class _Turns(grain.transforms.DatasetSelectionMap):
-    """Whose turn it is: index -> (source, index within the source), without a record of what came
-    before."""
+class _Selection(grain.transforms.DatasetSelectionMap):
+    """Stateless map from global index to (source, index within the source)."""
 
     def __init__(self, starts: Sequence[int], weights: Sequence[Sequence[float]]):
         self._phases = []
-        given = [0] * len(weights[0])  # by each source until the phase starts
+        used = [0] * len(weights[0])  # sequences of each source before the phase
         for number, (start, row) in enumerate(zip(starts, weights)):
             units = [round(weight / sum(row) * _UNITS) for weight in row]
-            self._phases.append((start, units, given))
+            self._phases.append((start, units, used))
             if number + 1 < len(starts):
                 more = _shares(starts[number + 1] - start, units)
-                given = [a + b for a, b in zip(given, more)]
+                used = [a + b for a, b in zip(used, more)]
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        start, units, given = next(p for p in reversed(self._phases) if p[0] <= index)
+        start, units, used = next(p for p in reversed(self._phases) if p[0] <= index)
         before = _shares(index - start, units)
         after = _shares(index - start + 1, units)
         source = next(i for i, (a, b) in enumerate(zip(before, after)) if b > a)
-        return source, given[source] + before[source]
+        return source, used[source] + before[source]
 
 
 def _shares(count: int, units: Sequence[int]) -> list[int]:
-    """How many of the first `count` turns go to each source. Each source takes its share of what
-    the earlier ones left, rounded up; all shares grow monotonically with `count` and sum to it, so
-    from one count to the next exactly one of them grows."""
+    """How many of the first `count` sequences come from each source. Each source takes its fraction
+    of what earlier sources left, rounded up. Shares grow monotonically with `count` and sum to it,
+    so exactly one of them grows from one count to the next."""
     shares, left = [], sum(units)
     for unit in units:
         rest = count * (left - unit) // left if left else 0
@@ -150,6 +149,6 @@ def _shares(count: int, units: Sequence[int]) -> list[int]:
 
 
 def _seed_of(seed: int, name: str) -> int:
-    # Grain seeds epoch e with seed + e, so neighbouring seeds would share their epochs; a digest
-    # keeps them apart.
+    # Grain seeds epoch e with seed + e, so neighbouring seeds would share epochs; hashing separates
+    # them.
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest())

@@ -1,10 +1,10 @@
-"""How documents fill sequences of fixed length: a plan of which stretch of the token stream lies
-where.
+"""Packing of documents into sequences of fixed length.
 
-A document is stored as [begin, t1 .. tn, end]. It is predicted token by token: n + 1 predictions,
-each in exactly one sequence.
+A plan assigns chunks of the token stream to sequences. A document is stored as
+[begin, t1 .. tn, end], which gives n + 1 predictions, each in exactly one sequence.
 """
 
+import abc
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,10 @@ from lm.data.stream import Stream
 
 @dataclass(frozen=True)
 class Plan:
-    """Pieces in the order of the sequences that hold them; sequence s holds pieces offsets[s] to
-    offsets[s + 1].
+    """C chunks in the order of their sequences; sequence s has chunks offsets[s] to offsets[s + 1].
 
-    starts   int64 [P], where in the stream a piece begins
-    lengths  int32 [P], how many tokens it reads, from start on; the successor of each is predicted
+    starts   int64 [C], position in the stream at which a chunk begins
+    lengths  int32 [C], input tokens of a chunk; the successor of each is its target
     offsets  int64 [sequences + 1]
     """
 
@@ -29,86 +28,99 @@ class Plan:
 
     @property
     def sequences(self) -> int:
-        """How many sequences the plan fills."""
+        """Number of sequences."""
         return len(self.offsets) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestFit:
-    """Documents side by side, none seeing another. A document longer than a sequence is cut, its
-    pieces sharing one token so that no prediction is lost; pieces go where they leave the least
-    room (best-fit decreasing; Ding et al., arXiv:2404.10830)."""
+class Packing(abc.ABC):
+    """Base class of packing methods. A subclass is a frozen dataclass that implements `plan`."""
 
+    @abc.abstractmethod
     def plan(self, stream: Stream, length: int) -> Plan:
-        """The sequences of `length` tokens that hold every document of the stream."""
-        predictions_d = np.diff(stream.starts) - 1
-        pieces_d = -(-predictions_d // length)
-        document_p = np.repeat(np.arange(len(pieces_d)), pieces_d)
-        number_p = np.arange(len(document_p)) - np.repeat(np.cumsum(pieces_d) - pieces_d, pieces_d)
-        starts_p = stream.starts[document_p] + number_p * length
-        lengths_p = np.minimum(length, predictions_d[document_p] - number_p * length)
-        sequence_p = _best_fit(lengths_p, length)
-        order = np.argsort(sequence_p, kind="stable")
-        counts = np.bincount(sequence_p)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        return Plan(starts_p[order], lengths_p[order].astype(np.int32), offsets)
+        """Packs the documents of `stream` into sequences of `length` tokens. Must be
+        deterministic: a resumed run computes the plan again."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Concatenate:
-    """Windows over all documents end to end, each one segment: what comes before is seen across
-    documents. The begin of a document is not predicted."""
+class BestFit(Packing):
+    """Whole documents side by side; attention stays within a document.
+
+    A document longer than a sequence is cut into chunks that overlap by one token, so that no
+    prediction is lost. Each chunk goes into the sequence that it leaves the least room in
+    (best-fit decreasing; Ding et al., arXiv:2404.10830).
+    """
 
     def plan(self, stream: Stream, length: int) -> Plan:
-        """The windows of `length` tokens; the last one may be shorter."""
+        predictions_d = np.diff(stream.starts) - 1
+        chunks_d = -(-predictions_d // length)
+        document_c = np.repeat(np.arange(len(chunks_d)), chunks_d)
+        number_c = np.arange(len(document_c)) - np.repeat(np.cumsum(chunks_d) - chunks_d, chunks_d)
+        starts_c = stream.starts[document_c] + number_c * length
+        lengths_c = np.minimum(length, predictions_d[document_c] - number_c * length)
+        sequence_c = _best_fit(lengths_c, length)
+        order = np.argsort(sequence_c, kind="stable")
+        counts = np.bincount(sequence_c)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        return Plan(starts_c[order], lengths_c[order].astype(np.int32), offsets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concatenate(Packing):
+    """Windows of `length` tokens over all documents end to end, the last one shorter. A window is
+    one segment, so attention crosses documents. Begin tokens are not predicted."""
+
+    def plan(self, stream: Stream, length: int) -> Plan:
         starts = np.arange(0, stream.tokens - 1, length, dtype=np.int64)
         lengths = np.minimum(length, stream.tokens - 1 - starts).astype(np.int32)
         return Plan(starts, lengths, np.arange(len(starts) + 1))
 
 
-def _best_fit(lengths_p: np.ndarray, room: int) -> np.ndarray:
-    """The sequence of each piece, by best-fit decreasing into sequences of `room` tokens.
+def _best_fit(lengths_c: np.ndarray, capacity: int) -> np.ndarray:
+    """The sequence of each chunk, by best-fit decreasing into sequences of `capacity` tokens.
 
-    Pieces of one length are placed together, as many to a sequence as fit, so the work grows with
-    the number of different lengths and not with the number of pieces.
+    Chunks of equal length are placed together, as many per sequence as fit, so the work grows with
+    the number of different lengths instead of the number of chunks.
     """
-    order = np.argsort(-lengths_p, kind="stable")
-    sequence_p = np.empty(len(lengths_p), np.int64)
-    open_by_room: dict[int, np.ndarray] = {}  # room left -> sequences
-    rooms = 0  # bit r is set where open_by_room has r
-    made = 0
-    sizes, firsts = np.unique(-lengths_p[order], return_index=True)
-    for size, pieces in zip((-sizes).tolist(), np.split(order, firsts[1:])):
-        while len(pieces):
+    order = np.argsort(-lengths_c, kind="stable")
+    sequence_c = np.empty(len(lengths_c), np.int64)
+    open_by_room: dict[int, np.ndarray] = {}  # remaining room -> sequences
+    rooms = 0  # bit r is set if open_by_room has r
+    count = 0  # sequences opened
+    sizes, firsts = np.unique(-lengths_c[order], return_index=True)
+    for size, chunks in zip((-sizes).tolist(), np.split(order, firsts[1:])):
+        while len(chunks):
             fitting = rooms >> size
             if fitting:
-                left = size + (fitting & -fitting).bit_length() - 1  # the least that is enough
-                sequences = open_by_room.pop(left)
-                rooms ^= 1 << left
+                room = size + (fitting & -fitting).bit_length() - 1  # the least sufficient room
+                sequences = open_by_room.pop(room)
+                rooms ^= 1 << room
             else:
-                left = room
-                sequences = np.arange(made, made - (-len(pieces) // (room // size)))
-                made += len(sequences)
-            each = left // size
-            taken = min(len(pieces), each * len(sequences))
-            sequence_p[pieces[:taken]] = np.repeat(sequences, each)[:taken]
-            pieces = pieces[taken:]
-            full, part = divmod(taken, each)
-            rest = full + (part > 0)
-            for after, group in (
-                (left - each * size, sequences[:full]),
-                (left - part * size, sequences[full:rest]),
-                (left, sequences[rest:]),
+                room = capacity
+                sequences = np.arange(count, count - (-len(chunks) // (capacity // size)))
+                count += len(sequences)
+            per_sequence = room // size
+            placed = min(len(chunks), per_sequence * len(sequences))
+            sequence_c[chunks[:placed]] = np.repeat(sequences, per_sequence)[:placed]
+            chunks = chunks[placed:]
+            full, remainder = divmod(placed, per_sequence)
+            used = full + (remainder > 0)
+            for room_left, group in (
+                (room - per_sequence * size, sequences[:full]),
+                (room - remainder * size, sequences[full:used]),
+                (room, sequences[used:]),
             ):
-                if after and len(group):
-                    known = open_by_room.get(after)
-                    open_by_room[after] = group if known is None else np.concatenate([known, group])
-                    rooms |= 1 << after
-    return sequence_p
+                if room_left and len(group):
+                    same = open_by_room.get(room_left)
+                    open_by_room[room_left] = (
+                        group if same is None else np.concatenate([same, group])
+                    )
+                    rooms |= 1 << room_left
+    return sequence_c
 
 
 def empty(sequences: int, length: int) -> Batch:
-    """A batch of nothing but padding."""
+    """A batch that is all padding."""
     shape = (sequences, length)
     return Batch(
         tokens=np.zeros(shape, np.int32),
@@ -122,18 +134,17 @@ def empty(sequences: int, length: int) -> Batch:
 def fill(batch: Batch, row: int, stream: Stream, plan: Plan, sequence: int) -> None:
     """Writes a sequence of the plan into a row of an empty batch."""
     first, last = plan.offsets[sequence : sequence + 2].tolist()
-    at = 0
-    for segment, piece in enumerate(range(first, last), start=1):
-        start, count = int(plan.starts[piece]), int(plan.lengths[piece])
-        here = slice(at, at + count)
+    offset = 0
+    for segment, chunk in enumerate(range(first, last), start=1):
+        start, count = int(plan.starts[chunk]), int(plan.lengths[chunk])
+        columns = slice(offset, offset + count)
         tokens = stream.read(start, start + count + 1)
-        batch.tokens[row, here] = tokens[:-1]
-        batch.targets[row, here] = tokens[1:]
-        batch.weights[row, here] = 1
-        batch.segments[row, here] = segment
-        batch.positions[row, here] = np.arange(count)
-        # Within a document there is none; windows over several do not predict where the next
-        # begins.
+        batch.tokens[row, columns] = tokens[:-1]
+        batch.targets[row, columns] = tokens[1:]
+        batch.weights[row, columns] = 1
+        batch.segments[row, columns] = segment
+        batch.positions[row, columns] = np.arange(count)
+        # Only chunks over several documents contain begin tokens, which have no loss.
         begins = stream.begins(start + 1, start + count + 1)
-        batch.weights[row, at + begins - start - 1] = 0
-        at += count
+        batch.weights[row, offset + begins - start - 1] = 0
+        offset += count

@@ -1,8 +1,8 @@
-"""From a declaration to token shards on disk, in two passes over the text: one for the division and
-the tokenizer, one for the tokens.
+"""From a declaration to token shards on disk, in two passes over the text: the first finds the
+split and trains the tokenizer, the second tokenizes.
 
-May be interrupted at any moment and run again. One process writes; once the folder is complete,
-calling it anywhere only reads.
+Preparation may be interrupted at any moment and run again. One process writes; with a complete
+folder, calls on any process only read.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ from typing import Any
 
 from lm import trees
 from lm.data import mixture, shards
-from lm.data.division import Division, survey
 from lm.data.evaluation import Evaluation
 from lm.data.folder import Folder, digest
 from lm.data.loader import BatchShape, Loader
 from lm.data.mixture import Mixture
 from lm.data.progress import Progress, silent
-from lm.data.sources import AnySource, Shards
+from lm.data.sources import Shards, Source
+from lm.data.split import Split, scan
 from lm.data.stream import Stream
-from lm.data.tokenizer import Sample, SentencePiece, Tokenizer
-from lm.data.tokenizer_files import TokenizerFile, has_tokenizer, load_tokenizer
+from lm.data.tokenizer import Sample, Tokenizer, TokenizerConfig
+from lm.data.tokenizer_files import has_tokenizer, load_tokenizer
 from lm.errors import UserError, check_name
 
 FORMAT = 1  # of the shards: raised when older ones can no longer be read
@@ -32,8 +32,8 @@ FORMAT = 1  # of the shards: raised when older ones can no longer be read
 
 @dataclass(frozen=True)
 class Counts:
-    """How much there is: `tokens` are predictions, each document's own tokens and its end; `bytes`
-    are UTF-8."""
+    """Size of one source and split. `tokens` counts predictions: each document's tokens and its
+    end token; `bytes` is UTF-8."""
 
     documents: int
     tokens: int
@@ -41,13 +41,13 @@ class Counts:
 
 
 class Prepared:
-    """A folder of token shards, ready to be trained on and evaluated.
+    """A folder of token shards, ready for training and evaluation.
 
-    tokenizer    the trained or given one
+    tokenizer    the trained or loaded one
     counts       {(source, "train" | "held_out"): Counts}
     names        of the sources
-    held_out     those of them of which something is held out
-    fingerprint  changes with the tokenizer, the division or any token
+    held_out     names of the sources with held-out text
+    fingerprint  changes with the tokenizer, the split or any token
     """
 
     def __init__(self, folder: Folder, manifest: Mapping[str, Any], weights: mixture.Weights):
@@ -75,16 +75,16 @@ class Prepared:
         return Loader(streams, plans, self._weights, shape, seed)
 
     def evaluation(self, name: str, length: int, sequences: int) -> Evaluation:
-        """The held-out documents of a source. Raises UserError if nothing was held out of it."""
+        """The held-out documents of a source. Raises UserError if it has none."""
         held_out = self.stream(name, "held_out")
         if not held_out.documents:
             raise UserError(
-                f"Source {name!r} has nothing held out; set held_out=0.05, and prepare it anew."
+                f"Source {name!r} has nothing held out; set held_out=0.05 and prepare it again."
             )
         return Evaluation(name, held_out, length, sequences)
 
     def texts(self, name: str, split: str = "held_out") -> Iterator[str]:
-        """The documents of a source and split as text, from their tokens."""
+        """The documents of a source and split as text, decoded from their tokens."""
         stream = self.stream(name, split)
         for start, stop in pairwise(stream.starts.tolist()):
             yield self.tokenizer.decode(stream.read(start, stop).tolist())
@@ -97,134 +97,139 @@ class Prepared:
 
 
 def prepare(
-    declared: AnySource | Mixture | Shards,
-    tokenizer: SentencePiece | TokenizerFile | None,
+    source: Source | Mixture | Shards,
+    tokenizer: TokenizerConfig | None,
     folder: str | os.PathLike[str],
     *,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Tokenises the declared text into `folder`, or goes on where that was interrupted, or reads
-    what is complete.
+    """Tokenizes text into `folder`, continues an interrupted preparation, or opens a complete one.
 
-    A single source is a mixture of one. `tokenizer` may be None for Shards, which have theirs.
-    Several processes: let one prepare, then call this on the others. Raises UserError for text that
-    cannot be read, a folder that was made from another recipe, or a damaged shard.
+    With several processes, let one prepare, then call this on the others.
+
+    Args:
+        source: a single source is a mixture of one. Shards are opened where they are.
+        tokenizer: may be None for Shards, which have their own.
+        folder: local or at an fsspec URL.
+        progress: shows progress bars; default: none.
+
+    Raises:
+        UserError: text that cannot be read, a folder that was prepared from another recipe, or a
+            damaged shard.
     """
-    if isinstance(declared, Shards):
-        return _open(declared, tokenizer)
+    if isinstance(source, Shards):
+        return _open(source, tokenizer)
     if tokenizer is None:
         raise UserError("tokenizer=None works only with data.Shards; declare a SentencePiece.")
-    declared = _mixture(declared)
-    place = Folder(folder)
-    made_from = recipe(declared, tokenizer)
-    manifest = _manifest(place) or {"recipe": made_from}
-    _check_recipe(place, manifest["recipe"], made_from)
-    if not _is_complete(place, manifest):
-        _write(place, manifest, declared, tokenizer, progress or silent)
-    return Prepared(place, manifest, declared.weights)
+    sources = _mixture(source)
+    target = Folder(folder)
+    new_recipe = recipe(sources, tokenizer)
+    manifest = _manifest(target) or {"recipe": new_recipe}
+    _check_recipe(target, manifest["recipe"], new_recipe)
+    if not _is_complete(target, manifest):
+        _write(target, manifest, sources, tokenizer, progress or silent)
+    return Prepared(target, manifest, sources.weights)
 
 
-def recipe(
-    declared: AnySource | Mixture | Shards, tokenizer: SentencePiece | TokenizerFile | None
-) -> dict[str, Any]:
-    """All that decides the shards, for json.dumps: declarations and fingerprints of the files.
-    Weights do not."""
-    if isinstance(declared, Shards):
-        return {"shards": declared.path}
+def recipe(source: Source | Mixture | Shards, tokenizer: TokenizerConfig | None) -> dict[str, Any]:
+    """Everything that decides the shards, for json.dumps: declarations, and fingerprints of the
+    text. Mixture weights are not part of it."""
+    if isinstance(source, Shards):
+        return {"shards": source.path}
     return _plain(
         {
             "format": FORMAT,
             "tokenizer": tokenizer.recipe() if tokenizer else None,
-            "sources": {n: source.recipe() for n, source in _mixture(declared).sources.items()},
+            "sources": {name: each.recipe() for name, each in _mixture(source).sources.items()},
         }
     )
 
 
-def _mixture(declared: AnySource | Mixture) -> Mixture:
-    if isinstance(declared, Mixture):
-        return declared
-    return Mixture(sources={declared.label: declared})
+def _mixture(source: Source | Mixture) -> Mixture:
+    if isinstance(source, Mixture):
+        return source
+    return Mixture(sources={source.label: source})
 
 
 def _write(
     folder: Folder,
     manifest: dict[str, Any],
-    declared: Mixture,
-    tokenizer: SentencePiece | TokenizerFile,
+    mixed: Mixture,
+    tokenizer: TokenizerConfig,
     progress: Progress,
 ) -> None:
     if "sources" not in manifest or not has_tokenizer(folder.path):
         if folder.size("manifest.json") is None:
-            _write_manifest(folder, manifest)  # from here on another recipe is refused
-        _survey(folder, manifest, declared.sources, tokenizer, progress)
+            _write_manifest(folder, manifest)  # from now on other recipes are refused
+        _scan(folder, manifest, mixed.sources, tokenizer, progress)
         _write_manifest(folder, manifest)
-    trained = _load_tokenizer(folder, manifest)
+    loaded = _load_tokenizer(folder, manifest)
     manifest["shards"] = {
         name: shards.write(
-            folder, name, source, Division(**manifest["sources"][name]), trained, progress
+            folder, name, source, Split(**manifest["sources"][name]), loaded, progress
         )
-        for name, source in declared.sources.items()
+        for name, source in mixed.sources.items()
     }
     for name, entries in manifest["shards"].items():
-        _check_both_sides(name, declared.sources[name], entries)
+        _check_both_splits(name, mixed.sources[name], entries)
     _write_manifest(folder, manifest)
 
 
-def _survey(
+def _scan(
     folder: Folder,
     manifest: dict[str, Any],
-    sources: Mapping[str, AnySource],
-    tokenizer: SentencePiece | TokenizerFile,
+    sources: Mapping[str, Source],
+    config: TokenizerConfig,
     progress: Progress,
 ) -> None:
-    """Reads all sources, writes the tokenizer, and adds both to the manifest. Each source gives the
-    tokenizer an equal share."""
-    divisions, texts = {}, []
+    """First pass: adds the splits and the tokenizer to the manifest, and writes the tokenizer. Each
+    source contributes an equal part of the tokenizer's training text."""
+    splits, texts = {}, []
     for name, source in sources.items():
         sample = None
-        if isinstance(tokenizer, SentencePiece):
-            sample = Sample(tokenizer.sample_bytes // len(sources), tokenizer.seed)
-        divisions[name], drawn = survey(name, source, sample, progress)
-        texts.extend(drawn)
-    if isinstance(tokenizer, TokenizerFile):
-        trained = tokenizer.load()
-    else:
+        if config.sample_bytes:
+            sample = Sample(config.sample_bytes // len(sources), config.seed)
+        splits[name], sampled = scan(name, source, sample, progress)
+        texts.extend(sampled)
+    if config.sample_bytes:
         with progress("training the tokenizer", len(texts)) as bar:
-            trained = tokenizer.train_on(texts)
+            tokenizer = config.build(texts)
             bar.advance(len(texts))
-    trained.save(folder.path)
-    manifest["sources"] = {name: dataclasses.asdict(d) for name, d in divisions.items()}
-    manifest["tokenizer"] = {"vocab": trained.vocab, "sha256": trained.checksum}
+    else:
+        tokenizer = config.build(())
+    tokenizer.save(folder.path)
+    manifest["sources"] = {name: dataclasses.asdict(split) for name, split in splits.items()}
+    manifest["tokenizer"] = {"vocab": tokenizer.vocab, "sha256": tokenizer.checksum}
 
 
-def _open(declared: Shards, tokenizer: SentencePiece | TokenizerFile | None) -> Prepared:
-    folder = Folder(declared.path)
+def _open(source: Shards, tokenizer: TokenizerConfig | None) -> Prepared:
+    folder = Folder(source.path)
     manifest = _manifest(folder)
     if manifest is None:
-        raise UserError(f"data.path={declared.path!r} is no folder of token shards.")
+        raise UserError(f"data.path={source.path!r} is not a folder of token shards.")
     if not _is_complete(folder, manifest):
         raise UserError(f"The token shards in {folder} are not complete; prepare them first.")
     if tokenizer is not None:
-        made = manifest["recipe"]
-        _check_recipe(folder, made, {**made, "tokenizer": _plain(tokenizer.recipe())})
-    return Prepared(folder, manifest, declared.weights)
+        old = manifest["recipe"]
+        _check_recipe(folder, old, {**old, "tokenizer": _plain(tokenizer.recipe())})
+    return Prepared(folder, manifest, source.weights)
 
 
-def _plain(recipe: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(recipe))  # tuples become lists, as they do in the file
+def _plain(value: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(value))  # tuples become lists, as in the file
 
 
-def _check_recipe(folder: Folder, made: dict[str, Any], wanted: dict[str, Any]) -> None:
-    a, b = trees.flatten(made), trees.flatten(wanted)
-    for path in [*b, *a]:
-        if a.get(path) != b.get(path):
+def _check_recipe(folder: Folder, old: dict[str, Any], new: dict[str, Any]) -> None:
+    old_flat, new_flat = trees.flatten(old), trees.flatten(new)
+    for path in [*new_flat, *old_flat]:
+        if old_flat.get(path) != new_flat.get(path):
             field = path.replace("/", ".")
-            fix = "Choose another name or --workdir, or delete that folder to prepare it anew."
+            fix = "Choose another name or --workdir, or delete that folder to prepare it again."
             if path.endswith("/fingerprint"):
                 raise UserError(f"{folder} was made from other files ({field} differs). {fix}")
             raise UserError(
-                f"{folder} was made with {field}={a.get(path)!r}, "
-                f"and this declaration has {b.get(path)!r}. {fix}"
+                f"{folder} was made with {field}={old_flat.get(path)!r}, "
+                f"and this declaration has {new_flat.get(path)!r}. {fix}"
             )
 
 
@@ -234,9 +239,8 @@ def _is_complete(folder: Folder, manifest: Mapping[str, Any]) -> bool:
     return not any(shards.missing(folder, entries) for entries in manifest["shards"].values())
 
 
-def _check_both_sides(name: str, source: AnySource, entries: list[shards.Entry]) -> None:
-    wanted = shards.SPLITS if source.held_out else ("train",)
-    for split in wanted:
+def _check_both_splits(name: str, source: Source, entries: list[shards.Entry]) -> None:
+    for split in shards.SPLITS if source.held_out else ("train",):
         if not any(entry[split]["documents"] for entry in entries):
             raise UserError(
                 f"data: source {name!r} is too small to give a {split} part; "
@@ -253,7 +257,7 @@ def _load_tokenizer(folder: Folder, manifest: Mapping[str, Any]) -> Tokenizer:
         files = ("tokenizer.json", "tokenizer.model")
         name = next((name for name in files if folder.size(name) is not None), files[-1])
         raise UserError(
-            f"{folder.where(name)} is damaged; delete it and run the same command again."
+            f"{folder.path_to(name)} is damaged; delete it and run the same command again."
         )
     return tokenizer
 
@@ -264,8 +268,8 @@ def _manifest(folder: Folder) -> dict[str, Any] | None:
         return json.loads(data) if data else None
     except ValueError:
         raise UserError(
-            f"{folder.where('manifest.json')} is damaged; "
-            f"delete the folder {folder} to prepare it anew."
+            f"{folder.path_to('manifest.json')} is damaged; "
+            f"delete the folder {folder} to prepare it again."
         ) from None
 
 

@@ -1,29 +1,33 @@
-"""How long work says how far it is: `progress(description, total)` is a context manager whose value
-has `.advance(n)`."""
+"""Interface of progress bars: `progress(description, total, unit)` is a context manager that yields
+a Bar. `lm.terminal.progress` implements it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 
 class Bar(Protocol):
-    """One piece of work under way."""
+    """Progress of one task."""
 
     def advance(self, amount: int) -> None:
-        """So much more of the total is done."""
+        """Adds `amount` to the completed part of the total."""
 
 
-# The total is None where it is not known before.
-Progress = Callable[[str, int | None], AbstractContextManager[Bar]]
+class Progress(Protocol):
+    """Starts a bar. `total` is None where unknown; `unit` is "B" for bytes, "" for counts."""
+
+    def __call__(
+        self, description: str, total: int | None, unit: str = ""
+    ) -> AbstractContextManager[Bar]: ...
 
 
 @contextlib.contextmanager
-def silent(description: str, total: int | None) -> Iterator[Bar]:
-    """Says nothing."""
-    yield _Silent()
+def silent(description: str, total: int | None, unit: str = "") -> Iterator[Bar]:
+    """A Progress without output."""
+    yield _SilentBar()
 
 
-class _Silent:
+class _SilentBar:
     def advance(self, amount: int) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The files of records that TFDS writes, read without TensorFlow from a path or an fsspec URL."""
+"""Record files of TFDS, read without TensorFlow from a path or an fsspec URL."""
 
 import os
 import struct
@@ -12,8 +12,11 @@ from lm.errors import UserError
 
 
 def tfrecords(path: str, start: int, stop: int) -> Iterator[bytes]:
-    """Records start to stop of a TFRecord file: each is a length and its checksum, the bytes and
-    their checksum. Raises UserError for a file that ends before."""
+    """Records start to stop of a TFRecord file. Raises UserError for a file with fewer records.
+
+    A record is its length (uint64) and the length's checksum (uint32), the bytes, and their
+    checksum (uint32).
+    """
     with files.reading(path) as file:
         for number in range(stop):
             header = file.read(12)
@@ -26,8 +29,8 @@ def tfrecords(path: str, start: int, stop: int) -> Iterator[bytes]:
 
 
 def array_records(path: str, start: int, stop: int) -> Iterator[bytes]:
-    """Records start to stop of an array_record file, which needs random access and is therefore
-    copied here for the while."""
+    """Records start to stop of an array_record file. The format needs random access, so the file is
+    copied to a temporary local folder."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,15 +1,15 @@
-"""Token shards: flat files of token ids, the lengths of their documents, and a manifest.
+"""Token shards: flat files of token ids, document lengths, and a manifest.
 
-    manifest.json                     recipe, division of each source, counts, checksums
+    manifest.json                     recipe, split of each source, counts, checksums
     tokenizer.model
-    SOURCE/train-00000.tokens         little-endian uint16, or uint32 above 65,536 pieces;
+    SOURCE/train-00000.tokens         little-endian uint16, or uint32 above 65,536 ids;
                                       each document is [begin, t1 .. tn, end]
-    SOURCE/train-00000.documents.npy  uint32 [documents, 2]: tokens in all, UTF-8 bytes
+    SOURCE/train-00000.documents.npy  uint32 [documents, 2]: number of tokens, UTF-8 bytes
     SOURCE/held_out-00000.*
-    SOURCE/shard-00000.json           this shard is finished
+    SOURCE/shard-00000.json           marks the shard as finished
 
-Shards are cut by the text alone, so they are the same bytes on any number of cores and after any
-number of interruptions.
+Shard boundaries depend on the text alone, so the files are identical for any number of cores and
+interruptions.
 """
 
 import io
@@ -20,49 +20,49 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.division import Division, in_batches
 from lm.data.folder import Folder, digest
 from lm.data.progress import Progress
-from lm.data.sources import AnySource
+from lm.data.sources import Source
+from lm.data.split import Split, in_batches
 from lm.data.stream import Stream
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 
 SPLITS = ("train", "held_out")
 SHARD = 1 << 25  # characters of text
-# Bytes: a larger folder is checked by sizes alone, since hashing it would delay every start.
-_HASHED = 1 << 28
+# Bytes: above this only file sizes are checked, since hashing would delay every start.
+_MAX_HASHED = 1 << 28
 
 Entry = dict[str, Any]
 
 
 def token_dtype(vocab: int) -> np.dtype:
-    """The smallest unsigned type, little-endian, that holds every id."""
+    """The smallest little-endian unsigned type that holds every id."""
     return np.dtype("<u2" if vocab <= 1 << 16 else "<u4")
 
 
 def write(
     folder: Folder,
     name: str,
-    source: AnySource,
-    division: Division,
+    source: Source,
+    split: Split,
     tokenizer: Tokenizer,
     progress: Progress,
 ) -> list[Entry]:
-    """Tokenises a source into shards and says what they hold. A shard that is finished already is
-    not made again."""
+    """Tokenizes a source into shards and returns their entries for the manifest. Finished shards
+    are kept."""
     entries: list[Entry] = []
     documents = source.documents()
-    seen = read = 0  # documents in entries; documents taken from the source
-    with progress(f"tokenising {name}", division.bytes) as bar:
-        while seen < division.documents:
+    seen = read = 0  # documents in entries; documents read from the source
+    with progress(f"tokenizing {name}", split.bytes, "B") as bar:
+        while seen < split.documents:
             entry = _finished(folder, name, len(entries))
             if entry is None:
-                next(islice(documents, seen - read, seen - read), None)  # those of finished shards
-                entry = _build(folder, name, len(entries), documents, division, tokenizer)
+                next(islice(documents, seen - read, seen - read), None)  # skip finished shards
+                entry = _build(folder, name, len(entries), documents, split, tokenizer)
                 read = seen + entry["documents"]
             if not entry["documents"]:
-                raise UserError(f"data: source {name!r} has changed while it was read; run again.")
+                raise UserError(f"data: source {name!r} changed while it was read; run again.")
             entries.append(entry)
             seen += entry["documents"]
             bar.advance(entry["bytes"])
@@ -70,21 +70,20 @@ def write(
 
 
 def missing(folder: Folder, entries: list[Entry]) -> bool:
-    """Whether a file of the shards is not there. Raises UserError, naming it, if one is there and
-    damaged."""
+    """Whether a file of the shards is missing. Raises UserError for a damaged file."""
     files = {name: file for entry in entries for name, file in _files(entry).items()}
-    if not all(_is_there(folder, name, file["bytes"]) for name, file in files.items()):
+    if not all(_exists(folder, name, file["bytes"]) for name, file in files.items()):
         return True
-    if sum(file["bytes"] for file in files.values()) < _HASHED and not folder.is_remote:
+    if sum(file["bytes"] for file in files.values()) < _MAX_HASHED and not folder.is_remote:
         for name, file in files.items():
             if digest(folder.read(name)) != file["sha256"]:
-                raise UserError(_damaged(folder, name, "its checksum is another"))
+                raise UserError(_damaged(folder, name, "its checksum differs"))
     return False
 
 
 def stream(folder: Folder, entries: list[Entry], split: str, dtype: np.dtype) -> Stream:
-    """All tokens of a split. Shards are mapped when first touched; those at a URL are copied to the
-    user's cache."""
+    """All tokens of a split. Shards are memory-mapped on first use; remote ones are copied to the
+    user's cache first."""
     parts = [list(entry[split]["files"].items()) for entry in entries if entry[split]["documents"]]
     documents = [np.load(_fetch(folder, *lengths), mmap_mode="r") for _, lengths in parts]
 
@@ -99,27 +98,27 @@ def _build(
     name: str,
     number: int,
     documents: Iterator[str],
-    division: Division,
+    split: Split,
     tokenizer: Tokenizer,
 ) -> Entry:
     dtype = token_dtype(tokenizer.vocab)
-    tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    lengths: dict[str, list[tuple[int, int]]] = {split: [] for split in SPLITS}
+    tokens: dict[str, list[np.ndarray]] = {side: [] for side in SPLITS}
+    lengths: dict[str, list[tuple[int, int]]] = {side: [] for side in SPLITS}
     entry: Entry = {"documents": 0, "bytes": 0}
     for texts in in_batches(_take(documents, SHARD)):
         entry["documents"] += len(texts)
-        for split, parts in zip(SPLITS, zip(*map(division.divide, texts))):
+        for side, parts in zip(SPLITS, zip(*map(split.split, texts))):
             parts = [part for part in parts if part]
             for part, ids in zip(parts, tokenizer.encode_batch(parts)):
                 document = np.empty(len(ids) + 2, dtype)
                 document[0], document[1:-1], document[-1] = tokenizer.bos, ids, tokenizer.eos
-                tokens[split].append(document)
-                lengths[split].append((len(document), len(part.encode())))
-    for split in SPLITS:
-        entry[split] = _write_split(
-            folder, f"{name}/{split}-{number:05}", tokens[split], lengths[split]
+                tokens[side].append(document)
+                lengths[side].append((len(document), len(part.encode())))
+    for side in SPLITS:
+        entry[side] = _write_split(
+            folder, f"{name}/{side}-{number:05}", tokens[side], lengths[side]
         )
-        entry["bytes"] += entry[split]["bytes"]
+        entry["bytes"] += entry[side]["bytes"]
     folder.write(f"{name}/shard-{number:05}.json", json.dumps(entry).encode())
     return entry
 
@@ -148,7 +147,7 @@ def _write_split(
 def _finished(folder: Folder, name: str, number: int) -> Entry | None:
     marker = folder.read(f"{name}/shard-{number:05}.json")
     entry = json.loads(marker) if marker else None
-    if entry and all(_is_there(folder, n, file["bytes"]) for n, file in _files(entry).items()):
+    if entry and all(_exists(folder, n, file["bytes"]) for n, file in _files(entry).items()):
         return entry
     return None
 
@@ -157,17 +156,17 @@ def _files(entry: Entry) -> dict[str, dict[str, Any]]:
     return {name: file for split in SPLITS for name, file in entry[split]["files"].items()}
 
 
-def _is_there(folder: Folder, name: str, size: int) -> bool:
-    found = folder.size(name)
-    if found not in (None, size):
-        raise UserError(_damaged(folder, name, f"it has {found:,} bytes and not {size:,}"))
-    return found is not None
+def _exists(folder: Folder, name: str, size: int) -> bool:
+    actual = folder.size(name)
+    if actual not in (None, size):
+        raise UserError(_damaged(folder, name, f"it has {actual:,} bytes instead of {size:,}"))
+    return actual is not None
 
 
-def _damaged(folder: Folder, name: str, how: str) -> str:
+def _damaged(folder: Folder, name: str, reason: str) -> str:
     return (
-        f"{folder.where(name)} is damaged: {how}. "
-        "Delete it and run the same command again; it is made anew."
+        f"{folder.path_to(name)} is damaged: {reason}. "
+        "Delete it and run the same command again to rebuild it."
     )
 
 
@@ -176,9 +175,10 @@ def _fetch(folder: Folder, name: str, file: dict[str, Any]) -> str:
 
 
 def _take(documents: Iterator[str], characters: int) -> Iterator[str]:
-    taken = 0
+    """Documents up to a total of `characters`."""
+    total = 0
     for text in documents:
         yield text
-        taken += len(text)
-        if taken >= characters:
+        total += len(text)
+        if total >= characters:
             return

@@ -1,20 +1,20 @@
-"""All tokens of one source and split, end to end, read by position from arrays that may lie on
-disk."""
+"""Random access to all tokens of one source and split, end to end, over shards that may be memory
+maps."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
 
-_OPEN = 256  # mapped files at a time: each costs a file descriptor
+_OPEN = 256  # shards mapped at a time: each takes a file descriptor
 
 
 class Stream:
-    """Documents [begin, t1 .. tn, end] one after another.
+    """Documents [begin, t1 .. tn, end] one after another; D documents.
 
-    starts    int64 [D + 1], where each document begins, and the end of the last
+    starts    int64 [D + 1], position at which each document begins, and the end of the last
     bytes_d   int64 [D], UTF-8 bytes of each document's text
-    tokens    how many there are
+    tokens    number of tokens
     """
 
     def __init__(
@@ -22,19 +22,19 @@ class Stream:
         documents: Sequence[np.ndarray],
         open_shard: Callable[[int], np.ndarray],
     ):
-        """`documents` holds for each shard an array [documents, 2] of tokens and bytes,
-        `open_shard(i)` its tokens."""
-        both = np.concatenate([np.empty((0, 2), np.uint32), *documents])
-        self.starts = np.concatenate([[0], np.cumsum(both[:, 0], dtype=np.int64)])
-        self.bytes_d = both[:, 1].astype(np.int64)
+        """`documents` holds a [documents, 2] array of token and byte counts per shard;
+        `open_shard(i)` returns the tokens of shard i."""
+        counts = np.concatenate([np.empty((0, 2), np.uint32), *documents])
+        self.starts = np.concatenate([[0], np.cumsum(counts[:, 0], dtype=np.int64)])
+        self.bytes_d = counts[:, 1].astype(np.int64)
         self.tokens = int(self.starts[-1])
-        counts = [int(shard[:, 0].sum(dtype=np.int64)) for shard in documents]
-        self._shard_starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        shard_tokens = [int(shard[:, 0].sum(dtype=np.int64)) for shard in documents]
+        self._shard_starts = np.concatenate([[0], np.cumsum(shard_tokens, dtype=np.int64)])
         self._shard = lru_cache(_OPEN)(open_shard)
 
     @property
     def documents(self) -> int:
-        """How many there are."""
+        """Number of documents."""
         return len(self.bytes_d)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -45,10 +45,10 @@ class Stream:
         return part if stop <= end else np.concatenate([part, self.read(int(end), stop)])
 
     def begins(self, start: int, stop: int) -> np.ndarray:
-        """The positions from start to stop at which a document begins."""
+        """Positions in start to stop at which a document begins."""
         first, last = np.searchsorted(self.starts[:-1], [start, stop])
         return self.starts[first:last]
 
     def document_at(self, positions: np.ndarray) -> np.ndarray:
-        """The document that each position lies in."""
+        """Index of the document that contains each position."""
         return np.searchsorted(self.starts, positions, side="right") - 1

@@ -1,15 +1,15 @@
-"""SentencePiece (arXiv:1808.06226): a declaration to train one, and the trained tokenizer, which
-loses nothing.
+"""SentencePiece tokenizers (arXiv:1808.06226): a declaration that trains one, and the lossless
+tokenizer itself.
 
-Text is neither normalised nor stripped, so decode(encode(text)) == text, line ends, tabs and runs
-of spaces included; characters without a piece of their own are spelt in bytes. Ids: 0 padding, 1
-begin, 2 end, 3 unknown.
+Text is neither normalized nor stripped, so decode(encode(text)) == text, including line ends, tabs
+and runs of spaces; characters outside the vocabulary are encoded as bytes. Ids: 0 padding, 1 begin,
+2 end, 3 unknown.
 """
 
+import abc
 import codecs
 import io
 import json
-import logging
 import os
 import re
 import zlib
@@ -20,32 +20,62 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from lm import terminal
 from lm.data.folder import Folder, digest
+from lm.data.identity import class_name, code_digest, plain
 from lm.errors import UserError, check_name, check_positive
-
-log = logging.getLogger(__name__)
 
 KINDS = ("bpe", "unigram", "char")
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
-# One possible set of marks around the turns of a conversation, for `symbols`.
+# Markers of the turns of a conversation, for `symbols`.
 CHAT_SYMBOLS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>")
 
-_SPACE = "\u2581"  # how SentencePiece writes a space
-_THREADS = 2  # of training: part of the recipe, since unigram training sums in order of threads
-_SENTENCE = 4_000  # characters of text that the trainer sees as one sentence
-_CUT = 16_000  # characters encoded as one: longer texts cost more time per character
+_SPACE = "\u2581"  # stands for a space in SentencePiece's pieces
+# Training threads. The number changes the result: unigram training sums in thread order.
+_THREADS = 2
+_SENTENCE = 4_000  # characters per training sentence
+_CUT = 16_000  # characters per encoder call: longer texts take more time per character
 
 
 @dataclass(frozen=True, kw_only=True)
-class SentencePiece:
-    """A tokenizer to train on the training documents.
+class TokenizerConfig(abc.ABC):
+    """Base class of tokenizer declarations. A subclass is a frozen dataclass that implements
+    `build`, and `recipe` where its result depends on more than its fields."""
 
-    `coverage` is the share of characters that get a piece of their own; the rest is spelt in bytes
-    (`byte_fallback`) or unknown. `symbols` are pieces that text always yields whole, as
-    CHAT_SYMBOLS. `split_scripts` keeps letters and punctuation in different pieces; without it text
-    takes fewer tokens (by 8 % on Python source, 2 to 11 % on prose, at 4,096 pieces). At most
-    `sample_bytes` of text, drawn by `seed`, are trained on.
+    # Not fields here: a subclass that trains declares them as fields.
+    sample_bytes = 0  # training text that `build` needs; 0: none
+    seed = 0  # draws that text
+
+    @abc.abstractmethod
+    def build(self, texts: Iterable[str]) -> "Tokenizer":
+        """The tokenizer: loaded, or trained on `texts`, parts of at most a few thousand characters
+        each."""
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the tokenizer, for JSON: the class and its fields."""
+        fields = {name: plain(value) for name, value in vars(self).items()}
+        return {
+            "tokenizer": class_name(type(self)),
+            **fields,
+            **code_digest(type(self), "recipe"),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentencePiece(TokenizerConfig):
+    """Trains a tokenizer on the training documents.
+
+    vocab          number of ids
+    kind           'bpe', 'unigram' or 'char'
+    byte_fallback  encode characters outside the vocabulary as bytes instead of unknown
+    split_digits   one piece per digit
+    split_scripts  keep letters and punctuation in different pieces. Without it text takes fewer
+                   tokens (by 8 % on Python source, 2 to 11 % on prose, at 4,096 pieces)
+    coverage       fraction of characters with a piece of their own
+    symbols        strings that are always one piece, such as CHAT_SYMBOLS
+    sample_bytes   training text at most
+    seed           draws that text
     """
 
     vocab: int
@@ -66,25 +96,24 @@ class SentencePiece:
         fixed = 4 + 256 * self.byte_fallback + len(self.symbols)
         if self.vocab <= fixed:
             raise UserError(
-                f"tokenizer.vocab={self.vocab} must be above {fixed}: the pieces that every such "
-                "tokenizer holds (4 controls, 256 bytes with byte_fallback, the symbols)."
+                f"tokenizer.vocab={self.vocab} must be above {fixed}, the number of fixed pieces "
+                "(4 controls, 256 bytes with byte_fallback, the symbols)."
             )
         if "" in self.symbols or len(set(self.symbols)) < len(self.symbols):
             raise UserError(f"tokenizer.symbols={self.symbols!r} must be different and not empty.")
 
-    def recipe(self) -> dict[str, Any]:
-        """The declaration as JSON."""
-        return {"tokenizer": "SentencePiece", **vars(self)}
+    def build(self, texts: Iterable[str]) -> "Tokenizer":
+        return self.train_on(texts)
 
     def train(self, documents: Iterable[str]) -> "Tokenizer":
-        """A tokenizer trained on a sample of these documents. Same documents, same bytes."""
+        """Trains on a sample of these documents. The same documents give the same bytes."""
         sample = Sample(self.sample_bytes, self.seed)
         for document in documents:
             sample.add(document)
         return self.train_on(sample.texts())
 
     def train_on(self, texts: Iterable[str]) -> "Tokenizer":
-        """A tokenizer trained on all of these texts, of at most a few thousand characters each."""
+        """Trains on all of these texts, of at most a few thousand characters each."""
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -112,14 +141,13 @@ class SentencePiece:
                 minloglevel=3,
             )
         except RuntimeError as error:
-            raise UserError(_training_refusal(self, str(error))) from None
+            raise UserError(_training_error(self, str(error))) from None
         trained = model.getvalue()
         tokenizer = Tokenizer(_exact(trained) if self.kind == "unigram" else trained)
         if tokenizer.vocab < self.vocab and self.kind != "char":
-            log.warning(
-                "The text yields only %d of the %d pieces of tokenizer.vocab.",
-                tokenizer.vocab,
-                self.vocab,
+            terminal.note(
+                f"The text yields only {tokenizer.vocab} of tokenizer.vocab={self.vocab} pieces; "
+                "the other ids stay unused."
             )
         return tokenizer
 
@@ -127,11 +155,13 @@ class SentencePiece:
 class Tokenizer:
     """A loaded SentencePiece model.
 
-    vocab  number of ids
-    pad, bos, eos, unk  ids; for a foreign model without padding or begin these are its end
-    prefix  the ids that stand before a prompt; stops: those that end a text
-    name, model  of the model file, and its bytes
-    beside  further files of a foreign model, by name: its special tokens, its chat template
+    vocab   number of ids
+    pad, bos, eos, unk  ids. A foreign model without padding or begin has its end id there
+    prefix  ids before a prompt
+    stops   ids that end a generated text
+    name    of the model file
+    model   bytes of the model file
+    beside  further files of a foreign model, by name: special tokens, chat template
     """
 
     name = "tokenizer.model"
@@ -151,100 +181,98 @@ class Tokenizer:
         self.pad = self._sp.pad_id() if self._sp.pad_id() >= 0 else self.eos
         self.unk = self._sp.unk_id()
         if self.eos < 0:
-            raise UserError(f"{path} has neither a begin nor an end piece to part documents with.")
+            raise UserError(f"{path} has neither a begin nor an end piece to separate documents.")
         begins = self._read_beside("tokenizer_config.json").get("add_bos_token", True)
         ends = ids_of(self._read_beside("generation_config.json").get("eos_token_id"))
         self.prefix = (self.bos,) if begins else ()
         self.stops = tuple(dict.fromkeys([self.eos, *ends]))
         self._bytes = [self._bytes_of(piece) for piece in range(self.vocab)]
-        # A foreign model may set a space before every text: then texts must stay whole, and the
-        # space is taken away again.
+        # Whether a foreign model adds a space before every text. Then texts must not be cut, and
+        # decoding removes the space.
         self._adds_space = "".join(self._sp.encode_as_pieces("a")) == f"{_SPACE}a"
-        # The mark for a space stands for a space even where the text holds the mark itself, so that
-        # is spelt in bytes.
-        spelt = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        self._marks = all(self._sp.is_byte(piece) for piece in spelt)
-        self._mark_ids = np.array(spelt, np.int32)
+        # SentencePiece decodes U+2581 as a space; one in the text itself is encoded as bytes.
+        space_bytes = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        self._escapes = all(self._sp.is_byte(piece) for piece in space_bytes)
+        self._escape_ids = np.array(space_bytes, np.int32)
 
     @property
     def files(self) -> dict[str, bytes]:
-        """All that `lm.data.load_tokenizer` needs, by name."""
+        """All files that `lm.data.load_tokenizer` needs, by name."""
         return {self.name: self.model, **self.beside}
 
     @property
     def checksum(self) -> str:
-        """Changes with any of the files."""
+        """A digest of the files."""
         if not self.beside:
             return digest(self.model)
         return digest("".join(n + digest(d) for n, d in sorted(self.files.items())).encode())
 
     @property
     def chat_template(self) -> str | None:
-        """How a conversation is written down, in Jinja; None where the files say nothing of it."""
+        """The Jinja template of a conversation; None if the files have none."""
         if "chat_template.jinja" in self.beside:
             return self.beside["chat_template.jinja"].decode()
         return self._read_beside("tokenizer_config.json").get("chat_template")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes its files into a folder, local or at an fsspec URL; each is whole or absent."""
-        place = Folder(folder)
+        """Writes the files atomically into a folder, local or at an fsspec URL."""
+        target = Folder(folder)
         for name, data in self.files.items():
-            place.write(name, data)
+            target.write(name, data)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without begin and end."""
+        """Ids of a text, without begin and end."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text as int32, without begin and end; on all cores."""
+        """Ids of each text as int32, without begin and end; on all cores."""
         cuts = [self._cut(text) for text in texts]
-        flat = [part for parts in cuts for part in parts if not self._is_mark(part)]
+        flat = [part for parts in cuts for part in parts if not self._is_escaped(part)]
         encoded = iter(self._sp.EncodeAsNumpy(flat, num_threads=os.cpu_count()) if flat else ())
         return [
             np.concatenate(
-                [self._mark_ids if self._is_mark(part) else next(encoded) for part in parts]
+                [self._escape_ids if self._is_escaped(part) else next(encoded) for part in parts]
             )
             for parts in cuts
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids. Begin, end and padding are nothing, bytes that are not UTF-8 are
-        U+FFFD."""
+        """The text of these ids, without begin, end and padding. Invalid UTF-8 becomes U+FFFD."""
         text = self.decode_bytes(ids).decode(errors="replace")
         return text.removeprefix(" ") if self._adds_space else text
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes of these ids, which may begin or end within a character."""
+        """UTF-8 bytes of these ids, which may begin or end within a character."""
         return b"".join(self._bytes[piece] for piece in ids if 0 <= piece < self.vocab)
 
     def piece(self, piece: int) -> str:
-        """How the model file writes a piece: '\u2581def', '<0x0A>', '<s>'."""
+        """The piece of an id as in the model file: '\u2581def', '<0x0A>', '<s>'."""
         return self._sp.id_to_piece(piece)
 
-    def stream(self) -> "Stream":
-        """Decodes ids as they come."""
-        return Stream(self)
+    def stream(self) -> "StreamDecoder":
+        """An incremental decoder."""
+        return StreamDecoder(self)
 
     def _read_beside(self, name: str) -> dict[str, Any]:
-        """A JSON file; {} where there is none."""
+        """A JSON file beside the model; {} if missing."""
         try:
-            found = json.loads(self.beside.get(name, b"{}"))
+            content = json.loads(self.beside.get(name, b"{}"))
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
+            content = None
+        if not isinstance(content, dict):
             raise UserError(f"{name} beside {self.name} is damaged; fetch it again.")
-        return found
+        return content
 
     def _cut(self, text: str) -> list[str]:
         if self._adds_space:
             return [text]
         parts = [text]
-        if self._marks and _SPACE in text:
+        if self._escapes and _SPACE in text:
             parts = re.split(f"({_SPACE})", text)
         return [piece for part in parts for piece in cut(part, _CUT)]
 
-    def _is_mark(self, part: str) -> bool:
-        return self._marks and part == _SPACE
+    def _is_escaped(self, part: str) -> bool:
+        return self._escapes and part == _SPACE
 
     def _bytes_of(self, piece: int) -> bytes:
         if self._sp.is_byte(piece):
@@ -257,48 +285,48 @@ class Tokenizer:
 
 
 def ids_of(value: Any) -> list[int]:
-    """Of a field that holds one id, several, or none."""
+    """The ids in a JSON field that holds one id, a list, or null."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
-class Stream:
-    """Text as ids arrive: a character is given out once all its bytes are there."""
+class StreamDecoder:
+    """Decodes ids incrementally: a character is returned once all of its bytes have arrived."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these ids complete."""
+        """The text completed by these ids."""
         return self._decoder.decode(self._tokenizer.decode_bytes(ids))
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD where a character was begun, else nothing."""
+        """The rest: U+FFFD for an incomplete character, else an empty string."""
         return self._decoder.decode(b"", final=True)
 
 
 class Sample:
-    """A bounded part of a stream of documents, drawn by the content of their parts and so whatever
-    their order or number.
+    """A sample of a stream of documents, of at most `budget` bytes. It depends on the content of
+    the documents and not on their order.
 
-    Parts are kept while a digest lies below a threshold, which is halved whenever more than
-    `budget` bytes are kept.
+    Documents are cut into parts. A part is kept if its checksum lies below a threshold, which is
+    halved whenever the kept parts exceed the budget.
     """
 
     def __init__(self, budget: int, seed: int):
         self._budget = budget
         self._seed = seed
         self._threshold = 1 << 32
-        self._kept: list[tuple[int, int, int, str]] = []  # digest, bytes, owner, text
+        self._kept: list[tuple[int, int, int, str]] = []  # checksum, bytes, owner, text
         self._size = 0
 
     def add(self, document: str, owner: int = 0) -> None:
-        """Offers a document; `owner` is a number by which `texts` can leave it out again."""
+        """Adds a document. `texts` can exclude it again by the number `owner`."""
         for text in cut(document, _SENTENCE):
             data = text.encode()
-            digest = zlib.crc32(data, self._seed)
-            if digest < self._threshold:
-                self._kept.append((digest, len(data), owner, text))
+            checksum = zlib.crc32(data, self._seed)
+            if checksum < self._threshold:
+                self._kept.append((checksum, len(data), owner, text))
                 self._size += len(data)
             while self._size > self._budget:
                 self._threshold //= 2
@@ -306,13 +334,13 @@ class Sample:
                 self._size = sum(part[1] for part in self._kept)
 
     def texts(self, without: int | None = None) -> Iterator[str]:
-        """The parts that were kept, in order, but those of one owner."""
+        """The kept parts in order, except those of the owner `without`."""
         return (text for _, _, owner, text in self._kept if owner != without)
 
 
 def cut(text: str, size: int) -> Iterator[str]:
-    """Consecutive parts of at most `size` characters, cut before a line end, or a space, or
-    anywhere."""
+    """Consecutive parts of at most `size` characters, cut before a line end, else before a space,
+    else anywhere."""
     start = 0
     while len(text) - start > size:
         window = (start + 1, start + size + 1)
@@ -325,9 +353,9 @@ def cut(text: str, size: int) -> Iterator[str]:
 
 
 def _exact(model: bytes) -> bytes:
-    """The same unigram model with scores in 64ths of a nat, whose sums float32 holds exactly. So a
-    text has one likeliest cutting, whatever it is searched in: float32 here, float64 by readers of
-    tokenizer.json."""
+    """The unigram model with scores rounded to 64ths of a nat, whose sums are exact in float32.
+    Then float32 search, here, and float64 search, by readers of tokenizer.json, find the same
+    segmentation."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
@@ -336,12 +364,12 @@ def _exact(model: bytes) -> bytes:
     return proto.SerializeToString()
 
 
-def _training_refusal(config: SentencePiece, message: str) -> str:
+def _training_error(config: SentencePiece, message: str) -> str:
     if "sentences_.empty()" in message:
         return "There is no text to train the tokenizer on; is the corpus empty?"
-    if needed := re.search(r"(\d+) vs (\d+)", message):
+    if sizes := re.search(r"(\d+) vs (\d+)", message):
         return (
-            f"tokenizer.vocab={config.vocab} is too small: the characters of the text and the "
-            f"fixed pieces are {needed[2]}. Raise it, or lower tokenizer.coverage."
+            f"tokenizer.vocab={config.vocab} is too small: characters of the text and fixed pieces "
+            f"need {sizes[2]}. Raise it, or lower tokenizer.coverage."
         )
     return f"tokenizer: SentencePiece could not train {config}: {message.strip()}"

@@ -1,17 +1,18 @@
-"""Tokenizers that exist: a file or a folder of them, a declaration and the loader."""
+"""Loading an existing tokenizer from a file or folder."""
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from lm.data import files
 from lm.data.folder import Folder
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import Tokenizer, TokenizerConfig
 from lm.data.tokenizer_json import JsonTokenizer
 from lm.errors import UserError
 
-# Read where they lie beside a model file, and kept with it, for an export gives them back.
+# Files that are loaded with a model file and saved with it, so that an export contains them.
 BESIDE = (
     "tokenizer.model",
     "tokenizer_config.json",
@@ -25,24 +26,34 @@ BESIDE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerFile:
-    """A tokenizer that exists: a SentencePiece model, a tokenizer.json, or a folder that holds one
-    of them, as those of Hugging Face do; a path or an fsspec URL."""
+class TokenizerFile(TokenizerConfig):
+    """Loads a tokenizer. `path` is a SentencePiece model, a tokenizer.json, or a folder with one of
+    them, as Hugging Face's have; local or an fsspec URL."""
 
     path: str
 
+    def __post_init__(self) -> None:
+        if self.path == "":
+            raise UserError("tokenizer.path='' names no file; set it to a file or folder.")
+
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        return self.load()
+
     def recipe(self) -> dict[str, Any]:
-        """Which model it is: a checksum of its files."""
+        """Identifies the tokenizer by a checksum of its files."""
         return {"tokenizer": "TokenizerFile", "checksum": self.load().checksum}
 
     def load(self) -> Tokenizer:
-        """The tokenizer in the file."""
+        """Loads the tokenizer."""
         return load_tokenizer(self.path)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """From a model file or a folder, local or at an fsspec URL. Raises UserError where there is
-    none. Of a folder with both kinds tokenizer.json is taken, which knows added tokens too."""
+    """Loads a tokenizer from a model file or folder, local or at an fsspec URL. In a folder with
+    both kinds, tokenizer.json takes precedence, since it includes added tokens.
+
+    Raises UserError if there is none.
+    """
     folder, name = os.path.split(str(path).rstrip("/"))
     if name == JsonTokenizer.name:
         return _of_folder(Folder(folder or "."))
@@ -55,27 +66,27 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a tokenizer."""
-    there = Folder(folder)
-    return any(there.size(kind.name) is not None for kind in (JsonTokenizer, Tokenizer))
+    """Whether a folder contains a tokenizer."""
+    place = Folder(folder)
+    return any(place.size(kind.name) is not None for kind in (JsonTokenizer, Tokenizer))
 
 
 def _of_folder(folder: Folder) -> Tokenizer:
-    found = {name: data for name in BESIDE if (data := folder.read(name)) is not None}
+    beside = {name: data for name in BESIDE if (data := folder.read(name)) is not None}
     model = folder.read(JsonTokenizer.name)
     if model is not None:
-        return JsonTokenizer(model, folder.where(JsonTokenizer.name), found)
-    model = found.pop(Tokenizer.name)
-    tokenizer = Tokenizer(model, folder.where(Tokenizer.name), found)
+        return JsonTokenizer(model, folder.path_to(JsonTokenizer.name), beside)
+    model = beside.pop(Tokenizer.name)
+    tokenizer = Tokenizer(model, folder.path_to(Tokenizer.name), beside)
     _check_added(folder, tokenizer)
     return tokenizer
 
 
 def _check_added(folder: Folder, tokenizer: Tokenizer) -> None:
-    """A SentencePiece model alone does not know what was added to it."""
-    listed = json.loads(tokenizer.beside.get("tokenizer_config.json", b"{}"))
+    """Raises UserError for tokens that were added outside of the SentencePiece model."""
+    config = json.loads(tokenizer.beside.get("tokenizer_config.json", b"{}"))
     added = json.loads(tokenizer.beside.get("added_tokens.json", b"{}"))
-    ids = [*map(int, listed.get("added_tokens_decoder", {})), *added.values()]
+    ids = [*map(int, config.get("added_tokens_decoder", {})), *added.values()]
     if any(i >= tokenizer.vocab for i in ids):
         raise UserError(
             f"{folder} adds tokens to its tokenizer.model and has no tokenizer.json; write one "

@@ -1,5 +1,5 @@
-"""A tokenizer.json, as the `tokenizers` library reads it: the tokenizers of Llama 3, Qwen and OLMo,
-which work on bytes, and those of Llama 2 and Gemma, which are SentencePiece's."""
+"""tokenizer.json files, read with the `tokenizers` library: byte-level tokenizers (Llama 3, Qwen,
+OLMo) and SentencePiece's (Llama 2, Gemma)."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,11 +14,11 @@ _SPACE = "\u2581"
 
 
 class JsonTokenizer(Tokenizer):
-    """A Tokenizer made from a tokenizer.json and the files beside it.
+    """A Tokenizer from a tokenizer.json and the files beside it.
 
-    Special tokens are found in text where their spelling stands, as with transformers, so that a
-    prompt may be a conversation (but not with `split_special_tokens` in tokenizer_config.json);
-    they are decoded to nothing.
+    As in transformers, the spelling of a special token in a text is encoded as that token, so that
+    a prompt may be a conversation (unless tokenizer_config.json has `split_special_tokens`).
+    Special tokens decode to nothing.
     """
 
     name = "tokenizer.json"
@@ -31,32 +31,33 @@ class JsonTokenizer(Tokenizer):
         self.model, self.beside = model, dict(beside or {})
         try:
             self._json = tokenizers.Tokenizer.from_str(model.decode())
-            described = json.loads(model)
+            content = json.loads(model)
         except Exception as error:  # the library raises Exception itself
-            raise UserError(f"{path} is not a tokenizer that is understood: {error}.") from None
+            raise UserError(f"{path} is not a supported tokenizer.json: {error}.") from None
         self._json.no_truncation()
         self._json.no_padding()
         self._pieces = {i: piece for piece, i in self._json.get_vocab().items()}
         self.vocab = 1 + max(self._pieces)
         self._find_special(path)
-        self._spell(described, path)
-        begins = [self._pieces[i] for i in self._json.encode("a", add_special_tokens=False).ids]
-        self._adds_space = "".join(begins) == f"{_SPACE}a"
+        self._spell(content, path)
+        pieces = [self._pieces[i] for i in self._json.encode("a", add_special_tokens=False).ids]
+        self._adds_space = "".join(pieces) == f"{_SPACE}a"
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text as int32, without begin and end; on all cores."""
+        """Ids of each text as int32, without begin and end; on all cores."""
         encoded = self._json.encode_batch(list(texts), add_special_tokens=False)
         return [np.array(each.ids, np.int32) for each in encoded]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes of these ids, which may begin or end within a character."""
+        """UTF-8 bytes of these ids, which may begin or end within a character."""
         return b"".join(self._bytes.get(int(piece), b"") for piece in ids)
 
     def piece(self, piece: int) -> str:
-        """How the file writes a piece."""
+        """The piece of an id as in the file."""
         return self._pieces.get(piece, "")
 
     def _find_special(self, path: str) -> None:
+        """Sets the special ids, `stops` and `prefix` from the files beside the tokenizer."""
         config = self._read_beside("tokenizer_config.json")
         generation = self._read_beside("generation_config.json")
         named = {**self._read_beside("special_tokens_map.json"), **config}
@@ -64,10 +65,10 @@ class JsonTokenizer(Tokenizer):
         def find(role: str) -> int | None:
             token = named.get(f"{role}_token")
             token = token.get("content") if isinstance(token, dict) else token
-            found = self._json.token_to_id(token) if token else None
-            if found is None:
-                found = next(iter(ids_of(generation.get(f"{role}_token_id"))), None)
-            return found
+            token_id = self._json.token_to_id(token) if token else None
+            if token_id is None:
+                token_id = next(iter(ids_of(generation.get(f"{role}_token_id"))), None)
+            return token_id
 
         eos, bos, pad, unk = (find(role) for role in ("eos", "bos", "pad", "unk"))
         stops = [*ids_of(eos), *ids_of(generation.get("eos_token_id"))]
@@ -88,9 +89,9 @@ class JsonTokenizer(Tokenizer):
             begins = self.bos in added
         self.prefix = (self.bos,) if begins and bos is not None else ()
 
-    def _spell(self, described: Mapping[str, Any], path: str) -> None:
-        """The bytes of each piece."""
-        kinds = set(_types(described.get("decoder"))) | set(_types(described.get("pre_tokenizer")))
+    def _spell(self, content: Mapping[str, Any], path: str) -> None:
+        """Sets the bytes of each piece."""
+        kinds = set(_types(content.get("decoder"))) | set(_types(content.get("pre_tokenizer")))
         if "ByteLevel" in kinds:
             byte_of = {char: byte for byte, char in _BYTE_LEVEL.items()}
 
@@ -106,32 +107,31 @@ class JsonTokenizer(Tokenizer):
 
         else:
             raise UserError(
-                f"{path} joins its pieces in a way that is not known; "
-                "byte-level and SentencePiece's are."
+                f"{path} has an unknown decoder; byte-level and SentencePiece's are supported."
             )
         self._bytes = {i: spell(piece) for i, piece in self._pieces.items()}
         for i, token in self._json.get_added_tokens_decoder().items():
             self._bytes[i] = b"" if token.special else token.content.encode()
 
 
-def _types(described: Any) -> Iterator[str]:
-    """Of all parts of a description."""
-    if isinstance(described, Mapping):
-        if isinstance(described.get("type"), str):
-            yield described["type"]
-        for value in described.values():
+def _types(content: Any) -> Iterator[str]:
+    """The `type` fields of a JSON value at any depth."""
+    if isinstance(content, Mapping):
+        if isinstance(content.get("type"), str):
+            yield content["type"]
+        for value in content.values():
             yield from _types(value)
-    elif isinstance(described, list):
-        for value in described:
+    elif isinstance(content, list):
+        for value in content:
             yield from _types(value)
 
 
 def _byte_level() -> dict[int, str]:
-    """GPT-2's spelling of bytes: printable ones of Latin-1 as they are, the others from 256 on."""
+    """GPT-2's characters for bytes: printable Latin-1 as it is, other bytes from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    spelt = {byte: chr(byte) for byte in printable}
-    return spelt | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    chars = {byte: chr(byte) for byte in printable}
+    return chars | {byte: chr(256 + index) for index, byte in enumerate(others)}
 
 
 _BYTE_LEVEL = _byte_level()

@@ -1,4 +1,4 @@
-"""A small made-up corpus, the same in every session."""
+"""A small synthetic corpus, deterministic."""
 
 import random
 
@@ -20,7 +20,7 @@ WORDS = (
 
 
 def documents(count: int, seed: int = 0, longest: int = 60) -> tuple[str, ...]:
-    """Different texts of up to `longest` lines, indented here and there."""
+    """`count` distinct texts of up to `longest` lines, some indented."""
     draw = random.Random(seed)
     texts = []
     for index in range(count):

@@ -1,4 +1,4 @@
-"""Every token of every document once, with the document it belongs to."""
+"""Every token of every document is evaluated once, with the index of its document."""
 
 import numpy as np
 import pytest
@@ -9,29 +9,29 @@ from lm.errors import UserError
 
 
 @pytest.mark.parametrize("length, sequences", [(16, 4), (64, 3), (1024, 2)])
-def test_all_predictions_once(tokenizer, length, sequences):
+def test_every_prediction_occurs_once(tokenizer, length, sequences):
     texts = documents(12)
     evaluation = data.evaluation(data.Documents(texts), tokenizer, length, sequences)
     assert evaluation.bytes_d.tolist() == [len(text.encode()) for text in texts]
     ids = [tokenizer.encode(text) for text in texts]
     assert evaluation.tokens_d.tolist() == [len(each) + 1 for each in ids]
-    found = [[] for _ in texts]
+    targets = [[] for _ in texts]
     for batch, documents_bt in evaluation:
         assert batch.tokens.shape == documents_bt.shape == (sequences, length)
         assert ((documents_bt >= 0) == (batch.weights > 0)).all()
         for document in range(len(texts)):
-            found[document] += batch.targets[documents_bt == document].tolist()
+            targets[document] += batch.targets[documents_bt == document].tolist()
     for document, each in enumerate(ids):
-        assert sorted(found[document]) == sorted([*each, tokenizer.eos])
+        assert sorted(targets[document]) == sorted([*each, tokenizer.eos])
     assert len(list(evaluation)) == len(evaluation)
 
 
-def test_rows(tokenizer):
+def test_rows_of_a_batch(tokenizer):
     evaluation = data.evaluation(data.Documents(documents(12)), tokenizer, 64, 4)
-    whole, of_whole = evaluation.batch(1)
-    part, of_part = evaluation.batch(1, slice(1, 3))
-    assert all(np.array_equal(x[1:3], y) for x, y in zip(whole, part))
-    assert np.array_equal(of_whole[1:3], of_part)
+    batch, documents_bt = evaluation.batch(1)
+    rows, row_documents_bt = evaluation.batch(1, slice(1, 3))
+    assert all(np.array_equal(x[1:3], y) for x, y in zip(batch, rows))
+    assert np.array_equal(documents_bt[1:3], row_documents_bt)
 
 
 def test_the_held_out_documents(prepared):
@@ -48,7 +48,7 @@ def test_the_held_out_documents(prepared):
         prepared.evaluation("c", 64, 4)
 
 
-def test_nothing_to_evaluate_is_refused(tokenizer, tokenizer_config, tmp_path):
+def test_no_text_to_evaluate_is_an_error(tokenizer, tokenizer_config, tmp_path):
     with pytest.raises(UserError, match="no text to evaluate"):
         data.evaluation(data.Documents(()), tokenizer, 64, 4)
     prepared = data.prepare(data.Documents(documents(30), held_out=0.0), tokenizer_config, tmp_path)

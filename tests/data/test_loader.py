@@ -1,6 +1,7 @@
-"""batch(step) depends on seed and step, and on nothing else."""
+"""batch(step) depends on seed and step alone."""
 
 import collections
+import dataclasses
 import itertools
 import threading
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from lm import data
 from lm.data import mixture
+from lm.data import packing as packings
 from lm.errors import UserError
 
 SHAPE = data.BatchShape(sequences=8, length=32)
@@ -24,8 +26,17 @@ def fingerprints(batch):
     return [row.tobytes() for row in batch.tokens]
 
 
-@pytest.mark.parametrize("packing", [data.BestFit(), data.Concatenate()])
-def test_batches_are_pure(prepared, packing):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstWindow(data.Packing):
+    """Keeps only the first `length` tokens of each document, one per sequence."""
+
+    def plan(self, stream, length):
+        lengths = np.minimum(length, np.diff(stream.starts) - 1).astype(np.int32)
+        return packings.Plan(stream.starts[:-1], lengths, np.arange(len(lengths) + 1))
+
+
+@pytest.mark.parametrize("packing", [data.BestFit(), data.Concatenate(), FirstWindow()])
+def test_batch_is_a_pure_function_of_step(prepared, packing):
     shape = data.BatchShape(sequences=8, length=32, packing=packing)
     loader, again = prepared.loader(shape, seed=3), prepared.loader(shape, seed=3)
     forward = [loader.batch(step) for step in range(6)]
@@ -34,23 +45,23 @@ def test_batches_are_pure(prepared, packing):
     assert not equal(prepared.loader(shape, seed=4).batch(0), forward[0])
 
 
-def test_rows_are_those_of_the_whole_batch(prepared):
+def test_rows_equal_those_of_the_global_batch(prepared):
     loader = prepared.loader(SHAPE, seed=0)
-    whole = loader.batch(5)
-    # However many hosts there are, and in whichever pieces they ask.
+    batch = loader.batch(5)
+    # For any number of hosts and any choice of rows.
     for hosts in (1, 2, 4, 8):
         parts = [loader.batch(5, slice(i, i + 8 // hosts)) for i in range(0, 8, 8 // hosts)]
-        assert equal(whole, [np.concatenate(arrays) for arrays in zip(*parts)])
-    assert equal([x[[6, 1]] for x in whole], loader.batch(5, [6, 1]))
+        assert equal(batch, [np.concatenate(arrays) for arrays in zip(*parts)])
+    assert equal([x[[6, 1]] for x in batch], loader.batch(5, [6, 1]))
 
 
-def test_dtypes_and_shapes(prepared):
+def test_shapes_and_dtypes(prepared):
     batch = prepared.loader(SHAPE, seed=0).batch(0)
     assert {x.shape for x in batch} == {(8, 32)}
     assert [x.dtype.name for x in batch] == ["int32", "int32", "float32", "int32", "int32"]
 
 
-def test_an_epoch_gives_each_sequence_once(tmp_path, tokenizer_config):
+def test_an_epoch_contains_each_sequence_once(tmp_path, tokenizer_config):
     from made_up_corpus import documents
 
     prepared = data.prepare(data.Documents(documents(40)), tokenizer_config, tmp_path)
@@ -69,30 +80,30 @@ WEIGHTS = ((0, {"a": 0.5, "b": 0.3, "c": 0.2}), (700, {"a": 0.0, "b": 0.9, "c": 
 SEQUENCES = {"a": 50, "b": 7, "c": 1}
 
 
-def taken(weights, count, seed=0):
+def first(count, weights, seed=0):
     order = mixture.order(SEQUENCES, mixture.phases(weights, SEQUENCES), lambda step: step, seed)
     return [order[index] for index in range(count)]
 
 
-def test_proportions_hold_throughout():
-    turns = [name for name, _ in taken(WEIGHTS, 2_000)]
-    for first, last, table in ((0, 700, WEIGHTS[0][1]), (700, 2_000, WEIGHTS[1][1])):
-        for start in range(first, last - 100, 100):
-            counts = collections.Counter(turns[start : start + 100])
-            # Evenly spread: in any hundred in a row, within a few of the exact share.
+def test_proportions_hold_in_every_window():
+    names = [name for name, _ in first(2_000, WEIGHTS)]
+    for start, stop, table in ((0, 700, WEIGHTS[0][1]), (700, 2_000, WEIGHTS[1][1])):
+        for index in range(start, stop - 100, 100):
+            counts = collections.Counter(names[index : index + 100])
+            # Evenly spread: any hundred consecutive sequences are close to the exact fractions.
             assert all(abs(counts[name] - 100 * table[name]) <= 3 for name in table)
 
 
 def test_sources_continue_where_weights_change():
     for name, size in SEQUENCES.items():
-        numbers = [number for turn, number in taken(WEIGHTS, 2_000) if turn == name]
+        numbers = [number for source, number in first(2_000, WEIGHTS) if source == name]
         for epoch in range(0, len(numbers), size):
             part = numbers[epoch : epoch + size]
-            assert len(set(part)) == len(part)  # none twice before all were given once
+            assert len(set(part)) == len(part)  # no repetition within an epoch
 
 
 @pytest.mark.parametrize("count", [1, 2, 1_000, 66_000])
-def test_epochs_are_different_orders_of_the_same(count):
+def test_epochs_are_different_permutations(count):
     order = mixture._shuffled(count, seed=5)
     epochs = [[order[e * count + i] for i in range(count)] for e in range(2)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 2
@@ -103,7 +114,7 @@ def test_epochs_are_different_orders_of_the_same(count):
     units=st.lists(st.integers(0, 50), min_size=1, max_size=5).filter(sum),
     count=st.integers(0, 10**12),
 )
-def test_one_source_at_a_time(units, count):
+def test_one_source_per_sequence(units, count):
     before, after = mixture._shares(count, units), mixture._shares(count + 1, units)
     assert sum(before) == count
     assert sorted(b - a for a, b in zip(before, after)) == [0] * (len(units) - 1) + [1]
@@ -112,12 +123,12 @@ def test_one_source_at_a_time(units, count):
     assert all(abs(a - b) <= len(units) + 1e-3 for a, b in zip(before, exact))
 
 
-def test_seeds_do_not_share_their_epochs():
-    one, two = taken({"a": 1.0}, 100, seed=0), taken({"a": 1.0}, 50, seed=1)
+def test_seeds_do_not_share_epochs():
+    one, two = first(100, {"a": 1.0}, seed=0), first(50, {"a": 1.0}, seed=1)
     assert two not in (one[:50], one[50:])
 
 
-def test_weights_default_to_tokens(tmp_path, tokenizer_config):
+def test_default_weights_are_token_counts(tmp_path, tokenizer_config):
     from made_up_corpus import documents
 
     both = data.Mixture(
@@ -130,12 +141,12 @@ def test_weights_default_to_tokens(tmp_path, tokenizer_config):
     assert loader.bytes_per_token == pytest.approx(sum(size.values()) / sum(tokens.values()))
 
 
-def test_bad_weights_are_refused():
+def test_invalid_weights_are_errors():
     a = {"a": data.Documents(("x",))}
     for weights, words in (
         ({"b": 1.0}, "data.weights='b' is not known"),
         ({"a": -1.0}, "data.weights.a=-1.0 must not be below zero"),
-        ({"a": 0.0}, "must hold a weight above zero"),
+        ({"a": 0.0}, "must have a weight above zero"),
         (((5, {"a": 1.0}),), "must begin at step 0"),
         (((0, {"a": 1.0}), (0, {"a": 1.0})), "must begin at step 0 and rise"),
     ):
@@ -160,7 +171,7 @@ def test_ramp(ramp, tokens, length):
     assert steps == 0 or shape.tokens_before(steps - 1) < tokens
 
 
-def test_ramp_goes_through_the_data_in_the_same_order(prepared):
+def test_a_ramp_keeps_the_order_of_the_data(prepared):
     ramped = data.BatchShape(sequences=8, length=32, ramp=((2, 2), (3, 4)))
     assert [ramped.sequences_at(step) for step in range(5)] == [2, 2, 4, 8, 8]
     a, b = prepared.loader(ramped, seed=0), prepared.loader(SHAPE, seed=0)
@@ -168,7 +179,7 @@ def test_ramp_goes_through_the_data_in_the_same_order(prepared):
     assert np.array_equal(joined, np.concatenate([b.batch(0).tokens, b.batch(1).tokens]))
 
 
-def test_bad_shapes_are_refused():
+def test_invalid_shapes_are_errors():
     for fields in (
         {"sequences": 0, "length": 4},
         {"sequences": 8, "length": 4, "ramp": ((5, 4), (3, 6))},
@@ -178,7 +189,7 @@ def test_bad_shapes_are_refused():
             data.BatchShape(**fields)
 
 
-def test_prefetch_gives_values_in_order_and_runs_ahead():
+def test_prefetch_keeps_the_order_and_runs_ahead():
     called = []
     done = threading.Event()
 
@@ -189,24 +200,24 @@ def test_prefetch_gives_values_in_order_and_runs_ahead():
         return step * step
 
     with data.prefetch(work, 0, 5, depth=3) as values:
-        assert done.wait(10)  # before anything was asked for
+        assert done.wait(10)  # before the first value is requested
         assert list(values) == [0, 1, 4, 9, 16]
     assert called == [0, 1, 2, 3, 4]
 
 
-def test_prefetch_raises_where_the_value_was_due():
+def test_prefetch_raises_in_place_of_the_value():
     def work(step):
         if step == 2:
-            raise RuntimeError("here")
+            raise RuntimeError("step 2")
         return step
 
     with data.prefetch(work, 0) as values:
         assert [next(values), next(values)] == [0, 1]
-        with pytest.raises(RuntimeError, match="here"):
+        with pytest.raises(RuntimeError, match="step 2"):
             next(values)
 
 
-def test_prefetch_ends_its_thread():
+def test_prefetch_stops_its_thread():
     before = threading.active_count()
     with data.prefetch(lambda step: step, 0) as values:
         next(values)

@@ -1,4 +1,4 @@
-"""Each token is predicted exactly once, from its own document only."""
+"""Each token is predicted exactly once, and only from its own document."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ BOS, EOS = 1, 2
 
 
 def make_stream(sizes, shards=1):
-    """Documents of so many tokens, of which no two are alike, in so many shards."""
+    """Documents of the given sizes, all tokens distinct, in the given number of shards."""
     documents, next_token = [], 10
     for size in sizes:
         body = np.arange(next_token, next_token + size)
@@ -50,11 +50,11 @@ def test_best_fit(sizes, length, shards):
         assert not tokens[segments == 0].any()
         for segment in range(1, segments.max() + 1):
             inside = segments == segment
-            read, wanted = tokens[inside], targets[inside]
+            inputs, outputs = tokens[inside].tolist(), targets[inside].tolist()
             assert (positions[inside] == np.arange(inside.sum())).all()
-            assert (wanted[:-1] == read[1:]).all()
-            assert all(follows[a] == b for a, b in zip(read.tolist(), wanted.tolist()) if a != BOS)
-            predicted += wanted.tolist()
+            assert outputs[:-1] == inputs[1:]
+            assert all(follows[a] == b for a, b in zip(inputs, outputs) if a != BOS)
+            predicted += outputs
     everything = [token for document in documents for token in document[1:].tolist()]
     assert sorted(predicted) == sorted(everything)
 
@@ -70,31 +70,31 @@ def test_concatenate(sizes, length, shards):
     assert (batch.targets.ravel()[used] == everything[1:]).all()
     assert set(batch.segments.ravel()) <= {0, 1}
     assert (batch.positions[0] == np.arange(length))[batch.segments[0] > 0].all()
-    # Where the next document begins cannot be known; all else counts.
+    # All targets except begin tokens have a loss.
     assert (batch.weights.ravel()[used] == (everything[1:] != BOS)).all()
     assert not batch.weights.ravel()[~used].any()
 
 
-def plain_best_fit(lengths, room):
-    """The textbook's algorithm, piece by piece: how full each sequence gets."""
-    left = []
+def reference_best_fit(lengths, capacity):
+    """Best-fit decreasing, chunk by chunk: the remaining room of each sequence, sorted."""
+    rooms = []
     for length in sorted(lengths, reverse=True):
-        fitting = [(space, index) for index, space in enumerate(left) if space >= length]
+        fitting = [(room, index) for index, room in enumerate(rooms) if room >= length]
         if fitting:
-            left[min(fitting)[1]] -= length
+            rooms[min(fitting)[1]] -= length
         else:
-            left.append(room - length)
-    return sorted(left)
+            rooms.append(capacity - length)
+    return sorted(rooms)
 
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=80))
-def test_best_fit_is_the_textbook_one(lengths):
+def test_best_fit_equals_the_reference(lengths):
     sequences = packing._best_fit(np.array(lengths), 20)
     used = np.bincount(sequences, weights=lengths)
-    assert sorted(20 - used) == plain_best_fit(lengths, 20)
+    assert sorted(20 - used) == reference_best_fit(lengths, 20)
 
 
-def test_a_million_pieces_are_packed_tightly_and_soon():
+def test_a_million_chunks_are_packed_tightly():
     draw = np.random.default_rng(0)
     lengths = np.minimum(draw.lognormal(6, 1.2, 1_000_000), 4096).astype(int) + 1
     lengths = np.minimum(lengths, 4096)

@@ -1,4 +1,4 @@
-"""Prepared data is the same bytes however often the work was interrupted, and damage is named."""
+"""Prepared data is identical after any interruptions, and damaged files are named."""
 
 import json
 import os
@@ -33,8 +33,8 @@ def small_shards(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
+def complete(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("complete")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD", 4_000)
         prepared = data.prepare(CORPUS, TOKENIZER, folder)
@@ -46,16 +46,16 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_documents_come_back(undisturbed):
-    _, prepared = undisturbed
-    found = [*prepared.texts("a", "train"), *prepared.texts("a", "held_out")]
-    assert sorted(found) == sorted(CORPUS.sources["a"].texts)
+def test_documents_are_restored(complete):
+    _, prepared = complete
+    texts = [*prepared.texts("a", "train"), *prepared.texts("a", "held_out")]
+    assert sorted(texts) == sorted(CORPUS.sources["a"].texts)
     heads, tails = (list(prepared.texts("b", split)) for split in ("train", "held_out"))
     assert tuple(a + b for a, b in zip(heads, tails)) == CORPUS.sources["b"].texts
 
 
-def test_each_document_begins_and_ends(undisturbed):
-    _, prepared = undisturbed
+def test_each_document_has_begin_and_end_tokens(complete):
+    _, prepared = complete
     stream = prepared.stream("a", "train")
     tokens = stream.read(0, stream.tokens)
     assert (tokens[stream.starts[:-1]] == prepared.tokenizer.bos).all()
@@ -63,8 +63,8 @@ def test_each_document_begins_and_ends(undisturbed):
     assert (tokens == prepared.tokenizer.bos).sum() == stream.documents
 
 
-def test_the_manifest_counts_and_checks(undisturbed):
-    folder, prepared = undisturbed
+def test_the_manifest_has_counts_and_checksums(complete):
+    folder, prepared = complete
     manifest = json.loads((folder / "manifest.json").read_text())
     assert len(manifest["shards"]["a"]) > 3
     for (name, split), counts in prepared.counts.items():
@@ -82,25 +82,24 @@ class Interrupted(BaseException):
     pass
 
 
-def test_interruptions_at_every_write_leave_no_trace(undisturbed, tmp_path, monkeypatch):
-    expected = content(undisturbed[0])
-    write, state = folders._write_aside, {"left": 0, "torn": False}
+def test_interruptions_at_every_write_change_nothing(complete, tmp_path, monkeypatch):
+    expected = content(complete[0])
+    write, state = folders._write_atomically, {"writes": 0, "partial": False}
 
     def failing(path, content):
-        if state["left"] == 0:
-            if state["torn"]:
+        if state["writes"] == 0:
+            if state["partial"]:
                 path.parent.mkdir(exist_ok=True)
                 path.with_name(path.name + ".tmp").write_bytes(bytes(content)[:7])
             raise Interrupted
-        state["left"] -= 1
+        state["writes"] -= 1
         write(path, content)
 
-    monkeypatch.setattr(folders, "_write_aside", failing)
+    monkeypatch.setattr(folders, "_write_atomically", failing)
     interruptions = 0
-    while (
-        True
-    ):  # a shard takes three to five writes: it is cut off at each, now torn, now not begun
-        state["left"], state["torn"] = interruptions % 7, interruptions % 2 == 0
+    # A shard takes three to five writes. Interrupt at each, with and without a partial file.
+    while True:
+        state["writes"], state["partial"] = interruptions % 7, interruptions % 2 == 0
         try:
             data.prepare(CORPUS, TOKENIZER, tmp_path)
             break
@@ -118,81 +117,80 @@ from lm import data
 from lm.data import folder, shards
 from test_prepare import CORPUS, TOKENIZER
 shards.SHARD = 4_000
-write, left = folder._write_aside, [int(sys.argv[2])]
+write, writes = folder._write_atomically, [int(sys.argv[2])]
 def dying(path, content):
-    if not left[0]:
+    if not writes[0]:
         path.parent.mkdir(exist_ok=True)
         with open(f"{path}.tmp", "wb") as file:
             file.write(bytes(content)[:9]); file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-    left[0] -= 1
+    writes[0] -= 1
     write(path, content)
-folder._write_aside = dying
+folder._write_atomically = dying
 data.prepare(CORPUS, TOKENIZER, sys.argv[1])
 """
 
 
 @pytest.mark.slow
-def test_kills_leave_no_trace(undisturbed, tmp_path):
+def test_kills_change_nothing(complete, tmp_path):
     paths = [str(HERE), str(HERE.parent.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     for writes in (0, 2, 4, 9, 100):
         command = [sys.executable, "-c", KILLED, str(tmp_path), str(writes)]
         ended = subprocess.run(command, env=environment, cwd=HERE.parent.parent, check=False)
         assert ended.returncode == (0 if writes == 100 else -signal.SIGKILL)
-    assert content(tmp_path) == content(undisturbed[0])
+    assert content(tmp_path) == content(complete[0])
 
 
-def test_finished_shards_are_not_made_again(undisturbed, tmp_path, monkeypatch):
+def test_finished_shards_are_kept(complete, tmp_path, monkeypatch):
     data.prepare(CORPUS, TOKENIZER, tmp_path)
-    lost = tmp_path / "a" / "train-00002.tokens"
-    lost.unlink()
-    made = []
+    (tmp_path / "a" / "train-00002.tokens").unlink()
+    built = []
     build = shards._build
-    monkeypatch.setattr(shards, "_build", lambda *a: made.append(a[1:3]) or build(*a))
+    monkeypatch.setattr(shards, "_build", lambda *a: built.append(a[1:3]) or build(*a))
     data.prepare(CORPUS, TOKENIZER, tmp_path)
-    assert made == [("a", 2)]
-    assert content(tmp_path) == content(undisturbed[0])
+    assert built == [("a", 2)]
+    assert content(tmp_path) == content(complete[0])
 
 
-def test_a_complete_folder_is_only_read(undisturbed, monkeypatch):
-    folder, prepared = undisturbed
+def test_a_complete_folder_is_only_read(complete, monkeypatch):
+    folder, prepared = complete
 
     def forbidden(*_):
-        raise AssertionError("nothing is to be written or tokenised")
+        raise AssertionError("written or trained again")
 
-    monkeypatch.setattr(folders, "_write_aside", forbidden)
+    monkeypatch.setattr(folders, "_write_atomically", forbidden)
     monkeypatch.setattr(data.SentencePiece, "train_on", forbidden)
     again = data.prepare(CORPUS, TOKENIZER, folder)
     assert again.fingerprint == prepared.fingerprint and again.counts == prepared.counts
 
 
-def test_the_number_of_threads_does_not_matter(undisturbed, tmp_path, monkeypatch):
+def test_the_number_of_threads_does_not_matter(complete, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     data.prepare(CORPUS, TOKENIZER, tmp_path)
-    assert content(tmp_path) == content(undisturbed[0])
+    assert content(tmp_path) == content(complete[0])
 
 
-def refusal(corpus, tokenizer, folder):
+def error(corpus, tokenizer, folder):
     with pytest.raises(UserError) as caught:
         data.prepare(corpus, tokenizer, folder)
     return str(caught.value)
 
 
-def test_another_recipe_is_refused(undisturbed):
-    folder, _ = undisturbed
+def test_another_recipe_is_an_error(complete):
+    folder, _ = complete
     before = content(folder)
-    sentence = refusal(CORPUS, data.SentencePiece(vocab=400), folder)
-    assert "tokenizer.vocab=384" in sentence and "400" in sentence and str(folder) in sentence
+    message = error(CORPUS, data.SentencePiece(vocab=400), folder)
+    assert "tokenizer.vocab=384" in message and "400" in message and str(folder) in message
     other = data.Mixture(sources={**CORPUS.sources, "b": data.Documents(("x",), held_out=0.1)})
-    assert "other files (sources.b.fingerprint differs)" in refusal(other, TOKENIZER, folder)
+    assert "other files (sources.b.fingerprint differs)" in error(other, TOKENIZER, folder)
     fewer = data.Mixture(sources={"a": CORPUS.sources["a"]})
-    assert "sources.b" in refusal(fewer, TOKENIZER, folder)
+    assert "sources.b" in error(fewer, TOKENIZER, folder)
     assert content(folder) == before
 
 
-def test_weights_are_no_part_of_the_recipe(undisturbed):
-    folder, prepared = undisturbed
+def test_weights_are_not_part_of_the_recipe(complete):
+    folder, prepared = complete
     other = data.Mixture(sources=CORPUS.sources, weights={"a": 0.1, "b": 0.9})
     assert data.prepare(other, TOKENIZER, folder).fingerprint == prepared.fingerprint
 
@@ -207,21 +205,21 @@ def test_weights_are_no_part_of_the_recipe(undisturbed):
         ("manifest.json", lambda content: content[:-9]),
     ],
 )
-def test_damage_is_refused_by_name(name, damage, undisturbed, tmp_path):
+def test_a_damaged_file_is_named(name, damage, complete, tmp_path):
     data.prepare(CORPUS, TOKENIZER, tmp_path)
     name = name if (tmp_path / name).exists() else name.replace("00000", "00001")
     path = tmp_path / name
     path.write_bytes(damage(path.read_bytes()))
-    sentence = refusal(CORPUS, TOKENIZER, tmp_path)
-    assert f"{path} is damaged" in sentence and "elete" in sentence
-    if name != "manifest.json":  # and what the sentence advises helps
+    message = error(CORPUS, TOKENIZER, tmp_path)
+    assert f"{path} is damaged" in message and "elete" in message
+    if name != "manifest.json":  # and the suggested fix works
         path.unlink()
         data.prepare(CORPUS, TOKENIZER, tmp_path)
-        assert content(tmp_path) == content(undisturbed[0])
+        assert content(tmp_path) == content(complete[0])
 
 
-def test_a_prepared_folder_is_a_source(undisturbed):
-    folder, prepared = undisturbed
+def test_a_prepared_folder_is_a_source(complete):
+    folder, prepared = complete
     again = data.prepare(data.Shards(str(folder)), None, "unused")
     assert again.counts == prepared.counts
     assert data.prepare(data.Shards(str(folder)), TOKENIZER, "unused").names == ("a", "b")
@@ -231,16 +229,16 @@ def test_a_prepared_folder_is_a_source(undisturbed):
     assert only_b.loader(shape, 0).bytes_per_token == pytest.approx(rate.bytes / rate.tokens)
     with pytest.raises(UserError, match=r"tokenizer\.vocab"):
         data.prepare(data.Shards(str(folder)), data.SentencePiece(vocab=400), "unused")
-    with pytest.raises(UserError, match="is no folder of token shards"):
+    with pytest.raises(UserError, match="is not a folder of token shards"):
         data.prepare(data.Shards(str(HERE)), None, "unused")
 
 
-def test_a_folder_at_a_url(undisturbed, tmp_path, monkeypatch):
+def test_a_folder_at_a_url(complete, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     prepared = data.prepare(CORPUS, TOKENIZER, "memory://prepared")
-    assert prepared.fingerprint == undisturbed[1].fingerprint
+    assert prepared.fingerprint == complete[1].fingerprint
     shape = data.BatchShape(sequences=4, length=32)
-    a, b = (p.loader(shape, 0).batch(3) for p in (prepared, undisturbed[1]))
+    a, b = (p.loader(shape, 0).batch(3) for p in (prepared, complete[1]))
     assert all(np.array_equal(x, y) for x, y in zip(a, b))
     damaged = "memory://prepared/a/train-00000.tokens"
     whole = fsspec.filesystem("memory").cat_file(damaged)
@@ -251,12 +249,12 @@ def test_a_folder_at_a_url(undisturbed, tmp_path, monkeypatch):
         stream.read(0, 5)
 
 
-def test_a_given_tokenizer(undisturbed, tmp_path):
-    given = data.TokenizerFile(path=str(undisturbed[0] / "tokenizer.model"))
-    prepared = data.prepare(CORPUS, given, tmp_path)
-    assert prepared.tokenizer.model == undisturbed[1].tokenizer.model
-    assert prepared.counts == undisturbed[1].counts
-    assert "tokenizer.tokenizer=" in refusal(CORPUS, TOKENIZER, tmp_path)
+def test_an_existing_tokenizer(complete, tmp_path):
+    existing = data.TokenizerFile(path=str(complete[0] / "tokenizer.model"))
+    prepared = data.prepare(CORPUS, existing, tmp_path)
+    assert prepared.tokenizer.model == complete[1].tokenizer.model
+    assert prepared.counts == complete[1].counts
+    assert "tokenizer.tokenizer=" in error(CORPUS, TOKENIZER, tmp_path)
 
 
 def test_large_vocabularies_take_four_bytes():
@@ -264,13 +262,13 @@ def test_large_vocabularies_take_four_bytes():
     assert shards.token_dtype(65_537).itemsize == 4
 
 
-def test_progress_is_told(tmp_path):
+def test_progress_reaches_its_totals(tmp_path):
     seen = {}
 
     class Bar:
-        def __init__(self, description, total):
+        def __init__(self, description, total, unit=""):
             self.description, self.total = description, total
-            seen[description] = [total, 0]
+            seen[description] = [total, 0, unit]
 
         def __enter__(self):
             return self
@@ -286,31 +284,31 @@ def test_progress_is_told(tmp_path):
         "reading a",
         "reading b",
         "training the tokenizer",
-        "tokenising a",
-        "tokenising b",
+        "tokenizing a",
+        "tokenizing b",
     ]
-    assert all(total == done for total, done in seen.values())
+    assert all(total == done for total, done, _ in seen.values())
+    assert [unit for *_, unit in seen.values()] == ["B", "B", "", "B", "B"]
 
 
-def test_bad_corpora_are_refused(tmp_path):
+def test_too_little_text_is_an_error(tmp_path):
     for texts, words in (
-        ((), "holds no text"),
-        (("",), "holds no text"),
+        ((), "has no text"),
+        (("",), "has no text"),
         (("abc",), "too small to give a held_out part"),
     ):
-        corpus = data.Documents(texts, held_out=0.05)
-        given = data.SentencePiece(vocab=300)
-        sentence = refusal(corpus, given, tmp_path / str(len(texts) + len("".join(texts))))
-        assert words in sentence
+        corpus, tokenizer = data.Documents(texts, held_out=0.05), data.SentencePiece(vocab=300)
+        message = error(corpus, tokenizer, tmp_path / str(len(texts) + len("".join(texts))))
+        assert words in message
     with pytest.raises(UserError, match=r"works only with data\.Shards"):
         data.prepare(CORPUS, None, tmp_path)
 
 
-def test_a_full_disk_is_said(tmp_path):
+def test_a_full_disk_is_an_error(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
-    place = folders.Folder(tmp_path)
+    folder = folders.Folder(tmp_path)
     os.symlink("/dev/full", tmp_path / "x.tokens.tmp")
     with pytest.raises(UserError, match=r"disk of .* is full: x\.tokens needs 100,000 bytes"):
-        place.write("x.tokens", b"0" * 100_000)
-    assert place.size("x.tokens") is None
+        folder.write("x.tokens", b"0" * 100_000)
+    assert folder.size("x.tokens") is None

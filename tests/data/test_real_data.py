@@ -1,4 +1,4 @@
-"""Real text, where it is at hand: read, tokenised without loss, and prepared."""
+"""Real text, where it is present: read, tokenized without loss, and prepared."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ CORPORA = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CORPORA)
-def test_nothing_is_lost(name, tmp_path):
+def test_no_text_is_lost(name, tmp_path):
     if not (REAL / name).exists():
-        pytest.skip(f"{name} is not at hand")
+        pytest.skip(f"{name} is not present")
     source = CORPORA[name]
     prepared = data.prepare(source, data.SentencePiece(vocab=4096), tmp_path)
     texts = set(source.documents())
@@ -27,10 +27,11 @@ def test_nothing_is_lost(name, tmp_path):
         (head,), (tail,) = (prepared.texts(source.label, s) for s in ("train", "held_out"))
         assert {head + tail} == texts
         return
-    sides = [set(prepared.texts(source.label, split)) for split in ("train", "held_out")]
-    assert sides[0] | sides[1] == texts and not sides[0] & sides[1]
-    share = len(sides[1]) / len(texts)
-    assert 0.02 < share < 0.09  # 0.05 of some hundreds, give or take three standard deviations
+    train, held_out = (set(prepared.texts(source.label, s)) for s in ("train", "held_out"))
+    assert train | held_out == texts and not train & held_out
+    assert (
+        0.02 < len(held_out) / len(texts) < 0.09
+    )  # 0.05 of hundreds of documents plus or minus three standard deviations
 
 
 def test_the_standard_library(tmp_path):

@@ -1,4 +1,4 @@
-"""Every format gives the same documents, and every bad file one sentence."""
+"""Every format yields the same documents, and every unreadable file one message."""
 
 import bz2
 import csv
@@ -15,6 +15,7 @@ from made_up_corpus import documents
 
 from lm import data
 from lm.data import files
+from lm.data.split import scan
 from lm.errors import UserError
 
 TEXTS = [*documents(5), 'a "quoted", text\r\nwith\ttabs\r\n', "\x00 and \x85 and \u2028 stay"]
@@ -48,7 +49,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats_give_the_same_documents(name, tmp_path):
+def test_formats_yield_the_same_documents(name, tmp_path):
     source, write = FORMATS[name]
     path = tmp_path / f"x.{name}"
     write(path, TEXTS)
@@ -83,8 +84,8 @@ def test_urls():
         read(data.Text("memory://elsewhere/*.txt"))
 
 
-def test_a_long_text_file_is_given_in_parts_without_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr("lm.data.sources.PART", 500)
+def test_a_long_text_file_is_split_without_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr("lm.data.file_sources.PART", 500)
     monkeypatch.setattr(files, "BLOCK", 64)
     path = tmp_path / "long.txt"
     path.write_bytes("".join(TEXTS * 3).encode())
@@ -113,7 +114,7 @@ def test_other_encodings(tmp_path):
         data.Text(str(path), encoding="latn-1")
 
 
-def test_the_offset_of_a_bad_byte_is_that_in_the_file(tmp_path, monkeypatch):
+def test_an_invalid_byte_is_named_by_its_offset_in_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "BLOCK", 10)
     path = tmp_path / "a.txt"
     path.write_bytes("é".encode() * 50 + b"\xff")
@@ -121,7 +122,7 @@ def test_the_offset_of_a_bad_byte_is_that_in_the_file(tmp_path, monkeypatch):
         read(data.Text(str(path)))
 
 
-def test_empty_documents_and_nulls_are_no_documents(tmp_path):
+def test_empty_texts_and_nulls_are_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": ""}\n\n{"text": null}\n{"text": "x"}')
     assert read(data.Jsonl(str(path))) == ["x"]
@@ -133,86 +134,129 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
     assert read(data.Jsonl(str(path))) == ["a\ufffdb 😀"]
 
 
-def refusal(source):
+def error(source):
     with pytest.raises(UserError) as caught:
         read(source)
     return str(caught.value)
 
 
-def test_missing_files_are_refused(tmp_path):
+def test_missing_files_are_errors(tmp_path):
     (tmp_path / "book.txt").write_text("x")
-    sentence = refusal(data.Text(str(tmp_path / "bok.txt")))
-    assert "bok.txt" in sentence and "Did you mean 'book.txt'?" in sentence
-    assert "matches no file" in refusal(data.Text(str(tmp_path / "*.md")))
-    assert "is a folder" in refusal(data.Text(str(tmp_path)))
-    assert "cannot be opened" in refusal(data.Text("nosuch://x/y.txt"))
+    message = error(data.Text(str(tmp_path / "bok.txt")))
+    assert "bok.txt" in message and "Did you mean 'book.txt'?" in message
+    assert "matches no file" in error(data.Text(str(tmp_path / "*.md")))
+    assert "is a folder" in error(data.Text(str(tmp_path)))
+    assert "cannot be opened" in error(data.Text("nosuch://x/y.txt"))
 
 
-def test_unreadable_files_are_refused(tmp_path, monkeypatch):
+def test_a_folder_is_not_suggested_for_a_file(tmp_path):
+    (tmp_path / "notes").mkdir()
+    message = error(data.Text(str(tmp_path / "notes.txt")))
+    assert message.endswith("notes.txt'.")
+
+
+@pytest.mark.parametrize("path", ["", (), ("a.txt", "")])
+def test_an_empty_path_names_the_field(path):
+    with pytest.raises(UserError, match=r"^data\.path=.* names no file; set it, as in data\.path="):
+        data.Text(path)
+    with pytest.raises(UserError, match=r"^tokenizer\.path='' names no file"):
+        data.TokenizerFile(path="")
+
+
+@pytest.mark.parametrize("module, ending", [(gzip, ".gz"), (lzma, ".xz"), (None, "")])
+def test_progress_counts_bytes_on_disk(module, ending, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK", 1 << 12)
+    path = tmp_path / f"a.jsonl{ending}"
+    write_jsonl(path, documents(300))
+    if module:
+        path.write_bytes(module.compress(path.read_bytes()))
+    bars = []
+
+    class Bar:
+        def __init__(self, description, total, unit):
+            self.total, self.unit, self.steps = total, unit, []
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def advance(self, amount):
+            self.steps.append(amount)
+
+    scan("x", data.Jsonl(str(path)), None, Bar)
+    (bar,) = bars
+    assert bar.unit == "B" and bar.total == path.stat().st_size == sum(bar.steps)
+    assert len(bar.steps) > 2
+
+
+def test_unreadable_files_are_errors(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("x")
 
-    def forbidden(*_, **__):  # a mode of 0 would not keep a superuser out
+    def forbidden(*_, **__):  # file modes do not stop a superuser
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(fsspec, "open", forbidden)
-    assert "a.txt may not be read" in refusal(data.Text(str(path)))
+    assert "a.txt cannot be read: permission denied" in error(data.Text(str(path)))
 
 
-def test_cut_off_compressed_files_are_refused(tmp_path):
+def test_truncated_compressed_files_are_errors(tmp_path):
     whole = gzip.compress(os.urandom(10_000).hex().encode())
     for name, content in (("cut", whole[:5_000]), ("other", b"not gzip at all")):
         path = tmp_path / f"{name}.txt.gz"
         path.write_bytes(content)
-        assert f"{name}.txt.gz is cut short or damaged" in refusal(data.Text(str(path)))
+        assert f"{name}.txt.gz is cut short or damaged" in error(data.Text(str(path)))
 
 
-def test_bad_records_are_refused_with_their_line(tmp_path):
+def test_invalid_records_are_errors_with_their_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n{"txt": "y"}\n')
-    assert "line 2 has no field 'text'" in refusal(data.Jsonl(str(path)))
-    assert "Did you mean 'text'?" in refusal(data.Jsonl(str(path), field="tex"))
+    assert "line 2 has no field 'text'" in error(data.Jsonl(str(path)))
+    assert "Did you mean 'text'?" in error(data.Jsonl(str(path), field="tex"))
     path.write_text('{"text": "x"}\n{"text": "y"\n')
-    assert "line 2 is not JSON" in refusal(data.Jsonl(str(path)))
+    assert "line 2 is not JSON" in error(data.Jsonl(str(path)))
     path.write_text('{"text": 3}\n')
-    assert "line 1: field 'text' holds int, not text" in refusal(data.Jsonl(str(path)))
+    assert "line 1: field 'text' holds int, not text" in error(data.Jsonl(str(path)))
     path.write_text("[1]\n")
-    assert "line 1 holds list, not a JSON object" in refusal(data.Jsonl(str(path)))
+    assert "line 1 holds list, not a JSON object" in error(data.Jsonl(str(path)))
 
 
-def test_bad_tables_are_refused(tmp_path):
+def test_invalid_tables_are_errors(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,text\n1,x\n2\n")
-    assert "line 3 has 1 of 2 columns" in refusal(data.Csv(str(path)))
-    assert "Did you mean 'text'?" in refusal(data.Csv(str(path), field="txt"))
+    assert "line 3 has 1 of 2 columns" in error(data.Csv(str(path)))
+    assert "Did you mean 'text'?" in error(data.Csv(str(path), field="txt"))
     table = tmp_path / "a.parquet"
     write_parquet(table, TEXTS)
-    assert "Did you mean 'text'?" in refusal(data.Parquet(str(table), field="txt"))
+    assert "Did you mean 'text'?" in error(data.Parquet(str(table), field="txt"))
     table.write_bytes(table.read_bytes()[:-20])
-    assert "is not a whole Parquet file" in refusal(data.Parquet(str(table)))
+    assert "is not a complete Parquet file" in error(data.Parquet(str(table)))
 
 
-def test_shares_are_checked():
-    for share in (-0.1, 1.0):
+def test_held_out_is_checked():
+    for fraction in (-0.1, 1.0):
         with pytest.raises(UserError, match="held_out"):
-            data.Documents(("x",), held_out=share)
+            data.Documents(("x",), held_out=fraction)
 
 
-def test_the_recipe_knows_the_content_and_not_the_place(tmp_path):
+def test_the_recipe_depends_on_content_and_not_on_location(tmp_path):
     paths = []
-    for folder in ("here", "there"):
+    for folder in ("original", "moved"):
         (tmp_path / folder).mkdir()
         paths.append(tmp_path / folder / "a.txt")
         paths[-1].write_text("x")
         os.utime(paths[-1], (1_000, 1_000))
-    here, there = (data.Text(str(path)) for path in paths)
-    assert here.recipe() == there.recipe()
+    original, moved = (data.Text(str(path)) for path in paths)
+    assert original.recipe() == moved.recipe()
     paths[1].write_text("y")
-    assert here.recipe() != there.recipe()
-    assert here.recipe() != data.Text(str(paths[0]), held_out=0.1).recipe()
+    assert original.recipe() != moved.recipe()
+    assert original.recipe() != data.Text(str(paths[0]), held_out=0.1).recipe()
 
 
-def test_the_standard_library_has_source_and_no_tests():
+def test_the_standard_library_without_its_tests():
     source = data.StandardLibrary()
     paths = source._paths()
     assert any(path.endswith("json/decoder.py") for path in paths)

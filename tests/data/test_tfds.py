@@ -1,4 +1,4 @@
-"""TFDS datasets are read without TensorFlow: prepared ones in a folder, in both of its formats."""
+"""Prepared TFDS datasets are read without TensorFlow, in both of its formats."""
 
 import json
 import struct
@@ -19,7 +19,7 @@ TRAIN, TEST = documents(30, seed=3), documents(5, seed=4)
 
 
 class MadeUpCorpus(tfds.core.GeneratorBasedBuilder):
-    """Texts with a label beside them."""
+    """Texts with labels."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -48,48 +48,48 @@ def read(**fields):
 
 def test_all_documents_by_name_and_by_folder(folder):
     by_name = read(name="made_up_corpus", data_dir=str(folder))
-    assert sorted(by_name) == sorted(TRAIN)  # TFDS shuffles once, when it prepares
+    assert sorted(by_name) == sorted(TRAIN)  # TFDS shuffles during preparation
     assert read(name=str(folder / "made_up_corpus" / "1.0.0")) == by_name
 
 
 def test_splits_and_slices(folder):
-    place = {"name": "made_up_corpus", "data_dir": str(folder)}
-    whole = read(split="train", **place)
-    assert read(split="train[:10]", **place) == whole[:10]
-    assert read(split="train[50%:]", **place) == whole[15:]
-    assert sorted(read(split="test", **place)) == sorted(TEST)
-    assert sorted(read(split="train+test", **place)) == sorted(TRAIN + TEST)
+    dataset = {"name": "made_up_corpus", "data_dir": str(folder)}
+    train = read(split="train", **dataset)
+    assert read(split="train[:10]", **dataset) == train[:10]
+    assert read(split="train[50%:]", **dataset) == train[15:]
+    assert sorted(read(split="test", **dataset)) == sorted(TEST)
+    assert sorted(read(split="train+test", **dataset)) == sorted(TRAIN + TEST)
 
 
-def as_tfrecord(folder, place):
-    """The same dataset as TFRecord, the format of published ones; TFDS writes it by TensorFlow."""
+def as_tfrecord(folder, target):
+    """The same dataset as TFRecord, the format of published datasets. TFDS itself needs TensorFlow
+    to write it."""
     source = data.Tfds("made_up_corpus", data_dir=str(folder))
-    target = place / "made_up_corpus" / "1.0.0"
-    target.mkdir(parents=True)
+    version = target / "made_up_corpus" / "1.0.0"
+    version.mkdir(parents=True)
     origin = folder / "made_up_corpus" / "1.0.0"
-    (target / "features.json").write_text((origin / "features.json").read_text())
+    (version / "features.json").write_text((origin / "features.json").read_text())
     info = (origin / "dataset_info.json").read_text()
-    (target / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
+    (version / "dataset_info.json").write_text(info.replace("array_record", "tfrecord"))
     builder = source._builder()
     for split in ("train", "test"):
         records = data.Tfds("made_up_corpus", data_dir=str(folder), split=split)._records(builder)
-        with open(target / f"made_up_corpus-{split}.tfrecord-00000-of-00001", "wb") as file:
+        with open(version / f"made_up_corpus-{split}.tfrecord-00000-of-00001", "wb") as file:
             for record in records:
-                # A length and its checksum, the record and its checksum.
+                # Length and its checksum, record and its checksum.
                 file.write(struct.pack("<QI", len(record), 0) + record + struct.pack("<I", 0))
-    return place
+    return target
 
 
 def test_tfrecord(folder, tmp_path):
-    place = as_tfrecord(folder, tmp_path)
-    here = {"name": "made_up_corpus", "data_dir": str(place)}
-    there = {"name": "made_up_corpus", "data_dir": str(folder)}
+    tfrecord = {"name": "made_up_corpus", "data_dir": str(as_tfrecord(folder, tmp_path))}
+    array_record = {"name": "made_up_corpus", "data_dir": str(folder)}
     for split in ("train", "train[3:10]", "test", "train+test"):
-        assert read(split=split, **here) == read(split=split, **there)
-    (file,) = place.rglob("*train.tfrecord*")
+        assert read(split=split, **tfrecord) == read(split=split, **array_record)
+    (file,) = tmp_path.rglob("*train.tfrecord*")
     file.write_bytes(file.read_bytes()[:-5_000])
-    with pytest.raises(UserError, match="is damaged after|ends after"):
-        read(**here)
+    with pytest.raises(UserError, match="is damaged: it ends after"):
+        read(**tfrecord)
 
 
 def test_records_at_a_url(folder, tmp_path):
@@ -102,9 +102,9 @@ def test_records_at_a_url(folder, tmp_path):
     ):
         (file,) = place.rglob("made_up_corpus-train*")
         memory.pipe_file("/tfds/file", file.read_bytes())
-        found = list(read("memory://tfds/file", 3, 10))
+        remote = list(read("memory://tfds/file", 3, 10))
         source = data.Tfds("made_up_corpus", split="train[3:10]", data_dir=str(folder))
-        assert found == list(source._records(source._builder()))
+        assert remote == list(source._records(source._builder()))
 
 
 def test_tensorflow_is_not_imported(folder):
@@ -117,7 +117,7 @@ def test_tensorflow_is_not_imported(folder):
     assert ended.stdout.split() == [str(len(TRAIN)), "False"], ended.stderr
 
 
-def test_recipe_is_that_of_the_dataset(folder):
+def test_the_recipe_identifies_the_dataset(folder):
     recipe = data.Tfds("made_up_corpus", data_dir=str(folder)).recipe()
     assert "made_up_corpus/1.0.0" in recipe["fingerprint"] and str(folder) not in json.dumps(recipe)
 
@@ -133,6 +133,6 @@ def test_recipe_is_that_of_the_dataset(folder):
         ({"name": "tiny_shakespeare"}, "is not prepared in"),
     ],
 )
-def test_refusals(fields, words, folder):
+def test_errors(fields, words, folder):
     with pytest.raises(UserError, match=words):
         read(**{"name": "made_up_corpus", "data_dir": str(folder), **fields})
