@@ -1,8 +1,8 @@
-"""The fields of a Hugging Face config.json and the parts of a Config, both ways.
+"""The fields of a Hugging Face config.json and the parts of a Config, in both directions.
 
-`Fields` is read by the function of each family (families.py): it knows what was asked for, so that
-a field nobody asked for is refused unless it changes nothing. `written` gives every field that any
-family asks for.
+Each family's function reads config.json through `Fields`, which refuses the fields that remain
+unread unless they change nothing, and builds the Config from the functions here. `to_fields` writes
+every field that any family reads.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from lm.model.attention import GQA
 from lm.model.config import Block, Config
 from lm.model.ffn import GeGLU, SwiGLU
 from lm.model.moe import BiasBalance, MoE, SoftmaxRouter
-from lm.model.norm import RMSNorm
+from lm.model.norm import RMSNormConfig
 from lm.model.rope import NTK, DynamicNTK, LinearScaling, Llama3Scaling, RoPE, YaRN
 
-# What describes the file, its training or its use, and not what the model computes.
+# Fields that describe the file, training or use of a model, not what it computes.
 _NEUTRAL = """
     architectures model_type torch_dtype dtype transformers_version _name_or_path auto_map
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
@@ -41,69 +41,79 @@ REQUIRED = object()
 
 
 class Fields:
-    """A config.json. `fields(name, default)` reads a field that may be absent; `finish` refuses
-    what nobody has asked for."""
+    """The fields of a config.json. `fields(name)` reads a required field, `fields(name, default)`
+    an optional one; `check_unread` refuses the rest.
 
-    def __init__(self, given: Mapping[str, Any], where: str = "config.json"):
-        self.given, self.where = given, where
-        self.asked: set[str] = set()
+    Args:
+      values: config.json, or an object in it.
+      where: its name in error messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str = "config.json"):
+        self.values, self.where = values, where
+        self.read: set[str] = set()
 
     def __call__(self, name: str, default: Any = REQUIRED) -> Any:
-        self.asked.add(name)
-        if name in self.given:
-            return self.given[name]
+        self.read.add(name)
+        if name in self.values:
+            return self.values[name]
         if default is REQUIRED:
-            raise UserError(f"{self.where} has no {name}; fetch it again, or add the field.")
+            raise UserError(f"{self.where} has no {name}; download it again, or add the field.")
         return default
 
+    def add_defaults(self, defaults: Mapping[str, Any]) -> None:
+        """Sets these fields where they are absent."""
+        self.values = {**defaults, **self.values}
+
     def only(self, name: str, *allowed: Any) -> Any:
-        """The value of a field that may have these values; the first one is that of its absence."""
+        """Reads a field that may have only these values; the first one is the default."""
         value = self(name, allowed[0])
         if value not in allowed:
-            raise self.refused(name, value, f"only {' or '.join(map(repr, allowed))} is supported")
+            raise self.error(name, value, f"only {' or '.join(map(repr, allowed))} is supported")
         return value
 
-    def refused(self, name: str, value: Any, why: str) -> UserError:
-        """To be raised."""
-        return UserError(f"{self.where}: {name}={value!r} is not supported here; {why}.")
+    def error(self, name: str, value: Any, reason: str) -> UserError:
+        """The error to raise for an unsupported value."""
+        return UserError(f"{self.where}: {name}={value!r} is not supported; {reason}.")
 
-    def finish(self) -> None:
-        """Raises UserError for a field that nobody has asked for and that may change the result."""
-        for name, value in self.given.items():
-            if name not in self.asked | NEUTRAL and value not in (None, False, 0, "", [], {}):
-                raise self.refused(name, value, "it may change what the model computes")
-
-
-# From fields to parts
+    def check_unread(self) -> None:
+        """Raises UserError for an unread field that may change what the model computes."""
+        for name, value in self.values.items():
+            if name not in self.read | NEUTRAL and value not in (None, False, 0, "", [], {}):
+                raise self.error(name, value, "it may change what the model computes")
 
 
-def attention(fields: Fields, **special: Any) -> GQA:
-    """Heads, their width and their positions as every family declares them."""
+# From config.json to a Config
+
+
+def attention(fields: Fields, **options: Any) -> GQA:
+    """Attention with the heads, head width and positions that all families declare alike; `options`
+    override and add fields of GQA."""
     heads = fields("num_attention_heads")
-    given = {
+    common = {
         "heads": heads,
         "kv_heads": fields("num_key_value_heads", None) or heads,
         "head_dim": fields("head_dim", None) or fields("hidden_size") // heads,
     }
-    if "position" not in special:
-        given["position"] = rope(fields)
-    return GQA(**given | special)
+    if "position" not in options:
+        common["position"] = rope(fields)
+    return GQA(**common | options)
 
 
-def rope(fields: Fields, kind: str | None = None, theta: float = 10_000.0) -> RoPE:
-    """Rotary positions: `rope_theta` and `rope_scaling`, or, as of transformers 5,
-    `rope_parameters`, which may hold one entry for each `kind` of layer."""
+def rope(fields: Fields, layer_type: str | None = None, theta: float = 10_000.0) -> RoPE:
+    """Rotary positions from `rope_theta` and `rope_scaling` or, since transformers 5, from
+    `rope_parameters`, which may hold one entry for each layer type. `theta` is the default."""
     fields.only("partial_rotary_factor", 1.0, None)
     theta = fields("rope_theta", None) or theta
     old, new = fields("rope_scaling", None), fields("rope_parameters", None)
-    new = new[kind] if new and kind in new else new
+    new = new[layer_type] if new and layer_type in new else new
     where = "rope_parameters" if new else "rope_scaling"
-    given = dict(new or old or {})
-    if kind == "sliding_attention" and not new:  # Gemma 3 scales its global layers only
+    values = dict(new or old or {})
+    if layer_type == "sliding_attention" and not new:  # Gemma 3 scales its global layers only
         return RoPE(theta=fields("rope_local_base_freq", 10_000.0))
     return RoPE(
-        theta=given.pop("rope_theta", None) or theta,
-        scaling=_scaling(Fields(given, f"{fields.where}: {where}"), _length(fields)),
+        theta=values.pop("rope_theta", None) or theta,
+        scaling=_scaling(Fields(values, f"{fields.where}: {where}"), _length(fields)),
     )
 
 
@@ -112,109 +122,111 @@ def _length(fields: Fields) -> int:
 
 
 def _scaling(
-    given: Fields, length: int
+    values: Fields, length: int
 ) -> LinearScaling | DynamicNTK | YaRN | Llama3Scaling | None:
-    older, newer = given("type", None), given("rope_type", None)
+    older, newer = values("type", None), values("rope_type", None)
     kind = newer or older or "default"
-    given.only("partial_rotary_factor", 1.0, None)
+    values.only("partial_rotary_factor", 1.0, None)
     if kind == "default":
-        found = None
+        scaling = None
     elif kind == "linear":
-        found = LinearScaling(factor=given("factor"))
+        scaling = LinearScaling(factor=values("factor"))
     elif kind == "dynamic":
-        given("original_max_position_embeddings", None)  # the length is what counts
-        found = DynamicNTK(factor=given("factor"), original=length)
+        values("original_max_position_embeddings", None)  # transformers uses the length instead
+        scaling = DynamicNTK(factor=values("factor"), original=length)
     elif kind == "yarn":
-        found = _yarn(given, length)
+        scaling = _yarn(values, length)
     elif kind == "llama3":
-        found = Llama3Scaling(
-            factor=given("factor"),
-            original=given("original_max_position_embeddings"),
-            low=given("low_freq_factor"),
-            high=given("high_freq_factor"),
+        scaling = Llama3Scaling(
+            factor=values("factor"),
+            original=values("original_max_position_embeddings"),
+            low=values("low_freq_factor"),
+            high=values("high_freq_factor"),
         )
     else:
-        known = "default, linear, dynamic, yarn and llama3 are known"
-        raise given.refused("rope_type" if newer else "type", kind, known)
-    given.finish()
-    return found
+        supported = "supported are default, linear, dynamic, yarn and llama3"
+        raise values.error("rope_type" if newer else "type", kind, supported)
+    values.check_unread()
+    return scaling
 
 
-def _yarn(given: Fields, length: int) -> YaRN:
-    original = given("original_max_position_embeddings", None) or length
-    factor = given("factor", None) or length / original
-    amplitude = given("attention_factor", None)
-    mscale, everywhere = given("mscale", None), given("mscale_all_dim", None)
-    if amplitude is None and mscale and everywhere:
+def _yarn(values: Fields, length: int) -> YaRN:
+    original = values("original_max_position_embeddings", None) or length
+    factor = values("factor", None) or length / original
+    amplitude = values("attention_factor", None)
+    mscale, mscale_all_dim = values("mscale", None), values("mscale_all_dim", None)
+    if amplitude is None and mscale and mscale_all_dim:
         amplitude = (0.1 * mscale * math.log(factor) + 1) / (
-            0.1 * everywhere * math.log(factor) + 1
+            0.1 * mscale_all_dim * math.log(factor) + 1
         )
     return YaRN(
         factor=factor,
         original=original,
-        beta_fast=given("beta_fast", None) or 32.0,
-        beta_slow=given("beta_slow", None) or 1.0,
+        beta_fast=values("beta_fast", None) or 32.0,
+        beta_slow=values("beta_slow", None) or 1.0,
         attention_factor=amplitude,
-        truncate=given("truncate", True),
+        truncate=values("truncate", True),
     )
 
 
 _GATED = {"silu": SwiGLU, "swish": SwiGLU, "gelu_pytorch_tanh": GeGLU}
 
 
-def gated(
+def dense_ffn(
     fields: Fields, activation: str = "hidden_act", default: str = "silu", bias: bool = False
 ) -> SwiGLU | GeGLU:
-    """The feed-forward of a dense layer."""
+    """A gated feed-forward; `activation` is the field that names its activation function."""
     name = fields(activation, None) or default
     if name not in _GATED:
-        raise fields.refused(activation, name, f"{', '.join(_GATED)} are known")
+        raise fields.error(activation, name, f"supported are {', '.join(_GATED)}")
     return _GATED[name](hidden=fields("intermediate_size"), bias=bias)
 
 
-def experts(fields: Fields, **special: Any) -> MoE:
-    """The feed-forward of a sparse layer."""
+def sparse_ffn(fields: Fields, **options: Any) -> MoE:
+    """A mixture of experts; `options` are fields of MoE."""
     fields.only("hidden_act", "silu")
-    return MoE(experts_per_token=fields("num_experts_per_tok"), balance=None, **special)
+    return MoE(experts_per_token=fields("num_experts_per_tok"), balance=None, **options)
 
 
-def kinds(fields: Fields, default: Callable[[int], bool]) -> list[bool]:
-    """Of each layer whether it sees a sliding window only; `default` tells where no list does."""
+def is_sliding(fields: Fields, default: Callable[[int], bool]) -> list[bool]:
+    """For each layer, whether its attention has a sliding window: from `layer_types`, or by
+    `default` of the layer's number."""
     layers = fields("num_hidden_layers")
-    written = fields("layer_types", None)
-    if written is None:
+    layer_types = fields("layer_types", None)
+    if layer_types is None:
         return [default(layer) for layer in range(layers)]
-    unknown = set(written) - {"sliding_attention", "full_attention"}
-    if unknown or len(written) != layers:
-        why = f"{layers} times 'sliding_attention' or 'full_attention' is expected"
-        raise fields.refused("layer_types", written, why)
-    return [kind == "sliding_attention" for kind in written]
+    unknown = set(layer_types) - {"sliding_attention", "full_attention"}
+    if unknown or len(layer_types) != layers:
+        reason = f"it must be {layers} times 'sliding_attention' or 'full_attention'"
+        raise fields.error("layer_types", layer_types, reason)
+    return [layer_type == "sliding_attention" for layer_type in layer_types]
 
 
 def model(
-    fields: Fields, attention: Sequence[GQA] | GQA, ffn: Sequence[Any] | Any, **special: Any
+    fields: Fields, attention: Sequence[GQA] | GQA, ffn: Sequence[Any] | Any, **options: Any
 ) -> Config:
-    """The Config of all this; `attention` and `ffn` are one for all layers or one for each."""
+    """The Config. `attention` and `ffn` are one for all layers, or one for each; `options` override
+    and add fields of Config."""
     layers = fields("num_hidden_layers")
     attentions = [attention] * layers if isinstance(attention, GQA) else attention
     ffns = ffn if isinstance(ffn, list) else [ffn] * layers
-    given = {
+    common = {
         "vocab": fields("vocab_size"),
         "dim": fields("hidden_size"),
         "norm": norm(fields),
         "tied": fields("tie_word_embeddings", False),
     }
     blocks = [Block(attention=a, ffn=f) for a, f in zip(attentions, ffns, strict=True)]
-    return of_blocks(blocks, **given | special)
+    return of_blocks(blocks, **common | options)
 
 
-def norm(fields: Fields, offset: float = 0.0) -> RMSNorm:
-    """The norm of the residual stream."""
-    return RMSNorm(eps=fields("rms_norm_eps", 1e-6), offset=offset)
+def norm(fields: Fields, offset: float = 0.0) -> RMSNormConfig:
+    """The norm of the residual stream; `offset` is added to its scale."""
+    return RMSNormConfig(eps=fields("rms_norm_eps", 1e-6), offset=offset)
 
 
 def of_blocks(blocks: Sequence[Block], **fields: Any) -> Config:
-    """The Config with these layers: the shortest prefix and pattern that give them."""
+    """The Config with these layers, as the shortest prefix and repeated pattern."""
     count = len(blocks)
     sizes = (
         (total - period, period) for total in range(1, count + 1) for period in range(total, 0, -1)
@@ -230,29 +242,31 @@ def of_blocks(blocks: Sequence[Block], **fields: Any) -> Config:
         if all(getattr(block, part) == getattr(pattern[0], part) for block in pattern):
             shared[part] = getattr(pattern[0], part)
 
-    def own(block: Block) -> Block:
+    def without_shared(block: Block) -> Block:
         same = {part: None for part, value in shared.items() if getattr(block, part) == value}
         return dataclasses.replace(block, **same)
 
-    pattern = () if len(shared) == 2 else tuple(map(own, pattern))
-    return Config(layers=count, prefix=tuple(map(own, prefix)), pattern=pattern, **shared, **fields)
+    pattern = () if len(shared) == 2 else tuple(map(without_shared, pattern))
+    return Config(
+        layers=count, prefix=tuple(map(without_shared, prefix)), pattern=pattern, **shared, **fields
+    )
 
 
-# From a Config to fields
+# From a Config to config.json
 
 
-def meaning(config: Config) -> Config:
-    """The same model in one form for all that compute the same: what only training reads is left
-    out."""
+def canonical(config: Config) -> Config:
+    """The canonical form of a model: equal for all Configs that compute the same, without fields
+    that only training reads."""
     blocks = [
-        Block(attention=_plain_attention(block.attention), ffn=_plain_ffn(block.ffn))
+        Block(attention=_canonical_attention(block.attention), ffn=_canonical_ffn(block.ffn))
         for block in config.layout.blocks
     ]
-    kept = ("vocab", "dim", "norm", "placement", "tied", "embed_scale", "logit_softcap")
-    return of_blocks(blocks, **{name: getattr(config, name) for name in kept})
+    names = ("vocab", "dim", "norm", "placement", "tied", "embed_scale", "logit_softcap")
+    return of_blocks(blocks, **{name: getattr(config, name) for name in names})
 
 
-def _plain_attention(attention: GQA) -> GQA:
+def _canonical_attention(attention: GQA) -> GQA:
     scale = attention.scale
     if scale is not None and math.isclose(scale, attention.head_dim**-0.5, rel_tol=1e-12):
         scale = None
@@ -261,22 +275,22 @@ def _plain_attention(attention: GQA) -> GQA:
         theta = position.scaling.base(position.theta, position.rotated(attention.head_dim))
         position = dataclasses.replace(position, theta=theta, scaling=None)
     elif isinstance(position, RoPE) and isinstance(position.scaling, YaRN):
-        given = position.scaling
-        same = dataclasses.replace(given, attention_factor=given.amplitude)
-        position = dataclasses.replace(position, scaling=same)
+        yarn = position.scaling
+        explicit = dataclasses.replace(yarn, attention_factor=yarn.amplitude)
+        position = dataclasses.replace(position, scaling=explicit)
     return dataclasses.replace(attention, scale=scale, position=position)
 
 
-def _plain_ffn(ffn: Any) -> Any:
+def _canonical_ffn(ffn: Any) -> Any:
     if not isinstance(ffn, MoE):
         return ffn
     balance = ffn.balance if isinstance(ffn.balance, BiasBalance) else None
     return dataclasses.replace(ffn, balance=balance, z_loss=0.0)
 
 
-def written(config: Config, length: int) -> dict[str, Any]:
-    """Every field that a family may ask for, of a `meaning`; `length` is max_position_embeddings.
-    Whether a family can be this model is for its own function to say."""
+def to_fields(config: Config, length: int) -> dict[str, Any]:
+    """Every field that any family reads, from a `canonical` Config; `length` is
+    max_position_embeddings. Reading them back shows whether a family fits."""
     blocks = config.layout.blocks
     attentions, ffns = [b.attention for b in blocks], [b.ffn for b in blocks]
     first = attentions[-1]
@@ -308,25 +322,25 @@ def written(config: Config, length: int) -> dict[str, Any]:
         "max_window_layers": next((i for i, w in enumerate(windows) if w), config.layers),
         "attn_logit_softcapping": first.softcap,
         "final_logit_softcapping": config.logit_softcap,
-        "query_pre_attn_scalar": _whole((first.scale or first.head_dim**-0.5) ** -2),
+        "query_pre_attn_scalar": _rounded((first.scale or first.head_dim**-0.5) ** -2),
     }
-    return fields | _written_rope(attentions) | _written_experts(ffns, sparse)
+    return fields | _rope_fields(attentions) | _expert_fields(ffns, sparse)
 
 
-def _written_rope(attentions: Sequence[GQA]) -> dict[str, Any]:
+def _rope_fields(attentions: Sequence[GQA]) -> dict[str, Any]:
     """In the form that transformers 4 and 5 and vLLM read."""
-    everywhere = next((a for a in reversed(attentions) if not a.window), attentions[-1]).position
+    full = next((a for a in reversed(attentions) if not a.window), attentions[-1]).position
     local = next((a for a in attentions if a.window), attentions[-1]).position
-    if not isinstance(everywhere, RoPE) or not isinstance(local, RoPE):
+    if not isinstance(full, RoPE) or not isinstance(local, RoPE):
         return {}
-    scaling, fields = everywhere.scaling, {}
+    scaling, scaling_fields = full.scaling, {}
     match scaling:
         case LinearScaling():
-            fields = {"rope_type": "linear", "factor": scaling.factor}
+            scaling_fields = {"rope_type": "linear", "factor": scaling.factor}
         case DynamicNTK():
-            fields = {"rope_type": "dynamic", "factor": scaling.factor}
+            scaling_fields = {"rope_type": "dynamic", "factor": scaling.factor}
         case YaRN():
-            fields = {
+            scaling_fields = {
                 "rope_type": "yarn",
                 "factor": scaling.factor,
                 "original_max_position_embeddings": scaling.original,
@@ -334,29 +348,29 @@ def _written_rope(attentions: Sequence[GQA]) -> dict[str, Any]:
                 "beta_slow": scaling.beta_slow,
                 "attention_factor": scaling.amplitude,
             }
-            fields |= {} if scaling.truncate else {"truncate": False}
+            scaling_fields |= {} if scaling.truncate else {"truncate": False}
         case Llama3Scaling():
-            fields = {
+            scaling_fields = {
                 "rope_type": "llama3",
                 "factor": scaling.factor,
                 "original_max_position_embeddings": scaling.original,
                 "low_freq_factor": scaling.low,
                 "high_freq_factor": scaling.high,
             }
-    found = {
-        "rope_theta": everywhere.theta,
-        "rope_scaling": fields or None,
+    fields = {
+        "rope_theta": full.theta,
+        "rope_scaling": scaling_fields or None,
         "rope_local_base_freq": local.theta,
     }
-    # What the length means to these, in all versions of transformers.
+    # All versions of transformers derive these scalings from the length.
     if isinstance(scaling, DynamicNTK):
-        found["max_position_embeddings"] = scaling.original
+        fields["max_position_embeddings"] = scaling.original
     if isinstance(scaling, YaRN):
-        found["max_position_embeddings"] = round(scaling.factor * scaling.original)
-    return found
+        fields["max_position_embeddings"] = round(scaling.factor * scaling.original)
+    return fields
 
 
-def _written_experts(ffns: Sequence[Any], sparse: MoE | None) -> dict[str, Any]:
+def _expert_fields(ffns: Sequence[Any], sparse: MoE | None) -> dict[str, Any]:
     if sparse is None:
         return {}
     dense = [i for i, ffn in enumerate(ffns) if not isinstance(ffn, MoE)]
@@ -379,5 +393,6 @@ def _written_experts(ffns: Sequence[Any], sparse: MoE | None) -> dict[str, Any]:
     }
 
 
-def _whole(value: float) -> int | float:
+def _rounded(value: float) -> int | float:
+    """An int where the value is one but for rounding."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value

@@ -1,8 +1,8 @@
-"""The safetensors format, read and written piece by piece: eight bytes with the length of a JSON
-header, the header (name: dtype, shape, offsets), the bytes of the arrays.
+"""Reads and writes the safetensors format: eight bytes with the length of a JSON header, the header
+(name: dtype, shape, offsets), the bytes of the arrays.
 
-A model is one file, or several with an index. Only the bytes that are asked for are read, straight
-into memory of ours: a mapped file would count its pages besides.
+A model is one file, or several with an index. Reads only the requested bytes, directly into the
+caller's memory; the pages of a memory-mapped file would add to a process's memory.
 """
 
 import json
@@ -27,7 +27,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Tensor(NamedTuple):
-    """Where an array's bytes are."""
+    """The position of an array's bytes in a file."""
 
     file: str
     start: int
@@ -36,8 +36,8 @@ class Tensor(NamedTuple):
 
 
 class Files:
-    """The arrays of a folder, local or at an fsspec URL. Opening reads the headers and checks that
-    no file is missing or cut short."""
+    """The arrays of a folder, local or at an fsspec URL. Opening reads the headers and raises
+    UserError for a missing or truncated file."""
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = str(folder)
@@ -54,34 +54,36 @@ class Files:
         return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors.values())
 
     def read_into(self, tensor: Tensor, start: int, out: np.ndarray) -> None:
-        """The bytes of a tensor from its byte `start` on, as many as `out` (uint8) takes."""
-        path, at = f"{self._root}/{tensor.file}", tensor.start + start
+        """Fills `out` (uint8) with a tensor's bytes from its byte `start` on."""
+        path, offset = f"{self._root}/{tensor.file}", tensor.start + start
         if not self._local:
-            out[:] = np.frombuffer(self._fs.cat_file(path, at, at + out.size), np.uint8)
+            out[:] = np.frombuffer(self._fs.cat_file(path, offset, offset + out.size), np.uint8)
             return
         with open(path, "rb", buffering=0) as file:
-            file.seek(at)
+            file.seek(offset)
             view, done = memoryview(out), 0
             while done < out.size:
-                got = file.readinto(view[done:])
-                if not got:
-                    raise UserError(f"{self.folder}/{tensor.file} is cut short; fetch it again.")
-                done += got
+                count = file.readinto(view[done:])
+                if not count:
+                    raise UserError(f"{self.folder}/{tensor.file} is truncated; download it again.")
+                done += count
 
     def _find(self) -> list[str]:
         names = {os.path.basename(p.rstrip("/")) for p in self._listed()}
         if INDEX in names:
             index = self._json(self._fs.cat_file(f"{self._root}/{INDEX}"), INDEX)
-            wanted = sorted(set(index.get("weight_map", {}).values()))
-            missing = [name for name in wanted if name not in names]
-            if missing or not wanted:
-                what = missing[0] if missing else "weight_map"
-                raise UserError(f"{self.folder}: {INDEX} names {what}, which is missing; fetch it.")
-            return wanted
+            indexed = sorted(set(index.get("weight_map", {}).values()))
+            missing = [name for name in indexed if name not in names]
+            if missing or not indexed:
+                name = missing[0] if missing else "weight_map"
+                raise UserError(
+                    f"{self.folder}: {INDEX} names {name}, which is missing; download it."
+                )
+            return indexed
         if SINGLE in names:
             return [SINGLE]
         other = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pth")))
-        hint = f"; it has {other[0]}, which is not read" if other else ""
+        hint = f"; {other[0]} is not a supported format" if other else ""
         raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}.")
 
     def _listed(self) -> list[str]:
@@ -95,39 +97,38 @@ class Files:
         size = self._fs.info(path)["size"]
         length = int.from_bytes(self._fs.cat_file(path, 0, 8), "little") if size >= 8 else 0
         if not 0 < length <= size - 8:
-            raise UserError(f"{where} is cut short or no safetensors file; fetch it again.")
+            raise UserError(f"{where} is truncated or not safetensors; download it again.")
         header = self._json(self._fs.cat_file(path, 8, 8 + length), name)
-        found, end = {}, 0
+        tensors, end = {}, 0
         for tensor, entry in header.items():
             if tensor == "__metadata__":
                 continue
             start, stop = entry["data_offsets"]
             end = max(end, stop)
             if entry["dtype"] not in DTYPES:
-                known = ", ".join(DTYPES)
                 raise UserError(
-                    f"{where}: {tensor} is stored as {entry['dtype']}; {known} are read, so take "
-                    "the folder as it was before quantisation."
+                    f"{where}: {tensor} is stored as {entry['dtype']}; supported are "
+                    f"{', '.join(DTYPES)}. Download the model without quantization."
                 )
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             if stop - start != math.prod(shape) * dtype.itemsize:
-                raise UserError(f"{where}: the bytes of {tensor} do not fit its shape {shape}.")
-            found[tensor] = Tensor(name, 8 + length + start, dtype, shape)
+                raise UserError(f"{where}: the bytes of {tensor} do not match its shape {shape}.")
+            tensors[tensor] = Tensor(name, 8 + length + start, dtype, shape)
         if 8 + length + end > size:
             raise UserError(
-                f"{where} is cut short: it has {size:,} bytes of {8 + length + end:,}; "
-                "fetch it again."
+                f"{where} is truncated: it has {size:,} bytes of {8 + length + end:,}; "
+                "download it again."
             )
-        return found
+        return tensors
 
     def _json(self, data: bytes, name: str) -> dict[str, Any]:
         try:
-            found = json.loads(data)
+            value = json.loads(data)
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError(f"{self.folder}/{name} is damaged; fetch it again.")
-        return found
+            value = None
+        if not isinstance(value, dict):
+            raise UserError(f"{self.folder}/{name} is damaged; download it again.")
+        return value
 
 
 def write(
@@ -136,36 +137,42 @@ def write(
     arrays: Iterable[np.ndarray],
     shard_bytes: int,
 ) -> None:
-    """Writes arrays in the order of `tensors` (name: shape, dtype), one at a time, into files of at
-    most `shard_bytes`, with an index where there are several."""
+    """Writes arrays one at a time into files of at most `shard_bytes`, with an index if there are
+    several. `tensors` (name: shape, dtype) describes the arrays in their order."""
     shards = list(_shards(tensors, shard_bytes))
-    coming = iter(arrays)
+    remaining = iter(arrays)
     names = (
         [SINGLE]
         if len(shards) == 1
         else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     )
     for name, shard in zip(names, shards, strict=True):
-        header, at = {"__metadata__": {"format": "pt"}}, 0
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
         for tensor in shard:
             size = _bytes(*tensors[tensor])
             shape, dtype = tensors[tensor]
             code = next(code for code, known in DTYPES.items() if known == dtype)
-            header[tensor] = {"dtype": code, "shape": shape, "data_offsets": [at, at + size]}
-            at += size
-        written = json.dumps(header, separators=(",", ":")).encode()
-        written += b" " * (-len(written) % 8)  # so that arrays begin at multiples of eight
+            header[tensor] = {
+                "dtype": code,
+                "shape": shape,
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # aligns the arrays to eight bytes
         with open(folder / name, "wb") as file:
-            file.write(len(written).to_bytes(8, "little") + written)
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
             for tensor in shard:
-                array = np.ascontiguousarray(next(coming))
+                array = np.ascontiguousarray(next(remaining))
                 if (array.shape, array.dtype) != tensors[tensor]:
-                    raise ValueError(f"{tensor}: {array.dtype}{array.shape} is not as announced")
+                    raise ValueError(
+                        f"{tensor}: {array.dtype}{array.shape} is not {tensors[tensor]}"
+                    )
                 file.write(memoryview(array.reshape(-1).view(np.uint8)))
     if len(shards) > 1:
         total = sum(_bytes(*entry) for entry in tensors.values())
-        where = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 

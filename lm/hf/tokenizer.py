@@ -1,7 +1,7 @@
-"""A SentencePiece model as the tokenizer files of Hugging Face, with the same ids.
+"""Writes a SentencePiece model as the tokenizer files of Hugging Face, with the same ids.
 
-What differs: the mark for a space (U+2581) in a text itself, which Hugging Face reads as a space;
-and, in a unigram model without a piece for one of its letters, '<pad>' and the like in a text.
+Ids differ for text that contains the space mark U+2581 itself, which Hugging Face reads as a space,
+and, in a unigram model that lacks a piece for one of their letters, for '<pad>' and the like.
 """
 
 import base64
@@ -15,7 +15,7 @@ from lm.errors import UserError
 _SPACE = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _SYMBOL, _BYTE = 1, 2, 3, 4, 6  # types of SentencePiece's pieces
 
-# Looked at before anything is written: letters, marks and signs of many scripts, and blanks.
+# Texts whose ids are compared before an export: letters, marks and signs of many scripts, blanks.
 SAMPLES = (
     "The quick brown fox, 1,234.56 times; it's 7°C — “so!”",
     " two  spaces\tand\ttabs\nlines \n\n\tdef f(x):\n        return x**2  # end ",
@@ -30,14 +30,15 @@ SAMPLES = (
 
 
 def export_files(tokenizer: Tokenizer, length: int) -> dict[str, bytes]:
-    """All files of Hugging Face by name: those of a foreign tokenizer as they were, else made from
-    the SentencePiece model. `length` is the model's longest sequence.
+    """The tokenizer files of Hugging Face by name: an imported tokenizer's own files, or files made
+    from the SentencePiece model.
 
-    Raises UserError for a model that would get other ids there.
+    `length` is the model's maximum sequence length. Raises UserError for a SentencePiece model
+    whose ids would differ.
     """
     if isinstance(tokenizer, JsonTokenizer):
         return tokenizer.files
-    described = _described(tokenizer)
+    tokenizer_json = _tokenizer_json(tokenizer)
     special = {
         f"{role}_token": tokenizer.piece(piece)
         for role, piece in zip(
@@ -53,14 +54,14 @@ def export_files(tokenizer: Tokenizer, length: int) -> dict[str, bytes]:
         "add_bos_token": bool(tokenizer.prefix),
         "model_max_length": length,
         "clean_up_tokenization_spaces": False,
-        # "<s>" in a text is text, as in training; a template writes it and means it.
+        # "<s>" in a text is text, as in training; in a chat template it is the token.
         "split_special_tokens": template is None,
     }
     if template is not None:
         config["chat_template"] = template
     files = {
         **{n: d for n, d in tokenizer.files.items() if n != "generation_config.json"},
-        "tokenizer.json": _json(described),
+        "tokenizer.json": _json(tokenizer_json),
         "tokenizer_config.json": _json(config),
         "special_tokens_map.json": _json(special),
     }
@@ -72,14 +73,14 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def _described(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What tokenizer.json holds."""
+def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer.json."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
     kind = proto.trainer_spec.model_type  # 1 unigram, 2 BPE, 3 words, 4 characters
     if kind not in (1, 2, 4):
-        raise UserError("A SentencePiece model of words has no form in tokenizer.json.")
+        raise UserError("A SentencePiece model of type word cannot be exported as tokenizer.json.")
     pieces = [(piece.piece, piece.score, piece.type) for piece in proto.pieces]
     special = [
         _added(i, text, type_ != _SYMBOL)
@@ -110,7 +111,7 @@ Piece = tuple[str, float, int]
 
 
 def _bpe(pieces: list[Piece], merging: bool) -> dict[str, Any]:
-    """A merge for each way to put a piece together from two others, the likeliest piece first."""
+    """One merge for each way to compose a piece of two others, highest score first."""
     ids = {text: i for i, (text, _, _) in enumerate(pieces)}
     normal = {text: score for text, score, type_ in pieces if type_ == _NORMAL}
     merges = []
@@ -135,15 +136,17 @@ def _bpe(pieces: list[Piece], merging: bool) -> dict[str, Any]:
 
 
 def _unigram(pieces: list[Piece]) -> dict[str, Any]:
-    """Controls and bytes are spelt like text that must not be taken for them, so they get a score
-    below that of any spelling in characters."""
-    least = min((score for _, score, type_ in pieces if type_ == _NORMAL), default=0.0)
+    """Text that is spelled like a control or byte piece must not become it, so these pieces get a
+    score below that of any segmentation into characters."""
+    lowest = min((score for _, score, type_ in pieces if type_ == _NORMAL), default=0.0)
     longest = max(len(text) for text, _, type_ in pieces if type_ != _NORMAL)
-    never = least * longest - 1
+    unreachable = lowest * longest - 1
     return {
         "type": "Unigram",
         "unk_id": next(i for i, (_, _, type_) in enumerate(pieces) if type_ == _UNKNOWN),
-        "vocab": [[text, score if type_ == _NORMAL else never] for text, score, type_ in pieces],
+        "vocab": [
+            [text, score if type_ == _NORMAL else unreachable] for text, score, type_ in pieces
+        ],
         "byte_fallback": any(type_ == _BYTE for _, _, type_ in pieces),
     }
 
@@ -174,7 +177,7 @@ def _decoder(dummy_prefix: bool) -> dict[str, Any]:
 
 
 def _template(begin: str, i: int) -> dict[str, Any]:
-    """A text, and a pair of them, after the begin token."""
+    """Puts the begin token before a text or a pair of texts."""
     first = {"SpecialToken": {"id": begin, "type_id": 0}}
     return {
         "type": "TemplateProcessing",
@@ -191,12 +194,14 @@ def _template(begin: str, i: int) -> dict[str, Any]:
 def _check_ids(tokenizer: Tokenizer, files: dict[str, bytes]) -> None:
     import tokenizers
 
-    made = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-    made.encode_special_tokens = json.loads(files["tokenizer_config.json"])["split_special_tokens"]
+    exported = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    config = json.loads(files["tokenizer_config.json"])
+    exported.encode_special_tokens = config["split_special_tokens"]
     for text in SAMPLES:
-        wanted, found = tokenizer.encode(text), made.encode(text, add_special_tokens=False).ids
-        if wanted != found:
+        ids = tokenizer.encode(text)
+        exported_ids = exported.encode(text, add_special_tokens=False).ids
+        if ids != exported_ids:
             raise UserError(
-                f"tokenizer.json would give {text!r} the ids {found[:8]}..., and {wanted[:8]}... "
-                "are those of tokenizer.model; this kind of SentencePiece model is not exported."
+                f"This kind of SentencePiece model cannot be exported: for {text!r} tokenizer.json "
+                f"would give the ids {exported_ids[:8]}..., tokenizer.model gives {ids[:8]}..."
             )

@@ -1,4 +1,4 @@
-"""A Llama folder of any size with random weights, to measure its import.
+"""Writes a Llama folder of any size with random weights, to measure its import.
 
 python tests/hf/big_folder.py FOLDER --gigabytes 3
 python -m lm bench import FOLDER
@@ -13,12 +13,13 @@ import ml_dtypes
 import numpy as np
 
 from lm.hf import families, safetensors
+from lm.hf.tensors import tensor_slices
 
 HEAD = 128
 
 
 def write(folder: Path, layers: int, dim: int, vocab: int, shard_bytes: int) -> None:
-    """In bfloat16, a few files and an index."""
+    """Writes bfloat16 weights in several files with an index."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -34,7 +35,7 @@ def write(folder: Path, layers: int, dim: int, vocab: int, shard_bytes: int) -> 
     (folder / "config.json").write_text(json.dumps(config))
     family, model = families.read(config)
     dtype = np.dtype(ml_dtypes.bfloat16)
-    tensors = {spot.name: (spot.shape, dtype) for spot in families.spots(family, model)}
+    tensors = {part.name: (part.shape, dtype) for part in tensor_slices(family, model)}
     random = np.random.default_rng(0)
     block = random.integers(0x3800, 0x3C00, 1 << 22).astype(np.uint16).view(dtype)  # small numbers
 
@@ -47,7 +48,7 @@ def write(folder: Path, layers: int, dim: int, vocab: int, shard_bytes: int) -> 
 
 
 def layers_for(gigabytes: float, dim: int, vocab: int) -> int:
-    """How many make about this size."""
+    """The number of layers whose weights have about this size."""
     for layers in itertools.count(1):
         weights = 2 * vocab * dim + layers * dim * dim * (2.5 + 3 * 3.5)
         if 2 * weights >= gigabytes * 1e9:

@@ -1,4 +1,4 @@
-"""What the tests of Hugging Face folders share."""
+"""Fixtures of the Hugging Face tests."""
 
 import functools
 from pathlib import Path
@@ -11,7 +11,7 @@ import lm
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """folder(family): a Hugging Face folder, not to be changed."""
+    """folder(family): a Hugging Face folder. Tests must not change it."""
     to = tmp_path_factory.mktemp("hf")
 
     @functools.cache

@@ -1,8 +1,8 @@
-"""Ten tiny models in Hugging Face format, with what transformers 5.23 computes of them in float32.
+"""Ten tiny models in Hugging Face format, with reference outputs of transformers 5.23 in float32.
 
 folders/FAMILY/ holds config.json and reference.npz: tokens [2, 96], positions (every fourth), the
 logits there, a greedy_prompt [1, 16] and greedy [1, 40], the prompt with 24 more tokens. Weights
-are drawn anew from the recipe in weights.json, or lie there as model.safetensors.
+are generated from the recipe in weights.json, or are in model.safetensors.
 """
 
 import json
@@ -19,12 +19,12 @@ FAMILIES = (
     "llama3",  # fewer, a scaled RoPE, bfloat16
     "mistral",  # a sliding window of 16
     "qwen2",  # biases, tied
-    "qwen3",  # QK-norm, heads of their own width, tied
+    "qwen3",  # QK-norm, head_dim set apart from the model width, tied
     "gemma2",  # soft caps, alternating windows, norms on both sides
     "gemma3",  # QK-norm, local and global RoPE
     "mixtral",  # bfloat16
     "qwen3_moe",  # bfloat16
-    "olmo2",  # norms after, QK-norm over the whole projection
+    "olmo2",  # output norms, QK-norm over the whole projection
 )
 CODES = {"F32": np.dtype("float32"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -34,7 +34,7 @@ def reference(family: str) -> dict[str, np.ndarray]:
 
 
 def write_folder(family: str, to: Path) -> Path:
-    """The folder of a family, with its weights."""
+    """Copies the folder of a family and adds its weights."""
     folder = to / family
     shutil.copytree(HERE / family, folder)
     if (folder / "weights.json").exists():
@@ -44,30 +44,30 @@ def write_folder(family: str, to: Path) -> Path:
 
 def drawn(recipe: dict) -> dict[str, np.ndarray]:
     """float32(mean + std * normal), by name, cast to the recipe's dtype."""
-    found = {}
+    arrays = {}
     for name, w in recipe["weights"].items():
         random = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()) + recipe["seed"]))
         x = random.standard_normal(tuple(w["shape"])) * w["std"] + w["mean"]
-        found[name] = x.astype(np.float32).astype(recipe["dtype"])
-    return found
+        arrays[name] = x.astype(np.float32).astype(recipe["dtype"])
+    return arrays
 
 
 def write_weights(folder: Path, arrays: dict[str, np.ndarray], name="model.safetensors") -> None:
-    """By hand, so that the library is not tested against itself."""
-    header, at = {}, 0
+    """Writes safetensors independently of lm.hf, so that it is not tested against itself."""
+    header, offset = {}, 0
     for key, x in arrays.items():
         code = next(code for code, dtype in CODES.items() if dtype == x.dtype)
-        span = [at, at + x.nbytes]
+        span = [offset, offset + x.nbytes]
         header[key] = {"dtype": code, "shape": x.shape, "data_offsets": span}
-        at += x.nbytes
-    written = json.dumps(header).encode()
+        offset += x.nbytes
+    encoded = json.dumps(header).encode()
     arrays_bytes = b"".join(x.tobytes() for x in arrays.values())
-    (folder / name).write_bytes(len(written).to_bytes(8, "little") + written + arrays_bytes)
+    (folder / name).write_bytes(len(encoded).to_bytes(8, "little") + encoded + arrays_bytes)
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """All files of a folder."""
-    found = {}
+    """The weights of all files of a folder."""
+    arrays = {}
     for path in sorted(folder.glob("*.safetensors")):
         data = path.read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
@@ -75,5 +75,5 @@ def read_weights(folder: Path) -> dict[str, np.ndarray]:
             if key != "__metadata__":
                 a, b = entry["data_offsets"]
                 flat = np.frombuffer(data[start + a : start + b], CODES[entry["dtype"]])
-                found[key] = flat.reshape(entry["shape"])
-    return found
+                arrays[key] = flat.reshape(entry["shape"])
+    return arrays

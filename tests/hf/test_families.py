@@ -1,5 +1,5 @@
-"""Tables and functions of the families, without any weights: a Config goes out as config.json and
-comes back the same, and every weight has one place."""
+"""Tables and functions of the families, without weights: a Config written as config.json is read
+back the same, and every parameter is filled by tensors exactly once."""
 
 import dataclasses
 import json
@@ -10,7 +10,8 @@ import tiny_experiments
 
 from lm import model, trees
 from lm.hf import families
-from lm.hf.config_json import meaning
+from lm.hf.config_json import canonical
+from lm.hf.tensors import tensor_slices
 
 SWIGLU = model.SwiGLU(hidden=32)
 NARROW = model.MoE(
@@ -54,7 +55,10 @@ CONFIGS = {
             "layers": 5,
         },
     ),
-    "qk_norm": ("Qwen3ForCausalLM", {"attention": gqa(qk_norm=model.QKNorm(norm=model.RMSNorm()))}),
+    "qk_norm": (
+        "Qwen3ForCausalLM",
+        {"attention": gqa(qk_norm=model.QKNorm(norm=model.RMSNormConfig()))},
+    ),
     "deepseek": (
         "DeepseekForCausalLM",
         {"ffn": NARROW, "prefix": (model.Block(ffn=SWIGLU),), "layers": 4},
@@ -65,19 +69,19 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_out_and_in_again(name):
+def test_a_config_is_written_and_read_back(name):
     architecture, fields = CONFIGS[name]
     config = tiny_experiments.config(**{"attention": gqa(), **fields})
-    family, written = families.write(config, 256)
+    family, config_json = families.write(config, 256)
     assert family.architecture == architecture
-    again, found = families.read(json.loads(json.dumps(written)))
-    assert again is family
-    assert meaning(found) == meaning(config)
+    read_family, read_config = families.read(json.loads(json.dumps(config_json)))
+    assert read_family is family
+    assert canonical(read_config) == canonical(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_weight_has_one_place(name):
-    """The tensors of a folder fill each array of ours exactly once."""
+def test_every_weight_is_filled_once(name):
+    """The tensors of a folder fill each parameter exactly once."""
     _, fields = CONFIGS[name]
     config = tiny_experiments.config(**{"attention": gqa(), **fields})
     family, _ = families.write(config, 256)
@@ -85,11 +89,11 @@ def test_every_weight_has_one_place(name):
         path: np.zeros(x.shape, int) for path, x in trees.flatten(model.shapes(config)).items()
     }
     names = set()
-    for spot in families.spots(family, config):
-        filled[spot.path][spot.before] += 1
-        split = np.empty(spot.split).transpose(spot.order)
-        assert split.shape == filled[spot.path][spot.before].shape
-        assert np.prod(spot.shape) == split.size
-        assert spot.name not in names
-        names.add(spot.name)
+    for part in tensor_slices(family, config):
+        filled[part.path][part.index] += 1
+        split = np.empty(part.split).transpose(part.order)
+        assert split.shape == filled[part.path][part.index].shape
+        assert np.prod(part.shape) == split.size
+        assert part.name not in names
+        names.add(part.name)
     assert all((count == 1).all() for count in filled.values())

@@ -1,4 +1,4 @@
-"""Training that begins with the weights of a folder, and the export of what came out."""
+"""Fine-tuning from the weights of a folder, and the export of the result."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 import tiny_experiments
 
 import lm
-from lm import data, exchange, optim, run
+from lm import data, exchange, optim, runs
 from lm.errors import UserError
 from lm.parallel.mesh import Mesh
 
@@ -23,8 +23,8 @@ def start(tiny, tmp_path_factory):
 
 
 def tuned(start, **fields):
-    """Two updates on text, from these weights."""
-    base = run.load_declaration(start)
+    """An experiment of two updates that starts from this folder."""
+    base = runs.load_declaration(start)
     return dataclasses.replace(
         base,
         name="tuned",
@@ -35,10 +35,10 @@ def tuned(start, **fields):
     )
 
 
-def test_training_begins_with_the_weights(start, tmp_path):
-    """With a rate near zero nothing moves, so the first loss is that of the folder."""
-    frozen = optim.Constant(peak=1e-12, steps=1)
-    e = dataclasses.replace(tuned(start), schedule=frozen)
+def test_training_starts_from_the_weights(start, tmp_path):
+    """With a learning rate near zero the weights stay those of the folder."""
+    still = optim.Constant(peak=1e-12, steps=1)
+    e = dataclasses.replace(tuned(start), schedule=still)
     after = lm.training(e, workdir=tmp_path)
     before = lm.load(start)
     for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
@@ -57,16 +57,16 @@ def test_a_tuned_run_is_exported(start, tmp_path):
     assert {x.dtype.name for x in jax.tree.leaves(again.params)} == {"bfloat16"}
     text = "the tree of light"
     assert again.tokenizer.encode(text) == after.tokenizer.encode(text)
-    assert "Began with the weights of out." in (out / "README.md").read_text()
+    assert "Started from the weights of out." in (out / "README.md").read_text()
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     assert all((out / name).read_bytes() == (start / name).read_bytes() for name in names)
 
 
-def test_training_goes_on_from_a_run(tiny, tmp_path):
-    """A run folder is a start too, and what it came from stays known."""
+def test_training_starts_from_a_run(tiny, tmp_path):
+    """`start` may be a run folder; the run records the config.json that its weights came with."""
     e = dataclasses.replace(tuned(tiny.folder), start=str(tiny.folder))
     lm.training(e, workdir=tmp_path)
-    assert run.load_declaration(tmp_path / "tuned").start == str(tiny.folder)
+    assert runs.load_declaration(tmp_path / "tuned").start == str(tiny.folder)
     imported = tmp_path / "imported"
     out = exchange.export_run(tiny.folder, tmp_path / "out")
     exchange.import_run(out, imported)
@@ -85,16 +85,17 @@ def test_another_model_is_refused_by_name(start, tmp_path):
     assert not (tmp_path / "tuned").exists()
 
 
-def test_imported_text_is_asked_for(start):
+def test_evaluation_without_text_is_refused(start):
     with pytest.raises(UserError, match="came without text"):
         lm.load(start).evaluate()
 
 
-def test_a_folder_speaks_and_is_measured(tiny, start):
-    """A folder does what the run does that it was exported from."""
-    ours, theirs = lm.load(tiny.folder), lm.load(start, mesh=Mesh())
-    said = [each.generate("the tree", temperature=0, max_tokens=8) for each in (ours, theirs)]
-    assert said[0] == said[1]
+def test_a_folder_generates_and_is_evaluated(tiny, start):
+    """With the results of the run that it was exported from."""
+    run, exported = lm.load(tiny.folder), lm.load(start, mesh=Mesh())
+    texts = [each.generate("the tree", temperature=0, max_tokens=8) for each in (run, exported)]
+    assert texts[0] == texts[1]
     text = data.Documents(texts=tiny_experiments.texts(4, seed=2))
-    for a, b in zip(ours.evaluate(text), theirs.evaluate(text, context=tiny_experiments.LENGTH)):
+    results = exported.evaluate(text, context=tiny_experiments.LENGTH)
+    for a, b in zip(run.evaluate(text), results):
         assert a.value == pytest.approx(b.value, rel=1e-4)

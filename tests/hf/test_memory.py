@@ -1,4 +1,4 @@
-"""A host holds what its devices keep, and little more."""
+"""An import takes little more host memory than the shards of the host's devices."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def measure(folder: Path, mesh: str, devices: int, processes: int = 1) -> list[dict]:
-    """What `bench import` says in each process."""
+    """The results of `bench import` in each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -41,16 +41,16 @@ def measure(folder: Path, mesh: str, devices: int, processes: int = 1) -> list[d
                 text=True,
             )
         )
-    said = [process.communicate(timeout=600) for process in running]
-    assert all(process.returncode == 0 for process in running), said[0][1][-3000:]
-    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+    outputs = [process.communicate(timeout=600) for process in running]
+    assert all(process.returncode == 0 for process in running), outputs[0][1][-3000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
 @pytest.mark.slow
-def test_peak_memory_is_what_is_kept(tmp_path):
-    """0.7 GB, of which two processes keep half each. Whatever is fixed (libraries, threads, pieces
-    being read) counts more here than in a larger model."""
-    ours = np.ones(200_000_000)  # 1.6 GB, which is not to be counted
+def test_peak_memory_is_that_of_the_weights(tmp_path):
+    """0.7 GB, of which two processes keep half each. Fixed costs (libraries, threads, pieces being
+    read) weigh more here than in a larger model."""
+    unrelated = np.ones(200_000_000)  # 1.6 GB of this process, which must not be counted
     folder = tmp_path / "big"
     big_folder.write(folder, layers=8, dim=2048, vocab=16_384, shard_bytes=300_000_000)
     (one,) = measure(folder, "fsdp=2,tensor=4", 8)
@@ -59,4 +59,4 @@ def test_peak_memory_is_what_is_kept(tmp_path):
     for host in measure(folder, "fsdp=2,tensor=4", 4, processes=2):
         assert host["bytes_kept"] == pytest.approx(one["bytes"] / 2, rel=0.01)
         assert host["memory_over_kept"] < 1.25
-    del ours
+    del unrelated

@@ -1,4 +1,4 @@
-"""What cannot be read or written is one sentence that names the file or the field."""
+"""Refusals to read or write a folder are one sentence that names the file or the field."""
 
 import dataclasses
 import json
@@ -9,14 +9,15 @@ import tiny_experiments
 from hf_folders import read_weights, write_weights
 
 import lm
-from lm import checkpoint, exchange, hf, model
+from lm import exchange, hf, model
 from lm.errors import UserError
 from lm.hf import families
+from lm.hf.llama import LLAMA
 
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """copy(family): a folder to be damaged."""
+    """copy(family): a folder that the test may damage."""
 
     def make(family):
         return shutil.copytree(folder(family), tmp_path / family)
@@ -40,9 +41,9 @@ def check_refused(folder, *parts):
 def test_a_truncated_file(copy):
     path = copy("llama2") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    check_refused(path.parent, "model.safetensors is cut short: it has 765,", "fetch it again")
+    check_refused(path.parent, "model.safetensors is truncated: it has 765,", "download it again")
     path.write_bytes(b"")
-    check_refused(path.parent, "is cut short or no safetensors file")
+    check_refused(path.parent, "is truncated or not safetensors")
 
 
 def test_a_missing_shard(copy, folder, tmp_path):
@@ -56,27 +57,27 @@ def test_a_missing_shard(copy, folder, tmp_path):
 
 
 def test_a_wrong_shape(copy):
-    here = copy("llama2")
-    change(here, intermediate_size=128)
-    check_refused(here, "mlp.gate_proj.weight has shape [160, 64]", "config.json it is [128, 64]")
+    folder = copy("llama2")
+    change(folder, intermediate_size=128)
+    check_refused(folder, "mlp.gate_proj.weight has shape [160, 64]", "config.json it is [128, 64]")
 
 
 def test_missing_and_left_over_tensors(copy):
-    here = copy("llama2")
-    weights = read_weights(here)
+    folder = copy("llama2")
+    weights = read_weights(folder)
     lost = {name: x for name, x in weights.items() if name != "model.layers.1.mlp.up_proj.weight"}
-    write_weights(here, lost)
-    check_refused(here, "no tensor model.layers.1.mlp.up_proj.weight, which LlamaForCausalLM needs")
+    write_weights(folder, lost)
+    check_refused(folder, "no tensor model.layers.1.mlp.up_proj.weight, which LlamaForCausalLM")
     more = weights | {"model.layers.0.self_attn.q_proj.bias": weights["model.norm.weight"]}
-    write_weights(here, more)
-    check_refused(here, "holds model.layers.0.self_attn.q_proj.bias", "would be lost")
+    write_weights(folder, more)
+    check_refused(folder, "holds model.layers.0.self_attn.q_proj.bias", "would lose it")
 
 
 @pytest.mark.parametrize(
     ("family", "fields", "parts"),
     [
         ("llama2", {"architectures": ["LlamaForCausaLM"]}, ("Did you mean 'LlamaForCausalLM'?",)),
-        ("llama2", {"architectures": ["GPT2LMHeadModel"]}, ("'GPT2LMHeadModel' is not a family",)),
+        ("llama2", {"architectures": ["GPT2LMHeadModel"]}, ("'GPT2LMHeadModel' is not a supp",)),
         ("llama2", {"quantization_config": {"bits": 4}}, ("quantization_config", "not supported")),
         ("llama2", {"hidden_act": "relu"}, ("hidden_act='relu'",)),
         ("llama2", {"logit_scale": 0.5}, ("logit_scale=0.5", "may change what the model computes")),
@@ -92,39 +93,39 @@ def test_missing_and_left_over_tensors(copy):
         (
             "mistral",
             {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
-            ("layer_types", "a window is for all layers"),
+            ("layer_types", "must be for all layers"),
         ),
         ("gemma3", {"use_bidirectional_attention": True}, ("use_bidirectional_attention=True",)),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, ("layer_types",)),
     ],
 )
-def test_fields_that_are_not_honoured(family, fields, parts, copy):
-    here = copy(family)
-    change(here, **fields)
-    check_refused(here, "config.json", *parts)
+def test_unsupported_fields(family, fields, parts, copy):
+    folder = copy(family)
+    change(folder, **fields)
+    check_refused(folder, "config.json", *parts)
 
 
 def test_fields_that_change_nothing(copy):
-    here = copy("llama2")
-    change(here, some_switch=False, another=None, unsloth_version="2026.1", attention_dropout=0.1)
-    lm.load(here)
+    folder = copy("llama2")
+    change(folder, some_switch=False, another=None, unsloth_version="2026.1", attention_dropout=0.1)
+    lm.load(folder)
 
 
 def test_a_damaged_or_missing_config(copy, tmp_path):
-    here = copy("llama2")
-    (here / "config.json").write_text("{")
-    check_refused(here, "config.json is damaged")
-    (here / "config.json").unlink()
+    folder = copy("llama2")
+    (folder / "config.json").write_text("{")
+    check_refused(folder, "config.json is damaged")
+    (folder / "config.json").unlink()
     check_refused(
-        here, "neither a run folder (it has no experiment.json) nor a Hugging Face folder"
+        folder, "neither a run folder (it has no experiment.json) nor a Hugging Face folder"
     )
     check_refused(tmp_path / "nothing", "neither a run folder")
 
 
-def test_quantised_weights(copy):
+def test_quantized_weights(copy):
     path = copy("llama2") / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
-    check_refused(path.parent, "is stored as I32", "before quantisation")
+    check_refused(path.parent, "is stored as I32", "without quantization")
 
 
 def test_a_model_of_no_family_is_not_exported(tmp_path):
@@ -138,20 +139,38 @@ def test_a_model_of_no_family_is_not_exported(tmp_path):
     with pytest.raises(UserError, match=r"model\.ffn\.balance"):
         families.write(tiny_experiments.config(ffn=biased), 64)
     family, _ = families.write(tiny_experiments.config(dropout=0.1, embed_std=0.1), 64)
-    assert family is families.LLAMA  # what only training reads is no difference
+    assert family is LLAMA  # fields that only training reads make no difference
+
+
+def test_layers_of_an_experiment_file_are_not_exported():
+    """Also where they are subclasses of layers that are."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(model.SwiGLU):
+        pass
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Local(model.GQA):
+        pass
+
+    with pytest.raises(UserError, match=r"model\.ffn=Mine\(hidden=32\) of layer 0; supported"):
+        families.write(tiny_experiments.config(ffn=Mine(hidden=32)), 64)
+    local = Local(heads=2, kv_heads=1, head_dim=8)
+    with pytest.raises(UserError, match=r"model\.attention=Local\(.*\) of layer 0; supported"):
+        families.write(tiny_experiments.config(attention=local), 64)
 
 
 def test_a_damaged_folder_is_not_imported(copy, tmp_path):
     path = copy("llama2") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="is cut short"):
+    with pytest.raises(UserError, match="is truncated"):
         exchange.import_run(path.parent, tmp_path / "run")
-    with pytest.raises(UserError, match="is cut short"):
+    with pytest.raises(UserError, match="is truncated"):
         exchange.export_run(path.parent, tmp_path / "out")
     assert list(tmp_path.iterdir()) == [path.parent]
 
 
-def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing(folder, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
 
@@ -167,7 +186,7 @@ def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch):
         exchange.import_run(folder("llama2"), tmp_path / "out")
 
 
-def test_an_export_that_reads_back_otherwise_is_refused(folder, tmp_path, monkeypatch):
+def test_an_export_that_reads_back_differently_is_refused(folder, tmp_path, monkeypatch):
     write = hf.write_pretrained
 
     def flip(where, *arguments, **options):
@@ -177,7 +196,7 @@ def test_an_export_that_reads_back_otherwise_is_refused(folder, tmp_path, monkey
         data[-1] ^= 1
         path.write_bytes(data)
 
-    monkeypatch.setattr(checkpoint, "write_pretrained", flip)
-    with pytest.raises(UserError, match="does not read back as it was written"):
+    monkeypatch.setattr(hf, "write_pretrained", flip)
+    with pytest.raises(UserError, match=r"export failed: unembed/w differs"):
         exchange.export_run(folder("llama2"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""SentencePiece models out as tokenizer.json with the same ids; tokenizer.json in."""
+"""SentencePiece models exported as tokenizer.json with the same ids; tokenizer.json loaded."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from lm.hf.tokenizer import SAMPLES
 
 tokenizers = pytest.importorskip("tokenizers")
 
-# Made-up text of many scripts: words of letters drawn from each.
+# Synthetic text of many scripts: words of random letters of one script.
 SCRIPTS = (
     "abcdeéñß<>/knpsux",
     "абвгдеж",
@@ -27,7 +27,7 @@ SCRIPTS = (
 )
 
 
-def made_up(seed, documents=60):
+def random_text(seed, documents=60):
     draw = random.Random(seed)
 
     def word():
@@ -41,9 +41,10 @@ def made_up(seed, documents=60):
 
 
 def read(files):
-    made = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-    made.encode_special_tokens = json.loads(files["tokenizer_config.json"])["split_special_tokens"]
-    return made
+    tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    config = json.loads(files["tokenizer_config.json"])
+    tokenizer.encode_special_tokens = config["split_special_tokens"]
+    return tokenizer
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
@@ -51,27 +52,27 @@ def read(files):
 def test_ids_are_the_same_in_tokenizer_json(kind, fallback):
     trained = data.SentencePiece(
         vocab=900, kind=kind, byte_fallback=fallback, symbols=data.CHAT_SYMBOLS
-    ).train(made_up(0))
-    made = read(hf.export_files(trained, 512))
-    spelt = ["<s> </s> <pad>", "<|user|>abc<|end|>", " <|user|> "]
-    for text in [*made_up(1), *SAMPLES, *spelt]:
+    ).train(random_text(0))
+    exported = read(hf.export_files(trained, 512))
+    spelled = ["<s> </s> <pad>", "<|user|>abc<|end|>", " <|user|> "]
+    for text in [*random_text(1), *SAMPLES, *spelled]:
         ids = trained.encode(text)
-        assert made.encode(text, add_special_tokens=False).ids == ids
+        assert exported.encode(text, add_special_tokens=False).ids == ids
         if fallback:
-            assert made.decode(ids, skip_special_tokens=False) == text
-    assert made.encode("abc").ids == [trained.bos, *trained.encode("abc")]
+            assert exported.decode(ids, skip_special_tokens=False) == text
+    assert exported.encode("abc").ids == [trained.bos, *trained.encode("abc")]
 
 
 @pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_foreign_models_with_a_normaliser_and_a_dummy_prefix(rule, kind):
+def test_other_models_with_a_normalizer_and_a_dummy_prefix(rule, kind):
     import io
 
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in made_up(2) for line in text.splitlines()),
+        sentence_iterator=iter(line for text in random_text(2) for line in text.splitlines()),
         model_writer=model,
         model_type=kind,
         vocab_size=700,
@@ -81,13 +82,13 @@ def test_foreign_models_with_a_normaliser_and_a_dummy_prefix(rule, kind):
         minloglevel=3,
     )
     trained = data.Tokenizer(model.getvalue())
-    made = read(hf.export_files(trained, 512))
+    exported = read(hf.export_files(trained, 512))
     for text in SAMPLES:
-        assert made.encode(text, add_special_tokens=False).ids == trained.encode(text)
+        assert exported.encode(text, add_special_tokens=False).ids == trained.encode(text)
 
 
 def byte_level(folder):
-    """As Llama 3's and Qwen's: bytes, pieces by a pattern, special tokens added."""
+    """Saves a byte-level BPE tokenizer with added special tokens, as in Llama 3 and Qwen."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -96,7 +97,7 @@ def byte_level(folder):
         special_tokens=["<|start_of_text|>", "<|end_of_text|>", "<|turn|>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
-    made.train_from_iterator(made_up(3), trainer)
+    made.train_from_iterator(random_text(3), trainer)
     made.add_tokens(["[mark]"])
     made.save(str(folder / "tokenizer.json"))
     config = {
@@ -116,21 +117,21 @@ def test_a_byte_level_tokenizer(tmp_path):
     assert (loaded.bos, loaded.eos, loaded.stops, loaded.prefix) == (0, 1, (1, 2), (0,))
     assert loaded.vocab == made.get_vocab_size()
     assert loaded.chat_template == "{{ messages }}"
-    for text in [*made_up(4, 10), *SAMPLES, "a [mark] b"]:
+    for text in [*random_text(4, 10), *SAMPLES, "a [mark] b"]:
         ids = loaded.encode(text)
         assert ids == made.encode(text, add_special_tokens=False).ids
         assert loaded.decode(ids) == text
         stream = loaded.stream()
         pieces = [stream.push([i]) for i in ids] + [stream.finish()]
-        assert "".join(pieces) == text  # characters whole, though pieces are not
+        assert "".join(pieces) == text  # whole characters, though tokens may split them
         assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
     assert loaded.decode(loaded.encode("a<|turn|>b")) == "ab"
     loaded.save(tmp_path / "copy")
-    again = data.load_tokenizer(tmp_path / "copy")
-    assert (again.checksum, again.files) == (loaded.checksum, loaded.files)
+    copy = data.load_tokenizer(tmp_path / "copy")
+    assert (copy.checksum, copy.files) == (loaded.checksum, loaded.files)
 
 
-def test_a_prompt_is_begun_once(tmp_path):
+def test_a_prompt_gets_one_begin_token(tmp_path):
     byte_level(tmp_path)
     loaded = data.load_tokenizer(tmp_path)
     assert speech._begin(loaded, "ab")[0] == loaded.bos
@@ -149,24 +150,24 @@ def test_refused_tokenizers(tmp_path):
     with pytest.raises(UserError, match="name no end token"):
         data.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
+    with pytest.raises(UserError, match=r"is not a supported tokenizer\.json"):
         data.load_tokenizer(tmp_path)
     with pytest.raises(UserError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         (tmp_path / "empty").mkdir()
         data.load_tokenizer(tmp_path / "empty")
-    trained = data.SentencePiece(vocab=700).train(made_up(0))
+    trained = data.SentencePiece(vocab=700).train(random_text(0))
     trained.save(tmp_path / "sp")
     (tmp_path / "sp" / "added_tokens.json").write_text('{"<|im_end|>": 700}')
     with pytest.raises(UserError, match="adds tokens to its tokenizer"):
         data.load_tokenizer(tmp_path / "sp")
 
 
-def test_training_text_is_prepared_with_a_foreign_tokenizer(tmp_path):
+def test_training_text_is_prepared_with_an_imported_tokenizer(tmp_path):
     byte_level(tmp_path)
-    given = data.TokenizerFile(path=str(tmp_path))
-    texts = tuple(made_up(5, 10))
-    prepared = data.prepare(data.Documents(texts=texts, held_out=0.0), given, tmp_path / "shards")
-    again = data.prepare(data.Shards(str(tmp_path / "shards")), given, "unused")
-    assert again.fingerprint == prepared.fingerprint
-    kept = set(again.texts(again.names[0], "train"))
-    assert kept == set(texts)
+    tokenizer = data.TokenizerFile(path=str(tmp_path))
+    texts = tuple(random_text(5, 10))
+    source = data.Documents(texts=texts, held_out=0.0)
+    prepared = data.prepare(source, tokenizer, tmp_path / "shards")
+    opened = data.prepare(data.Shards(str(tmp_path / "shards")), tokenizer, "unused")
+    assert opened.fingerprint == prepared.fingerprint
+    assert set(opened.texts(opened.names[0], "train")) == set(texts)

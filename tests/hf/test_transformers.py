@@ -1,5 +1,5 @@
-"""Against transformers itself, where it is installed (the extra 'transformers'): it loads what is
-exported, and what it saves is imported; both compute the same logits and the same ids."""
+"""Against transformers itself, if installed (the extra 'transformers'): it loads exported folders,
+and folders that it saved are imported, with the same logits and ids."""
 
 import json
 import shutil
@@ -31,8 +31,8 @@ SIZES = {
 }
 
 
-def theirs(folder, tokens) -> np.ndarray:
-    """The logits that transformers computes of a folder, in float32."""
+def transformers_logits(folder, tokens) -> np.ndarray:
+    """The logits of a folder in transformers, in float32."""
     net = transformers.AutoModelForCausalLM.from_pretrained(
         folder, torch_dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -41,10 +41,10 @@ def theirs(folder, tokens) -> np.ndarray:
 
 
 def save(config, to, seed=0):
-    """A model of transformers with random weights, saved by itself."""
+    """Saves a transformers model with random weights."""
     torch.manual_seed(seed)
     net = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():  # norms and biases begin at one and zero, which hides mistakes
+    with torch.no_grad():  # norms and biases start at one and zero, which would hide errors
         for weight in net.parameters():
             if weight.ndim == 1:
                 weight.add_(0.2 * torch.randn_like(weight))
@@ -53,26 +53,26 @@ def save(config, to, seed=0):
 
 
 def check_both_ways(folder, tmp_path):
-    """Imported, the logits are transformers'; exported, they still are."""
-    ours = np.asarray(lm.load(folder).logits(TOKENS))
-    assert np.abs(ours - theirs(folder, TOKENS)).max() < TOLERANCE
+    """Checks the logits of a folder against transformers, before and after an export."""
+    logits = np.asarray(lm.load(folder).logits(TOKENS))
+    assert np.abs(logits - transformers_logits(folder, TOKENS)).max() < TOLERANCE
     out = exchange.export_run(folder, tmp_path / "out")
-    assert np.abs(ours - theirs(out, TOKENS)).max() < TOLERANCE
+    assert np.abs(logits - transformers_logits(out, TOKENS)).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exported_family_is_loaded(family, folder, tmp_path):
-    wanted = reference(family)
+    expected = reference(family)
     out = exchange.export_run(folder(family), tmp_path / "out", shard_bytes=200_000)
-    logits_btv = theirs(out, wanted["tokens"])[:, wanted["positions"]]
-    assert np.abs(logits_btv - wanted["logits"]).max() < TOLERANCE
+    logits_btv = transformers_logits(out, expected["tokens"])[:, expected["positions"]]
+    assert np.abs(logits_btv - expected["logits"]).max() < TOLERANCE
 
 
 SCALINGS = {
     "linear": {"rope_type": "linear", "factor": 2.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-    "yarn_given": {
+    "yarn_explicit": {
         "rope_type": "yarn",
         "factor": 4.0,
         "original_max_position_embeddings": 32,
@@ -97,7 +97,7 @@ def test_scaled_positions(scaling, tmp_path):
     check_both_ways(tmp_path / "in", tmp_path)
 
 
-OTHERS = {
+VARIANTS = {
     "llama_biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "llama_heads": ("LlamaConfig", {"head_dim": 24}),
     "qwen2_windows": (
@@ -125,35 +125,34 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_forms_of_the_families(name, tmp_path):
-    kind, changes = OTHERS[name]
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_the_families(name, tmp_path):
+    kind, changes = VARIANTS[name]
     save(getattr(transformers, kind)(**SIZES | changes), tmp_path / "in")
     check_both_ways(tmp_path / "in", tmp_path)
 
 
 def test_positions_beyond_a_dynamic_length(tmp_path):
-    """Greedy text that grows past the length, token by token with the cache."""
+    """Greedy decoding beyond the original length, with the cache."""
     sizes = SIZES | {"max_position_embeddings": 32}
     scaling = {"rope_type": "dynamic", "factor": 4.0}
     net = save(transformers.LlamaConfig(**sizes, rope_scaling=scaling), tmp_path / "in")
     prompt = torch.tensor(TOKENS[:1, :20])
-    wanted = net.generate(
+    expected = net.generate(
         prompt, do_sample=False, max_new_tokens=60, eos_token_id=None, pad_token_id=0
     )
     run = lm.load(tmp_path / "in")
-    (found,) = generate.generate(
-        run.experiment.model,
-        run.params,
+    (generated,) = generate.generate(
+        run.apply.cast(),
         [TOKENS[0, :20].tolist()],
         context=128,
         max_tokens=60,
         sampling=generate.Sampling(temperature=0),
     )
-    assert found.tokens == wanted[0, 20:].tolist()
+    assert generated.tokens == expected[0, 20:].tolist()
 
 
-def test_the_text_of_a_gemma_3_that_sees(tmp_path):
+def test_the_text_model_of_a_gemma_3_with_vision(tmp_path):
     text = SIZES | {"head_dim": 16, "sliding_window": 16, "sliding_window_pattern": 2}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -164,25 +163,25 @@ def test_the_text_of_a_gemma_3_that_sees(tmp_path):
     net = transformers.Gemma3ForConditionalGeneration(config).eval()
     net.save_pretrained(tmp_path / "in")
     with torch.no_grad():
-        wanted = net(torch.tensor(TOKENS)).logits.numpy()
-    assert np.abs(np.asarray(lm.load(tmp_path / "in").logits(TOKENS)) - wanted).max() < TOLERANCE
+        expected = net(torch.tensor(TOKENS)).logits.numpy()
+    assert np.abs(np.asarray(lm.load(tmp_path / "in").logits(TOKENS)) - expected).max() < TOLERANCE
     out = exchange.export_run(tmp_path / "in", tmp_path / "out")
-    assert np.abs(theirs(out, TOKENS) - wanted).max() < TOLERANCE
+    assert np.abs(transformers_logits(out, TOKENS) - expected).max() < TOLERANCE
 
 
-def test_a_byte_level_tokenizer_comes_back(tmp_path, folder):
-    """Its ids, through an import and an export, and those of a conversation by its template."""
-    from test_tokenizer_files import byte_level, made_up
+def test_a_byte_level_tokenizer_is_imported_and_exported(tmp_path, folder):
+    """The ids of texts and of a conversation in its chat template stay the same."""
+    from test_tokenizer_files import byte_level, random_text
 
-    here = tmp_path / "in"
-    shutil.copytree(folder("llama2"), here)
-    byte_level(here)
+    source = tmp_path / "in"
+    shutil.copytree(folder("llama2"), source)
+    byte_level(source)
     template = "{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}"
-    (here / "chat_template.jinja").write_text(template)
-    run = exchange.import_run(here, tmp_path / "run")
+    (source / "chat_template.jinja").write_text(template)
+    run = exchange.import_run(source, tmp_path / "run")
     out = exchange.export_run(tmp_path / "run", tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    for text in [*made_up(4, 5), *SAMPLES]:
+    for text in [*random_text(4, 5), *SAMPLES]:
         assert tokenizer.encode(text, add_special_tokens=False) == run.tokenizer.encode(text)
     chat = [{"role": "user", "content": "abc"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False)
@@ -191,13 +190,13 @@ def test_a_byte_level_tokenizer_comes_back(tmp_path, folder):
 
 
 def test_deepseek_experts(tmp_path):
-    """transformers has this architecture only in its second form; its layer of experts is the same
-    there, and attention is Llama's."""
+    """transformers has only DeepSeek V2: its experts are those of DeepSeekMoE, and attention is
+    Llama's."""
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek
     from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
     if not hasattr(deepseek, "DeepseekV2Moe"):
-        pytest.skip("before transformers 5 its weights have other names")
+        pytest.skip("weights have other names before transformers 5")
     fields = {
         "n_routed_experts": 8,
         "num_experts_per_tok": 3,
@@ -235,23 +234,23 @@ def test_deepseek_experts(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     write_weights(folder, weights)
     with torch.no_grad():
-        wanted = net(torch.tensor(TOKENS)).logits.numpy()
-    ours = np.asarray(lm.load(folder).logits(TOKENS))
-    assert np.abs(ours - wanted).max() < TOLERANCE
+        expected = net(torch.tensor(TOKENS)).logits.numpy()
+    logits = np.asarray(lm.load(folder).logits(TOKENS))
+    assert np.abs(logits - expected).max() < TOLERANCE
     out = exchange.export_run(folder, tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["n_shared_experts"] == 2
-    assert np.abs(np.asarray(lm.load(out).logits(TOKENS)) - wanted).max() < TOLERANCE
+    assert np.abs(np.asarray(lm.load(out).logits(TOKENS)) - expected).max() < TOLERANCE
 
 
-def test_a_run_trained_here_is_loaded_with_its_tokenizer(tmp_path):
-    run = trained(tmp_path)
-    out = exchange.export_run(run.folder, tmp_path / "out")
-    ours = lm.load(run.folder)
+def test_an_exported_run_is_loaded_with_its_tokenizer(tmp_path):
+    folder = trained(tmp_path).folder
+    out = exchange.export_run(folder, tmp_path / "out")
+    run = lm.load(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     for text in [*SAMPLES, "the tree of light"]:
-        ids = ours.tokenizer.encode(text)
+        ids = run.tokenizer.encode(text)
         assert tokenizer.encode(text, add_special_tokens=False) == ids
-        assert tokenizer.encode(text) == [ours.tokenizer.bos, *ids]
+        assert tokenizer.encode(text) == [run.tokenizer.bos, *ids]
         assert tokenizer.decode(ids) == text
-    logits = np.asarray(ours.logits(TOKENS))
-    assert np.abs(logits - theirs(out, TOKENS)).max() < TOLERANCE
+    logits = np.asarray(run.logits(TOKENS))
+    assert np.abs(logits - transformers_logits(out, TOKENS)).max() < TOLERANCE
