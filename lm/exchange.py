@@ -1,7 +1,7 @@
-"""Models from Hugging Face folders into runs, and runs out again as Hugging Face folders.
+"""Imports Hugging Face folders as runs and exports runs as Hugging Face folders.
 
-What is written stands aside until it is whole, and an export is read back and compared before it
-gets its name.
+Both write to a temporary folder and rename it when it is complete. An export is first read back and
+compared.
 """
 
 import contextlib
@@ -17,44 +17,46 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lm import checkpoint, data, hf, model, run, training, trees
+from lm import checkpoint, data, hf, model, training, trees
 from lm.errors import UserError
-from lm.experiment import describe
+from lm.experiment import Stage, describe
 from lm.hf import families
 from lm.parallel import distributed, sharding
 from lm.parallel.mesh import Mesh
 from lm.precision import STORAGE, cast
+from lm.runs import Run, RunFolder, load, write_facts
 
-SHARD_BYTES = 5 * 10**9  # of a file, as the Hub's tools have it
+SHARD_BYTES = 5 * 10**9  # of a safetensors file, as the Hugging Face Hub's tools write them
 
 
 def import_run(
     source: str | os.PathLike, folder: str | os.PathLike, *, mesh: Mesh | None = None
-) -> "run.Run":
-    """Makes a run folder from a Hugging Face folder: its declaration, tokenizer and weights, these
-    as a checkpoint of step 0. On a `mesh` each process reads and writes the parts of its devices.
+) -> Run:
+    """Makes a run folder from a Hugging Face folder: a declaration, the tokenizer, and the weights
+    as the checkpoint of step 0. On a `mesh` each process reads and writes its devices' shards.
 
-    Raises UserError for a folder that exists, or that no run can be made from.
+    Raises UserError if `folder` exists, or if the model is not supported.
     """
-    target = _free(folder)
+    target = _new(folder)
     if not hf.is_pretrained(source) and (epath.Path(source) / "experiment.json").exists():
-        raise UserError(f"{source} is a run already; copy it, or export it.")
-    given = run.load(source, mesh=mesh)
+        raise UserError(f"{source} is already a run; copy or export it.")
+    run = load(source, mesh=mesh)
     tokenizer = data.TokenizerFile(path=str(folder))
-    experiment = dataclasses.replace(given.experiment, name=target.name, tokenizer=tokenizer)
-    with _aside(target) as aside:
-        with checkpoint.Store(aside / "checkpoints", checkpoint.Save(every=1)) as store:
-            store.save(0, {"params": given.params})
+    experiment = dataclasses.replace(run.experiment, name=target.name, tokenizer=tokenizer)
+    with _complete(target) as temporary:
+        with checkpoint.Store(temporary / "checkpoints", checkpoint.Save(every=1)) as store:
+            store.save(0, {"params": run.params})
         if distributed.is_main():
-            if given.tokenizer is not None:
-                given.tokenizer.save(aside)
-            facts = {"data": {"fingerprint": None, "counts": {}}, **run.read_facts(source)}
-            run.write_facts(aside, experiment, facts)
-    return dataclasses.replace(given, folder=target, experiment=experiment)
+            if run.tokenizer is not None:
+                run.tokenizer.save(temporary)
+            origin = RunFolder.existing(source).origin
+            facts = {"data": {"fingerprint": None, "counts": {}}, "origin": origin}
+            write_facts(temporary, experiment, facts)
+    return dataclasses.replace(run, folder=target, experiment=experiment)
 
 
-def _free(folder: str | os.PathLike) -> epath.Path:
-    """Where a folder will lie. Raises UserError where something lies already."""
+def _new(folder: str | os.PathLike) -> epath.Path:
+    """The path of a folder to be made. Raises UserError if it exists and is not empty."""
     target = epath.Path(str(folder).rstrip("/"))
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} exists; delete it, or choose another name.")
@@ -62,28 +64,28 @@ def _free(folder: str | os.PathLike) -> epath.Path:
 
 
 @contextlib.contextmanager
-def _aside(target: epath.Path) -> Iterator[epath.Path]:
-    """An empty folder to write into. It gets the name `target` when all is done, and is deleted
-    when something fails. In a bucket, where nothing can be renamed, it has the name at once."""
-    aside = target if "://" in str(target) else target.parent / f"{target.name}.partial"
+def _complete(target: epath.Path) -> Iterator[epath.Path]:
+    """A temporary folder to write into. It is renamed to `target` at the end, and deleted if
+    anything fails. A bucket has no rename: there it is `target` from the start."""
+    temporary = target if "://" in str(target) else target.parent / f"{target.name}.partial"
     main = distributed.is_main()
     if main:
-        if aside.exists():
-            aside.rmtree()  # what a killed call left behind
-        aside.mkdir(parents=True, exist_ok=True)
-    distributed.barrier("room made")
+        if temporary.exists():
+            temporary.rmtree()  # of a process that was killed
+        temporary.mkdir(parents=True, exist_ok=True)
+    distributed.barrier("temporary folder made")
     try:
-        yield aside
+        yield temporary
     except BaseException:
         if main:
-            aside.rmtree(missing_ok=True)
+            temporary.rmtree(missing_ok=True)
         raise
-    distributed.barrier("all written")
-    if main and aside != target:
+    distributed.barrier("folder complete")
+    if main and temporary != target:
         if target.exists():
             target.rmdir()
-        aside.replace(target)
-    distributed.barrier("named")
+        temporary.replace(target)
+    distributed.barrier("folder renamed")
 
 
 def export_run(
@@ -95,100 +97,109 @@ def export_run(
     shard_bytes: int = SHARD_BYTES,
     mesh: Mesh | None = None,
 ) -> Path:
-    """Writes a run as a Hugging Face folder, as transformers loads it, and reads it back:
-    weights bit for bit, the model by its logits.
+    """Writes a run as a Hugging Face folder that transformers loads. Reads it back and compares the
+    weights, bit for bit, and the logits.
 
     Args:
-        step: of the checkpoint; default: the newest.
-        dtype: "float32" or "bfloat16", to store the weights in; default: as the run stores them.
-        shard_bytes: of a file, at most.
+      step: of the checkpoint; None: the newest.
+      dtype: "float32" or "bfloat16", of the exported weights; None: the run's own.
+      shard_bytes: the largest size of a file.
 
-    Raises UserError for a folder that exists, and for a model that no architecture there computes.
+    Raises UserError if `folder` exists, or if no supported Hugging Face family computes the model.
     """
     if dtype is not None and dtype not in STORAGE:
-        raise UserError(f"dtype={dtype!r} is not known; take {' or '.join(STORAGE)}.")
+        raise UserError(f"dtype={dtype!r} is not known; use {' or '.join(STORAGE)}.")
     if "://" in str(folder):
-        raise UserError(f"{folder}: write the export to a local folder, and copy that.")
-    target = _free(folder)
-    given, facts = run.load(source, step=step, mesh=mesh), run.read_facts(source)
+        raise UserError(f"{folder}: an export goes to a local folder; copy it from there.")
+    target = _new(folder)
+    run, facts = load(source, step=step, mesh=mesh), _facts(source)
     origin = facts.get("origin") or {"config": {}, "generation_config": {}}
-    length = _length(given, origin)
-    family, fields = families.write(given.experiment.model, length, origin["config"])
+    length = _length(run, origin)
+    family, fields = families.write(run.experiment.model, length, origin["config"])
     if dtype is not None:
-        given = dataclasses.replace(given, params=cast(given.params, dtype))
-    with _aside(target) as aside:
-        hf.write_pretrained(Path(aside), family, given.experiment.model, given.params, shard_bytes)
+        run = dataclasses.replace(run, params=cast(run.params, dtype))
+    with _complete(target) as temporary:
+        hf.write_pretrained(Path(temporary), family, run.experiment.model, run.params, shard_bytes)
         if distributed.is_main():
-            _write_texts(Path(aside), given, facts, origin, fields, length)
+            _write_texts(Path(temporary), run, facts, origin, fields, length)
         distributed.barrier("exported")
-        _check(aside, given, mesh)
+        _check(temporary, run, mesh)
     return Path(target)
 
 
-def _length(given: "run.Run", origin: dict[str, Any]) -> int:
-    return max(given.experiment.batch.length, origin["config"].get("max_position_embeddings") or 0)
+def _facts(source: str | os.PathLike) -> dict[str, Any]:
+    """Contents of experiment.json; of a Hugging Face folder, its origin."""
+    folder = RunFolder.existing(source)
+    return folder.facts or {"origin": folder.origin}
+
+
+def _length(run: Run, origin: dict[str, Any]) -> int:
+    return max(run.experiment.batch.length, origin["config"].get("max_position_embeddings") or 0)
 
 
 def _write_texts(
     folder: Path,
-    given: "run.Run",
+    run: Run,
     facts: dict[str, Any],
     origin: dict[str, Any],
     fields: dict[str, Any],
     length: int,
 ) -> None:
-    """All files but the weights."""
-    tokens = _special_tokens(given, origin)
-    formats = {x.dtype.name for x in jax.tree.leaves(given.params)}
+    """Writes all files but the weights."""
+    tokens = _special_tokens(run, origin)
+    dtypes = {x.dtype.name for x in jax.tree.leaves(run.params)}
     config = {
         **fields,
         **tokens,
-        "torch_dtype": formats.pop() if len(formats) == 1 else "float32",
+        "torch_dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
         "use_cache": True,
     }
     _write_json(folder / hf.CONFIG, config)
     generation = origin["generation_config"] or {"_from_model_config": True, **tokens}
     _write_json(folder / hf.GENERATION, generation)
-    if given.tokenizer is not None:
-        for name, content in hf.export_files(given.tokenizer, length).items():
+    if run.tokenizer is not None:
+        for name, content in hf.export_files(run.tokenizer, length).items():
             if name != hf.GENERATION:
                 (folder / name).write_bytes(content)
-    (folder / "README.md").write_text(card(given, facts, config))
+    (folder / "README.md").write_text(model_card(run, facts, config))
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _special_tokens(given: "run.Run", origin: dict[str, Any]) -> dict[str, Any]:
+def _special_tokens(run: Run, origin: dict[str, Any]) -> dict[str, Any]:
     names = [f"{role}_token_id" for role in ("bos", "eos", "pad")]
-    if origin["config"] or given.tokenizer is None:
+    if origin["config"] or run.tokenizer is None:
         return {name: origin["config"].get(name) for name in names}
-    return {name: getattr(given.tokenizer, name.removesuffix("_token_id")) for name in names}
+    return {name: getattr(run.tokenizer, name.removesuffix("_token_id")) for name in names}
 
 
-def _check(folder: epath.Path, given: "run.Run", mesh: Mesh | None) -> None:
-    """Reads an export back: each weight must be the same, bit for bit, and so must the logits be,
-    up to the rounding of sums."""
-    config = given.experiment.model
-    again = run.load(folder, mesh=mesh, compute=given.experiment.precision.compute)
+def _check(folder: epath.Path, run: Run, mesh: Mesh | None) -> None:
+    """Reads an export back. Raises UserError unless the weights are equal bit for bit, and the
+    logits up to rounding."""
+    config = run.experiment.model
+    exported = load(folder, mesh=mesh, compute=run.experiment.precision.compute)
     tokens_bt = np.random.default_rng(0).integers(0, config.vocab, (1, 32))
-    found, wanted = (_logits(each, tokens_bt) for each in (again, given))
-    params = again.params
-    if model.shapes(again.experiment.model) != model.shapes(config):  # stacked in another way
-        where = jax.tree.map(lambda x: x.sharding, given.params)
-        params = hf.Pretrained(folder).params(where, config=config)
-    for path, x in trees.flatten(given.params).items():
+    exported_logits, logits = (_logits(each, tokens_bt) for each in (exported, run))
+    params = exported.params
+    if model.shapes(exported.experiment.model) != model.shapes(config):
+        # The same layers, stacked differently: read them in the run's stacking.
+        shardings = jax.tree.map(lambda x: x.sharding, run.params)
+        params = hf.Pretrained(folder).params(shardings, config=config)
+    for path, x in trees.flatten(run.params).items():
         if not _same(x, trees.flatten(params)[path]):
-            raise UserError(f"The export does not read back as it was written: {path} differs.")
-    if not np.allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max()):
-        raise UserError("The export does not compute the logits of the run; please report it.")
+            raise UserError(
+                f"The export failed: {path} differs when it is read back. Please report it."
+            )
+    if not np.allclose(exported_logits, logits, rtol=0, atol=1e-4 * np.abs(logits).max()):
+        raise UserError("The export failed: its logits differ from the run's. Please report it.")
 
 
-def _logits(given: "run.Run", tokens_bt: np.ndarray) -> np.ndarray:
-    z_btv = given.logits(tokens_bt)
-    if given.mesh is not None:
-        z_btv = jax.jit(lambda z: z, out_shardings=sharding.replicated(given.mesh))(z_btv)
+def _logits(run: Run, tokens_bt: np.ndarray) -> np.ndarray:
+    z_btv = run.logits(tokens_bt)
+    if run.mesh is not None:
+        z_btv = jax.jit(lambda z: z, out_shardings=sharding.replicated(run.mesh))(z_btv)
     return np.asarray(z_btv)
 
 
@@ -198,25 +209,25 @@ def _same(a: jax.Array, b: jax.Array) -> jax.Array:
     return a.dtype == b.dtype and jnp.all(a.view(bits) == b.view(bits))
 
 
-def card(given: "run.Run", facts: dict[str, Any], config: dict[str, Any]) -> str:
-    """The model card: what it is, its data, its recipe and how it did."""
-    e, count = given.experiment, model.parameter_count(given.experiment.model)
+def model_card(run: Run, facts: dict[str, Any], config: dict[str, Any]) -> str:
+    """The README.md of an export: model, data, training and evaluation."""
+    e, count = run.experiment, model.parameter_count(run.experiment.model)
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {e.name}",
-        f"A {config['architectures'][0]} of {count.total:,} parameters"
+        f"A {config['architectures'][0]} with {count.total:,} parameters"
         + (f", {count.active:,} of them active" if count.active != count.total else "")
-        + f", after {given.step:,} updates.",
+        + f", after {run.step:,} updates.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(FOLDER)\n"
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```",
         "## Data",
         _data_table(facts),
-        "## Recipe",
-        *_recipe(given),
+        "## Training",
+        *_training(run),
         "## Evaluation",
-        _evaluation_table(given),
-        f"The declaration, as lm {facts.get('git') or ''} wrote it:",
+        _evaluation_table(run),
+        f"The experiment, as lm {facts.get('git') or ''} recorded it:",
         f"```text\n{describe(e)}\n```",
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -225,7 +236,7 @@ def card(given: "run.Run", facts: dict[str, Any], config: dict[str, Any]) -> str
 def _data_table(facts: dict[str, Any]) -> str:
     counts = facts.get("data", {}).get("counts", {})
     if not counts:
-        return "None here: the weights were imported."
+        return "None: the weights were imported."
     rows = [
         f"| {name} | {c['documents']:,} | {c['tokens']:,} | {c['bytes']:,} |"
         for name, c in counts.items()
@@ -233,27 +244,28 @@ def _data_table(facts: dict[str, Any]) -> str:
     return "\n".join(["| text | documents | tokens | bytes |", "|---|---|---|---|", *rows])
 
 
-def _recipe(given: "run.Run") -> Iterator[str]:
-    e = given.experiment
+def _training(run: Run) -> Iterator[str]:
+    e = run.experiment
     if e.start is not None:
-        yield f"Began with the weights of {epath.Path(e.start).name}."
-    if given.step:
+        start = e.start.name if isinstance(e.start, Stage) else epath.Path(e.start).name
+        yield f"Started from the weights of {start}."
+    if run.step:
         yield (
-            f"{given.step:,} updates, {e.batch.tokens_before(given.step):,} tokens in sequences of "
+            f"{run.step:,} updates, {e.batch.tokens_before(run.step):,} tokens in sequences of "
             f"{e.batch.length:,}; {type(e.optimizer).__name__}, {type(e.schedule).__name__} with a "
             f"peak of {e.schedule.peak:g}; weights in {e.precision.params}, arithmetic in "
             f"{e.precision.compute}; seed {e.seed}."
         )
 
 
-def _evaluation_table(given: "run.Run") -> str:
-    path = given.folder / "eval.jsonl"
+def _evaluation_table(run: Run) -> str:
+    path = run.folder / "eval.jsonl"
     lines = training.read_lines(path) if path.exists() else []
-    found = [line for line in lines if line["step"] == given.step]
-    if not found:
-        return "None yet."
+    lines = [line for line in lines if line["step"] == run.step]
+    if not lines:
+        return "None."
     rows = []
-    for line in found:
+    for line in lines:
         error = "" if line["stderr"] is None else f"{line['stderr']:.4f}"
         rows.append(f"| {line['name']} | {line['value']:.4f} | {error} | {line['count']:,} |")
     head = ["| measure | value | standard error | tokens |", "|---|---|---|---|"]
