@@ -23,6 +23,7 @@ from lm.planning import show
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*.py") if p.stem != "__init__")
 READMES = [ROOT / "README.md", ROOT / "experiments" / "README.md", ROOT / "experiments" / "LOG.md"]
+READMES += [ROOT / "lm" / "data" / "README.md"]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # A path that some machine has and others do not; /data stands for yours.
