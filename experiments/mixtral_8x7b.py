@@ -54,7 +54,7 @@ def experiment() -> Experiment:
             vocab=VOCAB,
             dim=DIM,
             layers=LAYERS,
-            norm=model.RMSNorm(eps=1e-5),
+            norm=model.RMSNormConfig(eps=1e-5),
             attention=model.GQA(
                 heads=HEADS, kv_heads=KV_HEADS, head_dim=128, position=model.RoPE(theta=1e6)
             ),

@@ -48,13 +48,13 @@ def experiment() -> Experiment:
             vocab=VOCAB,
             dim=DIM,
             layers=LAYERS,
-            norm=model.RMSNorm(eps=1e-6),
+            norm=model.RMSNormConfig(eps=1e-6),
             attention=model.GQA(
                 heads=HEADS,
                 kv_heads=KV_HEADS,
                 head_dim=128,
                 position=model.RoPE(theta=500_000),
-                qk_norm=model.QKNorm(norm=model.RMSNorm()),
+                qk_norm=model.QKNorm(norm=model.RMSNormConfig()),
             ),
             ffn=model.MoE(
                 experts=EXPERTS,

@@ -19,10 +19,10 @@ def train(*args: Any, **options: Any) -> Any:
 
 
 def load(*args: Any, **options: Any) -> Any:
-    """Opens a run folder or a Hugging Face folder; see lm.run.load."""
-    from lm import run
+    """Opens a run folder or a Hugging Face folder; see lm.runs.load."""
+    from lm import runs
 
-    return run.load(*args, **options)
+    return runs.load(*args, **options)
 
 
 def plan(*args: Any, **options: Any) -> Any:

@@ -1,18 +1,17 @@
-"""Trees of frozen dataclasses: their paths, typed changes by path, JSON and text.
+"""Trees of frozen dataclasses: paths, typed changes by path, and text. (JSON: serialization.py)
 
-A declaration is made of int, float, str, bool, None, tuples, dicts with text keys, and dataclasses
-of these. Nothing here knows a field by name: types come from the hints of the dataclasses. A path
-is written as in `model.attention.heads`, `evals.0.every`, `places.single.microbatches`.
+A declaration consists of int, float, str, bool, None, tuples, dicts with text keys, and dataclasses
+of these. No field is special: types come from the hints of the dataclasses. Paths look like
+`model.attention.heads`, `evals.0.every`, `places.single.microbatches`.
 """
 
 import ast
 import dataclasses
 import difflib
 import functools
-import importlib
+import inspect
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,18 +23,18 @@ Hint = Any  # a type hint, as typing.get_type_hints gives it
 
 
 class Setting(NamedTuple):
-    """A place in a declaration: a value, or a whole object."""
+    """A path of a declaration, with its value and its type in words."""
 
     path: str
     value: Any
-    wanted: str  # what may stand there, in words
+    type: str
 
 
 # ---- Type hints
 
 
 def kinds(hint: Hint) -> tuple[Hint, ...]:
-    """The alternatives of a union; any other hint alone."""
+    """The alternatives of a union; of any other hint, the hint itself."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(kind for part in typing.get_args(hint) for kind in kinds(part))
     if typing.get_origin(hint) is typing.Annotated:
@@ -44,18 +43,19 @@ def kinds(hint: Hint) -> tuple[Hint, ...]:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Hint]:
-    """{field: hint} of the fields that a constructor takes."""
+def hints_of(cls: type) -> dict[str, Hint]:
+    """{field: hint} of the constructor's fields."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
-def _is_config(value: Any) -> bool:
+def is_config(value: Any) -> bool:
+    """Whether a value is a dataclass instance."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _container(kind: Hint) -> type | None:
-    """tuple or dict for the hints of these, else None."""
+    """tuple or dict for hints of sequences and mappings, else None."""
     origin = typing.get_origin(kind) or kind
     if not isinstance(origin, type) or origin is str:
         return None
@@ -77,9 +77,9 @@ def _element(kind: Hint, index: int) -> Hint:
 
 
 def _children(value: Any, hint: Hint) -> Iterator[tuple[str, Any, Hint]]:
-    """(key, value, hint) of what lies directly below."""
-    if _is_config(value):
-        for name, child in _hints(type(value)).items():
+    """(key, value, hint) of the direct children."""
+    if is_config(value):
+        for name, child in hints_of(type(value)).items():
             yield name, getattr(value, name), child
     elif isinstance(value, tuple | dict):
         own = [kind for kind in kinds(hint) if _container(kind) is type(value)]
@@ -99,7 +99,7 @@ _WORDS = {
 
 
 def words(hint: Hint) -> str:
-    """'a whole number or none', for a refusal."""
+    """'a whole number or none', for error messages."""
     return " or ".join(dict.fromkeys(_kind_in_words(kind) for kind in kinds(hint)))
 
 
@@ -118,8 +118,9 @@ def _kind_in_words(kind: Hint) -> str:
 
 
 def _classes(kind: type) -> list[type]:
-    """The dataclasses that a hint of this class allows: itself and its subclasses."""
-    found = [kind] if dataclasses.is_dataclass(kind) else []
+    """The dataclasses that a hint of this class allows: itself and its subclasses, without abstract
+    ones."""
+    found = [kind] if dataclasses.is_dataclass(kind) and not inspect.isabstract(kind) else []
     for subclass in kind.__subclasses__():
         found += [cls for cls in _classes(subclass) if cls not in found]
     return found
@@ -129,9 +130,9 @@ def _classes(kind: type) -> list[type]:
 
 
 def fit(value: Any, hint: Hint, path: str, lenient: bool = False) -> Any:
-    """`value` if it is of the hinted type, else UserError naming what is wanted.
+    """`value` if it has the hinted type; otherwise raises UserError with the expected type.
 
-    An int may stand for a float. If `lenient`, also lists for tuples and 2e3 for 2000.
+    An int is accepted for a float; if `lenient`, also a list for a tuple, and 2e3 for 2000.
     """
     allowed = kinds(hint)
     if Any in allowed or any(_is(value, kind) for kind in allowed):
@@ -141,8 +142,8 @@ def fit(value: Any, hint: Hint, path: str, lenient: bool = False) -> Any:
     if lenient and int in allowed and type(value) is float and value.is_integer():
         return int(value)
     if isinstance(value, dict | tuple) or (lenient and isinstance(value, list)):
-        wanted = dict if isinstance(value, dict) else tuple
-        own = [kind for kind in allowed if _container(kind) is wanted]
+        container = dict if isinstance(value, dict) else tuple
+        own = [kind for kind in allowed if _container(kind) is container]
         for index, kind in enumerate(own):
             try:
                 return _fit_elements(value, kind, path, lenient)
@@ -158,7 +159,7 @@ def _is(value: Any, kind: Hint) -> bool:
     if not isinstance(kind, type) or _container(kind):
         return False
     if getattr(kind, "_is_protocol", False):
-        return _is_config(value)
+        return is_config(value)
     return isinstance(value, kind)
 
 
@@ -181,25 +182,27 @@ def _fit_elements(value: Any, kind: Hint, path: str, lenient: bool) -> Any:
 
 
 def check_types(value: Any, path: str = "") -> None:
-    """Raises UserError at the first field, at any depth, whose value is not of the hinted type."""
+    """Raises UserError for the first field, at any depth, whose value has not the hinted type."""
     for key, child, hint in _children(value, Any):
-        below = _join(path, key)
-        if _is_config(value):
+        below = join(path, key)
+        if is_config(value):
             fit(child, hint, below)
         check_types(child, below)
 
 
-def _join(path: str, key: str) -> str:
+def join(path: str, key: str) -> str:
+    """'a.b' and 'c' -> 'a.b.c'."""
     return f"{path}.{key}" if path else key
 
 
 def text(value: Any) -> str:
-    """An expression that `parse` reads back; of an object only what differs from its defaults."""
+    """An expression that `parse` reads back; of an object, only fields that differ from their
+    defaults."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    if _is_config(value):
-        given = ", ".join(f"{name}={text(getattr(value, name))}" for name in _changed(value))
-        return f"{type(value).__name__}({given})"
+    if is_config(value):
+        fields = ", ".join(f"{name}={text(getattr(value, name))}" for name in _changed(value))
+        return f"{type(value).__name__}({fields})"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, tuple | list):
@@ -221,14 +224,14 @@ def _changed(value: Any) -> list[str]:
 # ---- From text
 
 
-def parse(written: str, hint: Hint, path: str) -> Any:
-    """What a user wrote after `path=`, as a value of the hinted type; UserError if it is none.
+def parse(source: str, hint: Hint, path: str) -> Any:
+    """The text after `path=` as a value of the hinted type. Raises UserError if it is not one.
 
-    Text needs no quotes unless it would read as something else that is allowed there. An object is
-    written as the call of its class with literal arguments: SwiGLU(hidden=128).
+    Strings need no quotes unless they would parse as another allowed type. An object is written as
+    a call of its class with literal arguments: SwiGLU(hidden=128).
     """
-    allowed, plain = kinds(hint), written.strip()
-    # Before the literals, since `none` in a field of text alone is a name like any other.
+    allowed, plain = kinds(hint), source.strip()
+    # Before literals, since `none` in a field that allows only text is text.
     for word, value in {"none": None, "true": True, "false": False}.items():
         if plain.lower() == word and type(value) in allowed:
             return value
@@ -236,20 +239,20 @@ def parse(written: str, hint: Hint, path: str) -> Any:
         literal = _literal(plain, hint, path)
     except (SyntaxError, _NotLiteral):
         if str in allowed:
-            return written
+            return source
         if not any(_container(kind) is tuple for kind in allowed):
-            raise UserError(f"{path}={written} must be {words(hint)}.") from None
+            raise UserError(f"{path}={source} must be {words(hint)}.") from None
         return _list_of_text(plain, hint, path)
     try:
         return fit(literal, hint, path, lenient=True)
     except UserError:
         if str in allowed:
-            return written
+            return source
         raise
 
 
 def _list_of_text(plain: str, hint: Hint, path: str) -> tuple[Any, ...]:
-    """a.txt,b.txt: a list whose elements have no quotes."""
+    """A list whose elements have no quotes: a.txt,b.txt."""
     kind = next(kind for kind in kinds(hint) if _container(kind) is tuple)
     parts = [part.strip() for part in plain.split(",") if part.strip()]
     elements = enumerate(parts)
@@ -257,16 +260,16 @@ def _list_of_text(plain: str, hint: Hint, path: str) -> tuple[Any, ...]:
 
 
 class _NotLiteral(Exception):
-    """What the user wrote is not a literal: perhaps text without quotes."""
+    """The source is not a literal; it may be text without quotes."""
 
 
-def _literal(written: str, hint: Hint, path: str) -> Any:
-    """The value of a literal or of a constructor's call. Nothing is evaluated."""
-    if re.fullmatch(r"[+-]?(inf|nan)", written):
-        return float(written)
-    value = _node(ast.parse(written, mode="eval").body, hint, path)
-    # 1e6 where a whole number is wanted too: 1_000_000.
-    if isinstance(value, float) and value.is_integer() and "e" in written.lower():
+def _literal(source: str, hint: Hint, path: str) -> Any:
+    """The value of a literal or of a constructor's call, parsed without evaluating it."""
+    if re.fullmatch(r"[+-]?(inf|nan)", source):
+        return float(source)
+    value = _node(ast.parse(source, mode="eval").body, hint, path)
+    # Accept 1e6 for the integer 1_000_000.
+    if isinstance(value, float) and value.is_integer() and "e" in source.lower():
         return int(value)
     return value
 
@@ -292,7 +295,7 @@ def _node(node: ast.expr, hint: Hint, path: str) -> Any:
 
 
 def _find(name: str, hint: Hint, path: str) -> type:
-    """The class of this name ('SwiGLU', 'model.SwiGLU') among those that may stand below `hint`."""
+    """The class of this name ('SwiGLU', 'model.SwiGLU') among those that `hint` allows."""
     *room, last = name.split(".")
     known = {cls.__name__: cls for cls in _reachable(hint)}
     if last not in known or not set(room) <= set(known[last].__module__.split(".")):
@@ -303,7 +306,7 @@ def _find(name: str, hint: Hint, path: str) -> type:
 
 
 def _reachable(hint: Hint) -> list[type]:
-    """The dataclasses that may stand at a place of this hint, or below them, nearest first."""
+    """The dataclasses that a hint allows at a path or below it, nearest first."""
     found: list[type] = []
     waiting = [hint]
     while waiting:
@@ -313,34 +316,35 @@ def _reachable(hint: Hint) -> list[type]:
             elif isinstance(kind, type):
                 new = [cls for cls in _classes(kind) if cls not in found]
                 found += new
-                waiting += [below for cls in new for below in _hints(cls).values()]
+                waiting += [below for cls in new for below in hints_of(cls).values()]
     return found
 
 
 def _construct(cls: type, call: ast.Call, path: str) -> Any:
-    hints, given = _hints(cls), {}
+    hints, values = hints_of(cls), {}
     positional = [field.name for field in dataclasses.fields(cls) if not field.kw_only]
     if len(call.args) > len(positional):
         raise UserError(f"{path}: {cls.__name__}(...) needs names, as in {next(iter(hints))}=....")
     arguments = [*zip(positional, call.args), *((word.arg, word.value) for word in call.keywords)]
     for name, node in arguments:
-        below = _join(path, str(name))
+        below = join(path, str(name))
         if name not in hints:
             raise UserError(f"{below} is not known.{nearest(str(name), hints)}")
         try:
-            given[name] = fit(_node(node, hints[name], below), hints[name], below, lenient=True)
+            values[name] = fit(_node(node, hints[name], below), hints[name], below, lenient=True)
         except _NotLiteral:
-            wanted = words(hints[name])
-            raise UserError(f"{below}={ast.unparse(node)} must be {wanted}.") from None
-    return _call(cls, given, path)
+            expected = words(hints[name])
+            raise UserError(f"{below}={ast.unparse(node)} must be {expected}.") from None
+    return construct(cls, values, path)
 
 
-def _call(cls: type, given: Mapping[str, Any], path: str) -> Any:
+def construct(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    """cls(**values). Raises UserError for a missing field."""
     for field in dataclasses.fields(cls):
         default = (field.default, field.default_factory)
-        if field.init and field.name not in given and set(default) == {dataclasses.MISSING}:
+        if field.init and field.name not in values and set(default) == {dataclasses.MISSING}:
             raise UserError(f"{path}: {cls.__name__}(...) needs {field.name}=....")
-    return cls(**given)
+    return cls(**values)
 
 
 # ---- Paths and changes
@@ -353,15 +357,15 @@ def settings(value: Any) -> list[Setting]:
 
 def _settings(value: Any, hint: Hint, path: str) -> Iterator[Setting]:
     for key, child, below in _children(value, hint):
-        yield Setting(_join(path, key), child, words(below))
-        yield from _settings(child, below, _join(path, key))
+        yield Setting(join(path, key), child, words(below))
+        yield from _settings(child, below, join(path, key))
 
 
 def change(value: Any, changes: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
-    """`value` with the text of `changes` at its paths, and those that really differ, as values.
+    """(`value` with `changes` parsed and applied at their paths, the changes that differ).
 
-    All changes below one object are made at once, so that its own checks see the final state; a
-    whole object is chosen before anything below it is changed.
+    All changes below one object are applied at once, so that its checks see the final state. A
+    whole object is replaced before anything below it is changed.
     """
     different: dict[str, Any] = {}
     return _change(value, Any, dict(changes), "", different), different
@@ -372,20 +376,20 @@ def _change(
 ) -> Any:
     if path in changes:
         new = parse(changes.pop(path), hint, path)
-        # 1 equals 1.0 and stays as it was declared, but it also equals True.
+        # 1 equals 1.0 and is no change; but 1 also equals True, which is one.
         if new != value or isinstance(new, bool) != isinstance(value, bool):
             different[path] = value = new
     if not changes:
         return value
     children = {
-        _join(path, key): (key, child, below) for key, child, below in _children(value, hint)
+        join(path, key): (key, child, below) for key, child, below in _children(value, hint)
     }
     below: dict[str, dict[str, str]] = {}
-    for wanted, written in changes.items():
-        own = [p for p in children if wanted == p or wanted.startswith(f"{p}.")]
+    for target, source in changes.items():
+        own = [p for p in children if target == p or target.startswith(f"{p}.")]
         if not own:
-            _refuse_path(wanted, path, value, hint)
-        below.setdefault(max(own, key=len), {})[wanted] = written
+            _raise_unknown(target, path, value, hint)
+        below.setdefault(max(own, key=len), {})[target] = source
     new = {}
     for child_path, part in below.items():
         key, child, child_hint = children[child_path]
@@ -399,23 +403,23 @@ def _replace(value: Any, new: Mapping[str, Any]) -> Any:
     return {**value, **new} if isinstance(value, dict) else dataclasses.replace(value, **new)
 
 
-def _refuse_path(wanted: str, path: str, value: Any, hint: Hint) -> typing.NoReturn:
+def _raise_unknown(target: str, path: str, value: Any, hint: Hint) -> typing.NoReturn:
     known = [setting.path for setting in settings(value)]
     if not known:
         whole = [cls.__name__ for cls in _reachable(hint)]
         fix = f" Choose it whole, as in {path}={whole[0]}(...)." if whole else ""
-        raise UserError(f"{wanted} is not known: {path} is {text(value)}.{fix}")
-    rest = wanted.removeprefix(path).lstrip(".")
+        raise UserError(f"{target} is not known: {path} is {text(value)}.{fix}")
+    rest = target.removeprefix(path).lstrip(".")
     same_end = [each for each in known if each.split(".")[-1] == rest.split(".")[-1]]
     close = difflib.get_close_matches(rest, same_end or known, n=1, cutoff=0.5)
     if close:
-        raise UserError(f"{wanted} is not known. Did you mean {_join(path, close[0])!r}?")
-    there = ", ".join(_join(path, key) for key, _, _ in _children(value, hint))
-    raise UserError(f"{wanted} is not known. Known: {there}.")
+        raise UserError(f"{target} is not known. Did you mean {join(path, close[0])!r}?")
+    there = ", ".join(join(path, key) for key, _, _ in _children(value, hint))
+    raise UserError(f"{target} is not known. Known: {there}.")
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """'path: x -> y' for every place where the two differ."""
+    """'path: x -> y' for every difference."""
     if a == b and type(a) is type(b):
         return []
     below_a = {key: child for key, child, _ in _children(a, Any)}
@@ -424,7 +428,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         return [f"{path}: {text(a)} -> {text(b)}"]
     found = []
     for key in dict.fromkeys([*below_a, *below_b]):
-        where = _join(path, key)
+        where = join(path, key)
         if key in below_a and key in below_b:
             found += differences(below_a[key], below_b[key], where)
         elif key in below_a:
@@ -434,83 +438,15 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     return found
 
 
-# ---- JSON
-
-
-def to_json(value: Any) -> Any:
-    """What json.dumps writes in strict JSON; `from_json` gives back an equal value."""
-    if _is_config(value):
-        fields = {name: to_json(getattr(value, name)) for name in _hints(type(value))}
-        return {"type": _tag(type(value)), **fields}
-    if isinstance(value, dict):
-        if isinstance(value.get("type"), str) or not all(isinstance(key, str) for key in value):
-            raise TypeError(f"{value} can't be written: keys are text, and none is 'type'")
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [to_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"type": "float", "value": repr(value)}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{value!r} can't be part of a declaration")
-
-
-def _tag(cls: type) -> str:
-    """'lm.model.GQA' where the room exports the class, else its full name."""
-    room = ".".join(cls.__module__.split(".")[:2])
-    public = getattr(sys.modules.get(room), cls.__qualname__, None) is cls
-    return f"{room if public else cls.__module__}.{cls.__qualname__}"
-
-
-def from_json(written: Any, path: str = "") -> Any:
-    """The value that `to_json` wrote. Raises UserError for what this version does not know."""
-    if isinstance(written, list):
-        return tuple(from_json(item, _join(path, str(i))) for i, item in enumerate(written))
-    if not isinstance(written, dict):
-        return written
-    tag = written.get("type")
-    if tag == "float":
-        return float(written["value"])
-    if not isinstance(tag, str):
-        return {key: from_json(item, _join(path, key)) for key, item in written.items()}
-    cls = _tagged(tag, path)
-    known = _hints(cls)
-    for name in written:
-        if name != "type" and name not in known:
-            raise UserError(
-                f"{_join(path, name)} is not a field of {cls.__name__} in this version of lm; "
-                f"the file was written by another one.{nearest(name, known)}"
-            )
-    fields = {
-        name: from_json(item, _join(path, name)) for name, item in written.items() if name != "type"
-    }
-    return _call(cls, fields, path or "the declaration")
-
-
-def _tagged(tag: str, path: str) -> type:
-    module, _, name = tag.rpartition(".")
-    if module.split(".")[0] in ("lm", "experiments"):
-        try:
-            found = getattr(importlib.import_module(module), name, None)
-        except ModuleNotFoundError:
-            found = None
-        if isinstance(found, type) and dataclasses.is_dataclass(found):
-            return found
-    raise UserError(
-        f"{path or 'the declaration'} has the type {tag!r}, which this version of lm does not know;"
-        " the file was written by another one."
-    )
-
-
 # ---- Text
 
 
 def describe(value: Any, indent: int = 0) -> str:
-    """One line per field; what stands below a field is indented by two spaces."""
+    """One line per field; children are indented by two spaces."""
     lines = []
     for key, child, _ in _children(value, Any):
         below = describe(child, indent + 2) if _is_nested(child) else ""
-        head = type(child).__name__ if _is_config(child) else "" if below else text(child)
+        head = type(child).__name__ if is_config(child) else "" if below else text(child)
         lines.append(f"{' ' * indent}{key}: {head}".rstrip())
         if below:
             lines.append(below)
@@ -520,4 +456,4 @@ def describe(value: Any, indent: int = 0) -> str:
 def _is_nested(value: Any) -> bool:
     if isinstance(value, tuple):
         return any(map(_is_nested, value))
-    return _is_config(value) or isinstance(value, dict)
+    return is_config(value) or isinstance(value, dict)

@@ -1,7 +1,6 @@
-"""The one exception for what a user can mend: a sentence naming the field, the value and the fix.
+"""The exception for user errors: one sentence that names the field, the value and the fix.
 
-`lm.main` prints it without a traceback and exits with 2; everything else that is raised is a bug
-and shows as one.
+`lm.main` prints it without a traceback and exits with code 2. Any other exception is a bug.
 """
 
 import difflib
@@ -23,7 +22,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:
-    """Raises UserError unless `name` is one of `known`; `what` is the field as the user writes it."""
+    """Raises UserError unless `name` is one of `known`; `what` is the field as users write it."""
     known = list(known)
     if name not in known:
         raise UserError(f"{what}={name!r} is not known.{nearest(str(name), known)}")

@@ -1,8 +1,8 @@
-"""An experiment declares: what to train, on what, how long, and where it may run. It does nothing.
+"""An experiment declares what to train, on what, how long, and where it may run. It does nothing.
 
 `override` changes it by path, `to_json` and `from_json` carry it into a run folder and back,
-`describe` prints it. What an object of a room may hold is that room's business; here is only what
-two rooms must agree on.
+`describe` prints it. Each room checks its own configs; this file checks what two rooms must agree
+on.
 """
 
 import hashlib
@@ -11,57 +11,73 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lm import declaration, model
+from lm import declaration, model, serialization, trees
 from lm.checkpoint import Save
-from lm.data import AnySource, BatchShape, Mixture, SentencePiece, Shards, TokenizerFile
-from lm.errors import UserError, nearest
-from lm.evals import Perplexity
+from lm.data import BatchShape, Mixture, Shards, Source, TokenizerConfig
+from lm.errors import UserError, check_name, nearest
+from lm.evals import Evaluator
 from lm.model import Capacity
-from lm.objectives import NextToken
-from lm.optim import Optimizer
-from lm.optim import Schedule as LearningRate
+from lm.objectives import NextToken, Objective
+from lm.optim import Optimizer, Schedule
+from lm.parallel import pipeline
 from lm.parallel.mesh import Mesh, Place
-from lm.parallel.pipeline import Schedule
-from lm.parallel.sharding import rules_at
+from lm.parallel.sharding import rules_for
 from lm.precision import Precision
-from lm.training import Log
-from lm.trees import flatten
+from lm.training import ALL, Log
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]*")
 LONGEST_NAME = 150  # a folder's name may have 255 bytes, and files are written aside with suffixes
 
-# What may differ when a run is continued; everything else decides the numbers that it computes.
+# Fields that may differ when a run is resumed. They do not change its numbers, nor its name.
 MAY_CHANGE = ("places", "log", "save", "evals", "sample")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An earlier stage of a recipe, to start from.
+
+    optimizer  'keep' continues with its optimizer state, 'reset' begins with a new one. In both
+               cases the schedule begins at step 0; its warmup re-warms the learning rate.
+    """
+
+    name: str
+    optimizer: str = "reset"
+
+    def __post_init__(self) -> None:
+        check_name("start.optimizer", self.optimizer, ("keep", "reset"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """The whole declaration of a training run.
+    """The declaration of a training run.
 
     Args:
       name: of the run's folder.
       seed: of the initial weights, the order of the data and dropout.
-      start: a run folder or a Hugging Face folder with whose weights training begins.
-      data, tokenizer: what is read, and how text becomes tokens.
+      start: initial weights: a run folder, a Hugging Face folder, or a stage of the same recipe.
+      data, tokenizer: the text, and how it becomes tokens.
       batch: sequences per step and their length.
-      objective, optimizer, schedule, precision: what is minimised, and how.
-      evals, save, log: what happens beside training, and how often.
+      objective, optimizer, schedule, precision: the training step.
+      trainable: patterns of the paths of the weights that train, such as "blocks/*/attention/**";
+        the others are frozen.
+      evals, save, log: evaluations, checkpoints and logs during training.
       places: where it may run. The first that fits is taken; all of them continue the same run.
-      sample: prompts to continue when training is over.
+      sample: prompts to continue when training ends.
     """
 
     name: str
     seed: int = 0
-    start: str | None = None
+    start: str | Stage | None = None
     model: model.Config
-    data: AnySource | Mixture | Shards
-    tokenizer: SentencePiece | TokenizerFile
+    data: Source | Mixture | Shards
+    tokenizer: TokenizerConfig
     batch: BatchShape
-    objective: NextToken = NextToken()
+    objective: Objective = NextToken()
     optimizer: Optimizer
-    schedule: LearningRate
+    schedule: Schedule
     precision: Precision = Precision()
-    evals: tuple[Perplexity, ...] = ()
+    trainable: tuple[str, ...] = ALL
+    evals: tuple[Evaluator, ...] = ()
     save: Save = Save(every=1_000)
     log: Log = Log()
     places: dict[str, Place] = field(default_factory=lambda: {"single": Place(mesh=Mesh())})
@@ -71,36 +87,46 @@ class Experiment:
         declaration.check_types(self)
         self._check_names()
         self._check_vocabulary()
+        self._check_trainable()
         self._check_evals()
         self.schedule.resolve(self.batch)
 
     def _check_names(self) -> None:
-        if not NAME.fullmatch(self.name) or len(self.name) > LONGEST_NAME:
-            raise UserError(
-                f"name={self.name!r} must be a folder's name: letters, digits and ._+=,- "
-                f"after a letter or digit, at most {LONGEST_NAME} in all."
-            )
+        check_folder_name(self.name)
         if not self.places:
             raise UserError('places={} must name one place at least, as in {"single": Place()}.')
 
     def _check_vocabulary(self) -> None:
-        vocab = getattr(self.tokenizer, "vocab", 0)  # a tokenizer's file is not read yet
+        vocab = getattr(self.tokenizer, "vocab", 0)  # that of a file is not known yet
         if vocab > self.model.vocab:
             raise UserError(
                 f"tokenizer.vocab={vocab} is more than model.vocab={self.model.vocab}; "
                 f"set model.vocab={vocab}."
             )
 
+    def _check_trainable(self) -> None:
+        if self.trainable == ALL:
+            return
+        if not self.trainable:
+            raise UserError("trainable=() trains nothing; name weights, as in ('blocks/**',).")
+        paths = list(trees.flatten(model.shapes(self.model)))
+        for pattern in self.trainable:
+            if not any(trees.matches(path, pattern) for path in paths):
+                raise UserError(
+                    f"trainable={pattern!r} matches no weight.{nearest(pattern, paths)}"
+                )
+
     def _check_evals(self) -> None:
         if isinstance(self.data, Shards):
             return  # their sources are known when they are read
         known = self.data.sources if isinstance(self.data, Mixture) else [self.data.label]
-        for index, each in enumerate(self.evals):
-            if each.source is not None and each.source not in known:
-                raise UserError(
-                    f"evals.{index}.source={each.source!r} is not a source of data."
-                    f"{nearest(each.source, known)}"
-                )
+        for index, evaluator in enumerate(self.evals):
+            for source in evaluator.sources():
+                if source not in known:
+                    raise UserError(
+                        f"evals.{index}.source={source!r} is not a source of data."
+                        f"{nearest(source, known)}"
+                    )
 
     def check_place(self, place: Place) -> None:
         """Raises UserError if batch or model do not divide over the mesh of `place`."""
@@ -117,9 +143,9 @@ class Experiment:
                 )
         self._check_context(place)
         self.pipeline_at(place)
-        axes, shapes = flatten(model.axes(self.model)), flatten(model.shapes(self.model))
+        axes, shapes = (trees.flatten(f(self.model)) for f in (model.axes, model.shapes))
         for path, names in axes.items():
-            rules_at(place).weight(
+            rules_for(place).weight(
                 names, shapes[path].shape, mesh.abstract(), f"mesh {mesh}: {path}"
             )
 
@@ -133,7 +159,7 @@ class Experiment:
                 f"mesh.context={parts} devices holds two parts of a sequence."
             )
 
-        # XLA's partitioner, of jax 0.10, ends the process over the exchange of tokens there.
+        # XLA's partitioner (jax 0.10) aborts the process on the all-to-all of tokens there.
         dispatches = [getattr(block.ffn, "dispatch", None) for block in self.model.layout.blocks]
         if place.mesh.pipe > 1 and any(isinstance(one, Capacity) for one in dispatches):
             raise UserError(
@@ -141,11 +167,11 @@ class Experiment:
                 "model.ffn.dispatch=Capacity(...); use Dropless(), or one of the two axes."
             )
 
-    def pipeline_at(self, place: Place) -> Schedule | None:
-        """The schedule of the pipeline at `place`, where there is one."""
+    def pipeline_at(self, place: Place) -> pipeline.Schedule | None:
+        """The pipeline schedule at `place`; None without pipeline parallelism."""
         if place.mesh.pipe == 1:
             return None
-        return Schedule(
+        return pipeline.Schedule(
             layers=self.model.layout.repeats,
             stages=place.mesh.pipe,
             circular_repeats=place.circular_repeats,
@@ -153,29 +179,46 @@ class Experiment:
         )
 
 
+def check_folder_name(name: str) -> None:
+    """Raises UserError unless `name` can be the name of a run's folder."""
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise UserError(
+            f"name={name!r} must be a folder's name: letters, digits and ._+=,- "
+            f"after a letter or digit, at most {LONGEST_NAME} in all."
+        )
+
+
 def override(experiment: Experiment, changes: Sequence[str]) -> Experiment:
     """`experiment` with changes written as PATH=VALUE: 'model.layers=2', 'optimizer=Lion(b1=0.9)'.
 
-    What differs from the declaration becomes part of the name, so that it can't write into the
-    named run; the order of `changes` does not matter. A new `name=...` stands as it is.
+    Values that differ from the declaration become part of the name, so that the run gets its own
+    folder; except those of MAY_CHANGE, which a run may change when it is resumed. The order of
+    `changes` does not matter. A `name=...` is used as it is.
     """
-    given: dict[str, str] = {}
-    for written in changes:
-        path, equals, value = written.partition("=")
+    values = split_changes(changes)
+    changed, different = declaration.change(experiment, values)
+    different = {p: v for p, v in different.items() if p.split(".")[0] not in MAY_CHANGE}
+    if "name" in values or not different:
+        return changed
+    return replace(changed, name=changed_name(experiment.name, different))
+
+
+def split_changes(changes: Sequence[str]) -> dict[str, str]:
+    """['model.layers=2'] -> {'model.layers': '2'}."""
+    values: dict[str, str] = {}
+    for change in changes:
+        path, equals, value = change.partition("=")
         path = path.strip()
         if not equals:
-            raise UserError(f"--set {written} needs a value, as in {path}=VALUE.")
-        if given.get(path, value) != value:
-            raise UserError(f"--set {path} is given twice: {given[path]} and {value}.")
-        given[path] = value
-    changed, different = declaration.change(experiment, given)
-    if "name" in given or not different:
-        return changed
-    return replace(changed, name=_name(experiment.name, different))
+            raise UserError(f"--set {change} needs a value, as in {path}=VALUE.")
+        if values.get(path, value) != value:
+            raise UserError(f"--set {path} is given twice: {values[path]} and {value}.")
+        values[path] = value
+    return values
 
 
-def _name(name: str, different: dict[str, Any]) -> str:
-    """'stdlib+model.layers=2', with a hash where characters had to be left out."""
+def changed_name(name: str, different: dict[str, Any]) -> str:
+    """'stdlib+model.layers=2', with a hash if characters had to be replaced."""
     parts = [f"{path}={_plain(value)}" for path, value in sorted(different.items())]
     full = "+".join([name, *parts])
     safe = re.sub(r"[^A-Za-z0-9._+=,-]+", "-", full).strip("-")
@@ -190,30 +233,30 @@ def _plain(value: Any) -> str:
 
 
 def paths(experiment: Experiment) -> list[declaration.Setting]:
-    """Every path that `override` knows, with its value and what may stand there, in words."""
+    """Every path that `override` accepts, with its value and its type in words."""
     return declaration.settings(experiment)
 
 
 def to_json(experiment: Experiment) -> dict[str, Any]:
     """For json.dumps. `from_json` gives back an equal experiment, in a later process too."""
-    return declaration.to_json(experiment)
+    return serialization.to_json(experiment)
 
 
-def from_json(written: dict[str, Any]) -> Experiment:
-    """What `to_json` wrote. Raises UserError for a file that this version does not understand."""
-    experiment = declaration.from_json(written)
+def from_json(content: dict[str, Any]) -> Experiment:
+    """Inverse of `to_json`. Raises UserError for what this version does not know."""
+    experiment = serialization.from_json(content)
     if not isinstance(experiment, Experiment):
         raise UserError(f"This is not an experiment but {type(experiment).__name__}.")
     return experiment
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
-    """The part of `to_json` that a run keeps from start to end."""
+    """The part of `to_json` that must not change when a run is resumed."""
     return {name: v for name, v in to_json(experiment).items() if name not in MAY_CHANGE}
 
 
 def differences(a: Experiment, b: Experiment) -> list[str]:
-    """'path: x -> y' for everything that `b` declares otherwise."""
+    """'path: x -> y' for every difference."""
     return declaration.differences(a, b)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm import trees
 from lm.errors import UserError, check_name, check_positive
 
 STORAGE = ("float32", "bfloat16")
@@ -73,7 +74,9 @@ FP16 = Precision(compute="float16", loss_scale=LossScale())
 
 
 def cast(tree: Any, dtype: str) -> Any:
-    """Floating leaves in `dtype`; the rest as they are."""
+    """Floating leaves in `dtype`; the rest unchanged. A `trees.Leaf` casts itself."""
     return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        tree,
+        is_leaf=trees.is_leaf,
     )

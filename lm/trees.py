@@ -3,14 +3,44 @@
 A path is the keys joined by '/', as in 'blocks/0/ffn/up'.
 """
 
+import abc
+import fnmatch
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
 Tree = Mapping[str, Any]
+
+
+class Leaf(abc.ABC):
+    """A weight that is not a plain array, such as a quantized array or an adapter around a weight.
+
+    Subclasses are registered as JAX pytrees. `shape` and `dtype` are those of the weight that they
+    stand for. `lm.model.param` multiplies by them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @abc.abstractmethod
+    def dense(self) -> jax.Array:
+        """The weight as a plain array of `shape` and `dtype`."""
+
+    @abc.abstractmethod
+    def astype(self, dtype: Any) -> Self:
+        """The same weight for arithmetic in `dtype`."""
+
+    def einsum(self, equation: str, x: jax.Array) -> jax.Array:
+        """Activations times this weight. Override it to avoid the dense array."""
+        return jnp.einsum(equation, x, self.dense())
+
+
+def is_leaf(x: Any) -> bool:
+    """For `jax.tree.map(..., is_leaf=is_leaf)`: stops at a `Leaf`."""
+    return isinstance(x, Leaf)
 
 
 def flatten(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
@@ -47,6 +77,38 @@ def map_with_path(function: Callable[..., Any], tree: Tree, *rest: Tree) -> dict
             differing = sorted(other.keys() ^ flat.keys())
             raise ValueError(f"trees of different structure: {', '.join(differing)}")
     return unflatten({p: function(p, x, *(other[p] for other in others)) for p, x in flat.items()})
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a path matches a pattern, where `*` stands for one key and `**` for any number.
+
+    matches('blocks/0/attention/q', 'blocks/*/attention/**') is True.
+    """
+    keys, wanted = path.split("/"), pattern.split("/")
+
+    def match(i: int, j: int) -> bool:
+        if j == len(wanted):
+            return i == len(keys)
+        if wanted[j] == "**":
+            return any(match(k, j + 1) for k in range(i, len(keys) + 1))
+        return i < len(keys) and fnmatch.fnmatchcase(keys[i], wanted[j]) and match(i + 1, j + 1)
+
+    return match(0, 0)
+
+
+def partition(tree: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(leaves whose path matches one of the patterns, all others), as nested dicts."""
+    flat = flatten(tree)
+    chosen = {p: x for p, x in flat.items() if any(matches(p, pattern) for pattern in patterns)}
+    rest = {path: x for path, x in flat.items() if path not in chosen}
+    return unflatten(chosen), unflatten(rest)
+
+
+def merge(a: Tree, b: Tree) -> dict[str, Any]:
+    """The union of two trees without a common path."""
+    if not b:
+        return dict(a)
+    return unflatten({**flatten(a), **flatten(b)})
 
 
 def count(tree: Any) -> int:

@@ -122,10 +122,10 @@ def test_bench_llama_is_the_model_that_was_asked_for():
 
 def test_batches_of_the_bench_are_full(tiny):
     """No padding: the FLOPs that are counted are those that are done."""
-    from lm import run
+    from lm.program import assemble
 
     declared = experiment()
-    batch = bench._random_batch(run.assemble(declared))
+    batch = bench._random_batch(assemble(declared))
     assert float(batch.weights.sum()) == batch.tokens.size
     assert int(batch.segments.min()) == 1
     assert int(batch.tokens.max()) < declared.model.vocab

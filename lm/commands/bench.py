@@ -15,12 +15,13 @@ import numpy as np
 import psutil
 from etils import epath
 
-from lm import hf, model, run, terminal, trees
+from lm import hf, model, runs, terminal, trees
 from lm.data.batch import Batch
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.parallel import hardware, sharding
 from lm.parallel.mesh import Mesh
+from lm.program import Program, assemble, use_compilation_cache
 
 WARM_UP = 2
 
@@ -29,7 +30,7 @@ def find(target: str) -> Experiment:
     """The experiment of a module ('experiments.bench_llama') or of a run folder."""
     written = epath.Path(target) / "experiment.json"
     if written.exists():
-        return run.load_declaration(target)
+        return runs.load_declaration(target)
     try:
         module = importlib.import_module(target)
     except ModuleNotFoundError as error:
@@ -52,13 +53,15 @@ def step(
     The matmul rate is measured before, in the middle of and after the steps, and the median taken,
     since a shared machine's speed drifts. MFU is train_flops * tokens/s over that rate.
     """
-    run.use_compilation_cache()
-    program = run.assemble(experiment, on, mesh)
+    use_compilation_cache()
+    program = assemble(experiment, on, mesh)
     batch = _random_batch(program)
     began = time.perf_counter()
-    compiled = program.step.lower(program.abstract, batch).compile()
+    abstract, frozen = program.abstract
+    compiled = program.step.lower(abstract, batch, frozen).compile()
     compile_seconds = time.perf_counter() - began
-    state, metrics = compiled(program.init(), batch)
+    state, frozen = program.init()
+    state, metrics = compiled(state, batch, frozen)
     jax.block_until_ready(metrics)
     to_first = _seconds_since_start()
 
@@ -69,7 +72,7 @@ def step(
         if index >= WARM_UP and (index - WARM_UP) % max(steps // 4, 1) == 0:
             rates.append(hardware.matmul_flops(dtype))
         start = time.perf_counter()
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, batch, frozen)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
     seconds = seconds[WARM_UP:]
@@ -172,7 +175,7 @@ def _seconds_since_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
 
 
-def _random_batch(program: run.Program) -> Batch:
+def _random_batch(program: Program) -> Batch:
     """Tokens drawn evenly, one document per sequence."""
     experiment = program.experiment
     shape = (experiment.batch.sequences_at(0), experiment.batch.length)

@@ -1,7 +1,22 @@
-"""A trained model is measured: numbers with their standard errors."""
+"""Evaluations of a model.
+
+evaluator    the base class `Evaluator`
+perplexity   loss, perplexity and bits per byte of text
+result       a number with its standard error
+compression  bits per byte of `xz -9`, for comparison
+"""
 
 from lm.evals.compression import xz_bits_per_byte
-from lm.evals.perplexity import Perplexity, evaluate
+from lm.evals.evaluator import Context, Evaluator
+from lm.evals.perplexity import Perplexity, perplexity
 from lm.evals.result import Result, ratio
 
-__all__ = ["Perplexity", "Result", "evaluate", "ratio", "xz_bits_per_byte"]
+__all__ = [
+    "Context",
+    "Evaluator",
+    "Perplexity",
+    "Result",
+    "perplexity",
+    "ratio",
+    "xz_bits_per_byte",
+]

@@ -1,4 +1,4 @@
-"""What a general-purpose compressor makes of the same text: the yardstick for bits per byte."""
+"""A general-purpose compressor on the same text, as a baseline for bits per byte."""
 
 import lzma
 from collections.abc import Iterable

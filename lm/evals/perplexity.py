@@ -1,55 +1,69 @@
 """Loss per token, perplexity and bits per byte of text, each with its standard error.
 
-The per-token losses come from one compiled function; everything after it is float64 on the host.
-Padding never counts, and the numbers are those of any batch size and any mesh, up to the rounding
-of float32 in the forward pass.
+One compiled function computes the per-token losses; everything after it is float64 on the host.
+Padding does not count, and the numbers are those of any batch size and any mesh, up to rounding of
+float32 in the forward pass.
 """
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
 
 import kernels_pallas
-from lm import model
 from lm.data.batch import Batch
 from lm.errors import UserError, check_positive
+from lm.evals.evaluator import Context, Evaluator
 from lm.evals.result import Result, ratio
+from lm.model import Model
 from lm.parallel import sharding
-from lm.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perplexity:
+class Perplexity(Evaluator):
     """Loss, perplexity and bits per byte of held-out text, measured during training.
 
-    source      which source's held-out documents; None: those of every source, one after another
-    every       optimizer steps between evaluations; there is always one at the end
-    batches     how many batches of each source at most; None: all there are
-    sequences   sequences per batch; None: as many as a training step has
+    source      the source whose held-out documents are used; None: those of every source in turn
+    batches     most batches of each source; None: all
+    sequences   sequences per batch; None: as many as in a training step
     """
 
     source: str | None = None
-    every: int = 1_000
     batches: int | None = None
     sequences: int | None = None
 
     def __post_init__(self) -> None:
-        limits = {"batches": self.batches, "sequences": self.sequences}
-        given = {name: value for name, value in limits.items() if value is not None}
-        check_positive(**{f"evals.{name}": v for name, v in {"every": self.every, **given}.items()})
+        super().__post_init__()
+        limits = {"evals.batches": self.batches, "evals.sequences": self.sequences}
+        check_positive(**{name: value for name, value in limits.items() if value is not None})
+
+    def evaluate(self, model: Model, context: Context) -> Sequence[Result]:
+        names = context.data.held_out if self.source is None else (self.source,)
+        sequences = self.sequences or context.batch.sequences_at(0)
+        return [
+            result
+            for name in names
+            for result in perplexity(
+                model,
+                context.data.evaluation(name, context.batch.length, sequences),
+                step=context.step,
+                batches=self.batches,
+            )
+        ]
+
+    def sources(self) -> Sequence[str]:
+        return () if self.source is None else (self.source,)
 
 
-class Evaluation(Protocol):
-    """What lm.data prepares: documents cut and packed into batches of one shape.
+class HeldOut(Protocol):
+    """Documents cut and packed into batches of one shape, as lm.data prepares them.
 
-    name       of the source, as in 'web:held_out'
+    name       of the source, such as 'web:held_out'
     bytes_d    bytes of each document's text, [D]
     tokens_d   targets of each document in the whole evaluation, [D]
     iteration  (Batch, documents_bt): the index of each target's document, -1 on padding
@@ -62,54 +76,42 @@ class Evaluation(Protocol):
     def __iter__(self) -> Iterator[tuple[Batch, np.ndarray]]: ...
 
 
-def evaluate(
-    config: model.Config,
-    params: Any,
-    evaluation: Evaluation,
+def perplexity(
+    model: Model,
+    documents: HeldOut,
     *,
     step: int | None = None,
     batches: int | None = None,
-    precision: Precision | None = None,
     chunk: int | None = None,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> list[Result]:
-    """'NAME/loss' (nats per token), 'NAME/perplexity' and 'NAME/bits_per_byte' of one evaluation.
+    """'NAME/loss' (nats per token), 'NAME/perplexity' and 'NAME/bits_per_byte' of documents.
 
-    Bits per byte are sum(nll) / ln 2 / bytes. The standard errors take documents to be independent
-    (see `result.ratio`). Where there is only one document, they are over the sequences that it was
-    cut into instead, and so on the low side, as neighbouring sequences are alike.
+    Bits per byte are sum(nll) / ln 2 / bytes. The standard errors treat documents as independent
+    (see `result.ratio`). With a single document they are computed over its sequences instead, and
+    are too small, since neighbouring sequences are alike.
 
     Args:
-        params: any floating format; cast to `precision.compute` inside the compiled function.
-        step: optimizer steps that `params` have seen, for the record.
-        batches: stop after so many. A document met in part counts with that share of its bytes.
-        chunk: positions whose logits are alive at a time; None: the kernel chooses.
-        mesh: the one on which `params` lie; default: that of the surrounding `sharding.use`. Every
-            process calls this with the same evaluation and gets the same results, while its
-            devices read their own rows only.
+        model: on a mesh, every process calls this with the same documents and gets the same
+            results, while its devices read only their own rows.
+        step: number of updates of the weights, for the record.
+        batches: most batches. A document that is read in part counts with that share of its bytes.
+        chunk: positions whose logits are computed at a time; None: the kernel chooses.
 
     Raises:
-        UserError: an evaluation without a single target.
+        UserError: without a single target.
     """
-    mesh = mesh or sharding.active_mesh()
-    run = partial(
-        _token_losses,
-        config=config,
-        precision=precision or Precision(),
-        chunk=chunk,
-        mesh=mesh,
-    )
-    sums = _Sums(len(evaluation.bytes_d))
+    losses = partial(_token_losses, chunk=chunk)
+    sums = _Sums(len(documents.bytes_d))
     waiting = None
-    for batch, documents_bt in itertools.islice(evaluation, batches):
-        nll_bt = run(params, _place(batch, mesh))
-        # Read one batch behind, so that the device has work while the host adds up.
+    for batch, documents_bt in itertools.islice(documents, batches):
+        nll_bt = losses(model, _place(batch, model.mesh))
+        # Read one batch behind, so that the device works while the host sums.
         if waiting:
             sums.add(*waiting)
         waiting = nll_bt, batch.weights, documents_bt
     if waiting:
         sums.add(*waiting)
-    return sums.results(evaluation, step)
+    return sums.results(documents, step)
 
 
 def _place(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
@@ -120,37 +122,22 @@ def _place(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, x.__getitem__), batch)
 
 
-@partial(jax.jit, static_argnames=("config", "precision", "chunk", "mesh"))
-def _token_losses(
-    params: Any,
-    batch: Batch,
-    *,
-    config: model.Config,
-    precision: Precision,
-    chunk: int | None,
-    mesh: jax.sharding.Mesh | None,
-) -> jax.Array:
-    """nll_bt in float32, on a mesh with a copy on every device. A static mesh, for jit would not
-    notice a change of the surrounding `use`."""
-    with contextlib.nullcontext() if mesh is None else sharding.use(mesh):
-        params = precision.to_compute(params)
-        output = model.forward(
-            config,
-            params,
-            batch.tokens,
-            segments_bt=batch.segments,
-            positions_bt=batch.positions,
-        )
+@partial(jax.jit, static_argnames="chunk")
+def _token_losses(model: Model, batch: Batch, *, chunk: int | None) -> jax.Array:
+    """nll_bt in float32, replicated on a mesh."""
+    with model.on_mesh():
+        model = model.cast()
+        output = model(batch.tokens, segments_bt=batch.segments, positions_bt=batch.positions)
         nll_bt = kernels_pallas.token_losses(
             output.hidden_btd,
-            model.unembedding(config, params),
+            model.unembedding(),
             batch.targets,
-            softcap=config.logit_softcap,
+            softcap=model.config.logit_softcap,
             chunk=chunk,
         )
-    if mesh is None:
+    if model.mesh is None:
         return nll_bt
-    return jax.lax.with_sharding_constraint(nll_bt, sharding.replicated(mesh))
+    return jax.lax.with_sharding_constraint(nll_bt, sharding.replicated(model.mesh))
 
 
 class _Sums:
@@ -170,17 +157,17 @@ class _Sums:
         self.nll_s += nll_bt.sum(axis=1).tolist()
         self.tokens_s += counted_bt.sum(axis=1).tolist()
 
-    def results(self, evaluation: Evaluation, step: int | None) -> list[Result]:
-        met_d = self.tokens_d > 0
+    def results(self, documents: HeldOut, step: int | None) -> list[Result]:
+        read_d = self.tokens_d > 0
         tokens = int(self.tokens_d.sum())
         if not tokens:
             raise UserError(
-                f"evaluation {evaluation.name!r} has no text to measure; is the file empty, or the "
+                f"evaluation {documents.name!r} has no text to measure; is the file empty, or the "
                 "held-out share too small?"
             )
-        nll_c, tokens_c = self.nll_d[met_d], self.tokens_d[met_d]
-        share_c = tokens_c / np.asarray(evaluation.tokens_d)[met_d]
-        bytes_c = share_c * np.asarray(evaluation.bytes_d)[met_d]
+        nll_c, tokens_c = self.nll_d[read_d], self.tokens_d[read_d]
+        share_c = tokens_c / np.asarray(documents.tokens_d)[read_d]
+        bytes_c = share_c * np.asarray(documents.bytes_d)[read_d]
         if len(nll_c) == 1:
             nll_s, tokens_s = np.array(self.nll_s), np.array(self.tokens_s)
             nll_c, tokens_c = nll_s[tokens_s > 0], tokens_s[tokens_s > 0]
@@ -198,7 +185,7 @@ class _Sums:
         return [
             Result(
                 step=step,
-                name=f"{evaluation.name}/{measure}",
+                name=f"{documents.name}/{measure}",
                 value=value,
                 stderr=error,
                 count=tokens,

@@ -1,4 +1,4 @@
-"""What an evaluation gives: a number with its standard error."""
+"""The result of an evaluation: a number with its standard error."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,11 @@ import numpy as np
 class Result:
     """One line of eval.jsonl.
 
-    step     optimizer steps that the parameters have seen; None if they were not trained here
-    name     'source/measure', as in 'web:held_out/bits_per_byte'
+    step     number of updates of the weights; None if they were not trained here
+    name     'source/measure', such as 'web:held_out/bits_per_byte'
     value    the estimate
-    stderr   its standard error; None where a single observation cannot give one
-    count    what was counted to get it: tokens of a text, questions of a task
+    stderr   its standard error; None for a single observation
+    count    sample size: tokens of a text, questions of a task
     """
 
     step: int | None
@@ -26,7 +26,7 @@ class Result:
 def ratio(y_c: np.ndarray, x_c: np.ndarray) -> tuple[float, float | None]:
     """sum(y) / sum(x) over clusters c and its standard error, None for fewer than two clusters.
 
-    Tokens of one document are alike; documents are taken to be independent. So this is the ratio
+    Tokens of one document are correlated; documents are treated as independent. This is the ratio
     estimator with documents as units (Cochran, Sampling Techniques, 3rd ed. 1977, ch. 6; clustered
     errors in evaluations of language models: Miller, arXiv:2411.00640). By the delta method, with C
     clusters and without a correction for finite populations,

@@ -1,4 +1,4 @@
-"""A trained model speaks: sampling, decoding with a cache, text with stop strings and streaming."""
+"""Generation: sampling, decode (tokens, with a KV cache), text (stop strings and streaming)."""
 
 from lm.generate.decode import Result, generate, stream
 from lm.generate.sampling import Sampling

@@ -1,15 +1,13 @@
-"""Tokens from a model: prefill and decoding with a key/value cache in one compiled function.
+"""Token generation: prefill and decoding with a KV cache in one compiled function.
 
-Prompts are padded on the right and every row counts its own positions, so what stands in a padding
-slot is overwritten before the causal mask uncovers it. A row's tokens depend on its prompt and its
-key alone and are the same in any batch, but for the rounding of sums, whose order depends on
-shapes. (Capacity-bounded experts are the exception: there tokens compete for places.)
+Prompts are padded on the right, and every row has its own positions. The tokens of a row depend
+only on its prompt and its key and are the same in any batch, up to rounding of sums, whose order
+depends on shapes. (Experts with a capacity are the exception: their tokens compete for slots.)
 
-Shapes are rounded up to powers of two, and all else but the model is an argument of the compiled
-function, so that repeated calls compile rarely.
+Shapes are rounded up to powers of two, and everything but the model's structure is an argument of
+the compiled function, so repeated calls rarely compile.
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -18,23 +16,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from lm import model
 from lm.errors import UserError, check_positive
 from lm.generate.sampling import Filters, Sampling, sample
+from lm.model import Config, Model
 from lm.parallel import sharding
 
 SMALLEST = 16  # prompt and output lengths below this share one program
 
 
 class Result(NamedTuple):
-    """What was generated for one prompt.
+    """The continuation of one prompt.
 
-    tokens     ids without the prompt's; where a stop token ended the row, it is the last of them
-    logprobs   of each token, natural, under the model itself: before penalty, temperature, filters
-    finished   'stop' (a stop token), 'max_tokens', 'context' (no room left), 'ended' (by the
-               caller); None while it goes on
+    tokens     ids after the prompt; a stop token that ended the row is the last one
+    logprobs   natural log-probability of each token under the model, before penalty, temperature
+               and filters
+    finished   'stop' (a stop token), 'max_tokens', 'context' (the context is full), 'ended' (by the
+               caller); None while it continues
     """
 
     tokens: list[int]
@@ -43,8 +41,7 @@ class Result(NamedTuple):
 
 
 def generate(
-    config: model.Config,
-    params: Any,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     *,
     context: int,
@@ -53,29 +50,26 @@ def generate(
     key: jax.Array | int = 0,
     stop_tokens: Sequence[int] = (),
     cache_dtype: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> list[Result]:
     """Continues each prompt by at most `max_tokens` tokens. One Result per prompt.
 
     Args:
-        params: in the format to compute in.
+        model: with weights in the dtype of arithmetic (see `Model.cast`).
         prompts: token ids, at least one per prompt.
-        context: most tokens that prompt and continuation may have together, as a rule the length
-            of the training sequences; a row that reaches it ends.
+        context: most tokens of prompt and continuation, usually the sequence length of training; a
+            row that reaches it ends.
         sampling: default: Sampling(), temperature 1.
-        key: a seed or a jax.random.key, folded with the row's index; or an array of keys, one per
-            prompt. Step t of a row uses its key folded with t.
+        key: a seed or a jax.random.key, folded with the index of the row; or an array of keys, one
+            per prompt. Step t of a row uses its key folded with t.
         stop_tokens: ids that end a row.
-        cache_dtype: of the keys and values kept; default: that of the parameters.
-        mesh: the one on which `params` lie; default: that of the surrounding `sharding.use`.
+        cache_dtype: of the KV cache; default: that of the weights.
 
     Raises:
         UserError: an empty prompt, one longer than the context, a token outside the vocabulary.
     """
     results: list[Result] = []
     for results in stream(  # noqa: B007
-        config,
-        params,
+        model,
         prompts,
         context=context,
         max_tokens=max_tokens,
@@ -83,7 +77,6 @@ def generate(
         key=key,
         stop_tokens=stop_tokens,
         cache_dtype=cache_dtype,
-        mesh=mesh,
         chunk=max_tokens,
     ):
         pass
@@ -91,8 +84,7 @@ def generate(
 
 
 def stream(
-    config: model.Config,
-    params: Any,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     *,
     context: int,
@@ -101,38 +93,36 @@ def stream(
     key: jax.Array | int = 0,
     stop_tokens: Sequence[int] = (),
     cache_dtype: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
     chunk: int = 16,
     ended: AbstractSet[int] = frozenset(),
 ) -> Iterator[list[Result]]:
     """As `generate`, but yields the results so far after every `chunk` tokens.
 
-    Between two yields the caller may put indices of prompts into `ended`: these rows go no further.
-    The last results are all finished. The tokens are those of `generate`, whatever the chunk.
+    Between two yields the caller may add indices of prompts to `ended`: these rows end. The last
+    results are all finished. The tokens do not depend on `chunk`.
     """
-    mesh = mesh or sharding.active_mesh()
     check_positive(max_tokens=max_tokens, context=context, chunk=chunk)
-    _check_prompts(config, prompts, context)
+    _check_prompts(model.config, prompts, context)
     if not prompts:
         return
-    request = _request(prompts, context, max_tokens, sampling or Sampling(), key, stop_tokens, mesh)
+    request = _request(
+        prompts, context, max_tokens, sampling or Sampling(), key, stop_tokens, model.mesh
+    )
     cache_length = min(_bucket(request.length_b.max() + max_tokens), context)
-    static = {"config": config, "mesh": mesh}
     finished: list[str | None] = [None] * len(prompts)
     state = None
     for until in range(chunk, max_tokens + chunk, chunk):
         steps = np.int32(min(until, max_tokens))
         if state is None:
             state = _start(
-                params,
+                model,
                 request,
                 steps,
-                **static,
                 shape=(_bucket(max_tokens), cache_length),
-                cache_dtype=cache_dtype or jax.tree.leaves(params)[0].dtype.name,
+                cache_dtype=cache_dtype,
             )
         else:
-            state = _resume(params, request, state, steps, **static)
+            state = _resume(model, request, state, steps)
         results = _results(state, request, max_tokens, finished)
         yield results
         if all(result.finished for result in results):
@@ -145,15 +135,15 @@ def stream(
             return
 
 
-def _check_prompts(config: model.Config, prompts: Sequence[Sequence[int]], context: int) -> None:
+def _check_prompts(config: Config, prompts: Sequence[Sequence[int]], context: int) -> None:
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {i} is empty; give it at least one token.")
         if len(prompt) >= context:
             raise UserError(
                 f"prompt {i} has {len(prompt)} tokens, which leaves no room in context={context}; "
-                f"shorten it, or give a context above {len(prompt)}, knowing that a model is at a "
-                "loss beyond the length it was trained on."
+                f"shorten it, or give a context above {len(prompt)}; beyond the sequence length "
+                "of training the output is poor."
             )
         outside = [token for token in prompt if not 0 <= token < config.vocab]
         if outside:
@@ -164,22 +154,20 @@ def _check_prompts(config: model.Config, prompts: Sequence[Sequence[int]], conte
 
 
 class _Request(NamedTuple):
-    """What the caller asks, as arrays: B rows, of which the last ones may be padding, and P tokens
-    for the longest prompt."""
+    """The request as arrays: B rows, of which the last may be padding, and P tokens for the longest
+    prompt."""
 
     prompts_bp: np.ndarray
     length_b: np.ndarray  # of each prompt
-    limit_b: (
-        np.ndarray
-    )  # most tokens to generate: 0 for rows of padding and those the caller has ended
+    limit_b: np.ndarray  # most tokens to generate; 0 for padding rows and rows that were ended
     keys_b: jax.Array
     stops_s: np.ndarray
     filters: Filters
 
 
 class _State(NamedTuple):
-    """Carried from step to step. count_b tokens have been generated in each row, which is `step` in
-    rows still running."""
+    """Carried from step to step. `count_b` is the number of tokens generated in each row, which
+    equals `step` in rows that are still running."""
 
     step: jax.Array
     tokens_bt: jax.Array
@@ -226,35 +214,27 @@ def _bucket(size: int, smallest: int = SMALLEST) -> int:
     return max(smallest, 1 << (int(size) - 1).bit_length())
 
 
-def _on(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[None]:
-    # The mesh is a static argument, for jit would not notice a change of the surrounding `use`.
-    return contextlib.nullcontext() if mesh is None else sharding.use(mesh, sharding.WHOLE_ROWS)
-
-
-@partial(jax.jit, static_argnames=("config", "mesh", "shape", "cache_dtype"))
+@partial(jax.jit, static_argnames=("shape", "cache_dtype"))
 def _start(
-    params: Any,
+    model: Model,
     request: _Request,
     until: jax.Array,
     *,
-    config: model.Config,
-    mesh: jax.sharding.Mesh | None,
     shape: tuple[int, int],
-    cache_dtype: str,
+    cache_dtype: str | None,
 ) -> _State:
     """Prefill, the first token of each row, and decoding up to step `until`.
 
-    `shape`: tokens that there is room for in the output and in the cache.
+    `shape`: capacity in tokens of the output and of the cache.
     """
-    with _on(mesh):
+    with model.on_mesh(sharding.UNSPLIT_SEQUENCE):
         rows, prompt_length = request.prompts_bp.shape
         position_p = jnp.arange(prompt_length)
-        output = model.forward(
-            config,
-            params,
+        output = model(
             sharding.shard(request.prompts_bp, "batch", "seq"),
             positions_bt=jnp.broadcast_to(position_p, (rows, prompt_length)),
-            cache=model.init_cache(config, rows, shape[1], cache_dtype),
+            mask_bt=position_p < request.length_b[:, None],
+            cache=model.init_cache(rows, shape[1], cache_dtype),
         )
         state = _State(
             step=jnp.int32(0),
@@ -262,59 +242,40 @@ def _start(
             logprobs_bt=jnp.zeros((rows, shape[0]), jnp.float32),
             count_b=jnp.zeros(rows, jnp.int32),
             stopped_b=jnp.zeros(rows, bool),
-            seen_bv=_seen(request, config.vocab),
+            seen_bv=_seen(request, model.config.vocab),
             cache=output.cache,
         )
         last_b11 = (request.length_b - 1)[:, None, None]
         hidden_b1d = jnp.take_along_axis(output.hidden_btd, last_b11, axis=1)
-        state = _emit(request, state, model.logits(config, params, hidden_b1d)[:, 0])
-        return _decode(config, mesh, params, request, state, until)
+        state = _emit(request, state, model.logits(hidden_b1d)[:, 0])
+        return _decode(model, request, state, until)
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("state",))
-def _resume(
-    params: Any,
-    request: _Request,
-    state: _State,
-    until: jax.Array,
-    *,
-    config: model.Config,
-    mesh: jax.sharding.Mesh | None,
-) -> _State:
+@partial(jax.jit, donate_argnames=("state",))
+def _resume(model: Model, request: _Request, state: _State, until: jax.Array) -> _State:
     """Decoding from `state` up to step `until`."""
-    with _on(mesh):
-        return _decode(config, mesh, params, request, state, until)
+    with model.on_mesh(sharding.UNSPLIT_SEQUENCE):
+        return _decode(model, request, state, until)
 
 
-def _decode(
-    config: model.Config,
-    mesh: jax.sharding.Mesh | None,
-    params: Any,
-    request: _Request,
-    state: _State,
-    until: jax.Array,
-) -> _State:
-    def goes_on(state: _State) -> jax.Array:
+def _decode(model: Model, request: _Request, state: _State, until: jax.Array) -> _State:
+    def unfinished(state: _State) -> jax.Array:
         return (state.step < until) & jnp.any(_running(request, state))
 
     def step(state: _State) -> _State:
         last_b1 = jax.lax.dynamic_slice_in_dim(state.tokens_bt, state.step - 1, 1, axis=1)
         position_b1 = (request.length_b + state.count_b - 1)[:, None]
-        output = model.forward(
-            config,
-            params,
-            sharding.shard(last_b1, "batch", "seq"),
-            positions_bt=position_b1,
-            cache=state.cache,
+        output = model(
+            sharding.shard(last_b1, "batch", "seq"), positions_bt=position_b1, cache=state.cache
         )
-        logits_bv = model.logits(config, params, output.hidden_btd)[:, 0]
+        logits_bv = model.logits(output.hidden_btd)[:, 0]
         return _emit(request, state._replace(cache=output.cache), logits_bv)
 
-    state = jax.lax.while_loop(goes_on, step, state)
-    if mesh is None:
+    state = jax.lax.while_loop(unfinished, step, state)
+    if model.mesh is None:
         return state
-    # Every process reads these; the cache stays where it is.
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    # Every process reads these; the cache stays sharded.
+    everywhere = sharding.replicated(model.mesh)
     read = {
         name: getattr(state, name) for name in ("tokens_bt", "logprobs_bt", "count_b", "stopped_b")
     }
@@ -322,8 +283,8 @@ def _decode(
 
 
 def _emit(request: _Request, state: _State, logits_bv: jax.Array) -> _State:
-    """Chooses and writes down the next token of each running row; the others get token 0, which
-    nothing reads."""
+    """Samples and stores the next token of each running row; the others get token 0, which is not
+    read."""
     keys_b = jax.vmap(jax.random.fold_in, (0, None))(request.keys_b, state.step)
     token_b = sample(logits_bv, request.filters, keys_b, state.seen_bv)
     logprob_bv = jax.nn.log_softmax(logits_bv.astype(jnp.float32), axis=-1)
@@ -349,11 +310,11 @@ def _running(request: _Request, state: _State) -> jax.Array:
 
 
 def _seen(request: _Request, vocab: int) -> jax.Array | None:
-    """Which tokens each prompt holds, [B, V]."""
+    """Tokens that occur in each prompt, bool [B, V]."""
     if "repetition_penalty" not in request.filters:
         return None
     rows, length = request.prompts_bp.shape
-    # Padding is sent outside the array, where a scatter drops it.
+    # Padding gets an index outside the array, which the scatter drops.
     tokens_bp = jnp.where(jnp.arange(length) < request.length_b[:, None], request.prompts_bp, vocab)
     return (
         jnp.zeros((rows, vocab), bool)

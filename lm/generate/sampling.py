@@ -1,9 +1,9 @@
-"""The next token of each row, drawn from its logits [B, V].
+"""Samples the next token of each row from its logits [B, V].
 
-The filters are applied in the order of common practice: repetition penalty (Keskar et al.,
+The filters are applied in the usual order: repetition penalty (Keskar et al.,
 arXiv:1909.05858), temperature, top-k (Fan et al., arXiv:1805.04833), top-p (Holtzman et al.,
-arXiv:1904.09751) of what top-k left, then min-p (Nguyen et al., arXiv:2407.01082). Tokens that tie
-with the last one kept are kept too, so that nothing depends on the order of a sort.
+arXiv:1904.09751) of the rest, then min-p (Nguyen et al., arXiv:2407.01082). Tokens that tie with
+the last one kept are kept too, so the result does not depend on the order of a sort.
 """
 
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ import numpy as np
 
 from lm.errors import UserError, check_positive
 
-# Which filters are on, by name, is part of the compiled program; their values are its arguments.
+# The set of active filters is part of the compiled program; their values are its arguments.
 Filters = Mapping[str, jax.Array | np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose the next token.
+    """Sampling options.
 
-    `temperature` 0 takes the most probable one, whatever the other filters. `top_k` keeps the k
-    most probable tokens, `top_p` the fewest whose probabilities sum to at least p, `min_p` those
-    with at least that share of the largest probability. A `repetition_penalty` above 1 makes tokens
-    of the prompt and of the text so far less probable. None, or a penalty of 1, switches it off.
+    `temperature` 0 is greedy: it takes the most probable token. `top_k` keeps the k most probable
+    tokens, `top_p` the fewest whose probabilities sum to at least p, `min_p` those with at least
+    that share of the largest probability. A `repetition_penalty` above 1 lowers the probability of
+    tokens that occur in the prompt or the text so far. None, or a penalty of 1, turns a filter off.
     """
 
     temperature: float = 1.0
@@ -54,7 +54,7 @@ class Sampling:
         check_positive(**{"sampling.repetition_penalty": self.repetition_penalty})
 
     def filters(self) -> dict[str, np.ndarray]:
-        """The filters that are on, for `sample`. Without 'temperature' the choice is greedy."""
+        """The active filters, for `sample`. Without 'temperature' the choice is greedy."""
         on: dict[str, np.ndarray] = {}
         if self.repetition_penalty != 1:
             on["repetition_penalty"] = np.float32(self.repetition_penalty)
@@ -63,7 +63,7 @@ class Sampling:
         on["temperature"] = np.float32(self.temperature)
         if self.top_k is not None:
             on["top_k"] = np.int32(self.top_k)
-        if self.top_p is not None and self.top_p < 1:  # a sum of 1 is all of them, but for rounding
+        if self.top_p is not None and self.top_p < 1:  # 1 keeps all tokens
             on["top_p"] = np.float32(self.top_p)
         if self.min_p is not None:
             on["min_p"] = np.float32(self.min_p)
@@ -78,8 +78,8 @@ def sample(
     Args:
         logits_bv: the model's logits.
         filters: `Sampling.filters()`.
-        keys_b: one random key per row; not looked at when greedy.
-        seen_bv: bool, the tokens already in each row; needed by the repetition penalty only.
+        keys_b: one random key per row; unused if greedy.
+        seen_bv: bool, tokens that occur in each row; only for the repetition penalty.
     """
     logits_bv = filtered(logits_bv, filters, seen_bv)
     if "temperature" not in filters:
@@ -88,11 +88,11 @@ def sample(
 
 
 def filtered(logits_bv: jax.Array, filters: Filters, seen_bv: jax.Array | None = None) -> jax.Array:
-    """The float32 logits that `sample` draws from, -inf where a filter has removed the token."""
+    """The float32 logits that `sample` draws from; -inf for tokens that a filter removed."""
     logits_bv = logits_bv.astype(jnp.float32)
     if "repetition_penalty" in filters:
         logits_bv = jnp.where(
-            seen_bv, _penalised(logits_bv, filters["repetition_penalty"]), logits_bv
+            seen_bv, _penalized(logits_bv, filters["repetition_penalty"]), logits_bv
         )
     if "temperature" in filters:
         logits_bv = logits_bv / filters["temperature"]
@@ -104,13 +104,13 @@ def filtered(logits_bv: jax.Array, filters: Filters, seen_bv: jax.Array | None =
     return logits_bv
 
 
-def _penalised(logits_bv: jax.Array, penalty: jax.Array) -> jax.Array:
+def _penalized(logits_bv: jax.Array, penalty: jax.Array) -> jax.Array:
     return jnp.where(logits_bv > 0, logits_bv / penalty, logits_bv * penalty)
 
 
 def _smallest_kept(logits_bv: jax.Array, filters: Filters) -> jax.Array:
-    """The smallest logit that top-k and then top-p keep, [B, 1]."""
-    # k is an argument of the program, hence a full sort where a constant k would allow lax.top_k.
+    """Smallest logit that top-k and then top-p keep, [B, 1]."""
+    # k is an argument of the program, so lax.top_k, which needs a constant, cannot be used.
     sorted_bv = jnp.sort(logits_bv, axis=-1, descending=True)
     if "top_k" in filters:
         last = jnp.minimum(filters["top_k"], logits_bv.shape[-1]) - 1

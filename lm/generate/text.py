@@ -1,25 +1,25 @@
-"""Text from a model: prompts are encoded, tokens decoded as they come, stop strings found in the
-text whatever tokens it came in."""
+"""Text generation: encodes prompts, decodes tokens as they are generated, and finds stop strings in
+the text, across token boundaries."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from lm import model
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.generate import decode
 from lm.generate.sampling import Sampling
+from lm.model import Model
 
-CHUNK = 8  # tokens between two looks at the text, where somebody looks
+CHUNK = 8  # tokens between two checks of the text, with stop strings or streaming
 
 
 class Text(NamedTuple):
-    """What was generated for one prompt.
+    """The continuation of one prompt.
 
-    text       without the prompt, and without the stop string and what came after it
-    tokens     their ids, up to and including the one that completed a stop string
+    text       without the prompt, the stop string and anything after it
+    tokens     ids, up to and including the one that completed a stop string
     logprobs   as in decode.Result
     finished   as in decode.Result; 'stop' for stop strings too
     """
@@ -31,8 +31,7 @@ class Text(NamedTuple):
 
 
 def generate_text(
-    config: model.Config,
-    params: Any,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
@@ -43,16 +42,15 @@ def generate_text(
     stop: Sequence[str] = (),
     stream: Callable[[int, str], None] | None = None,
     cache_dtype: str | None = None,
-    mesh: jax.sharding.Mesh | None = None,
 ) -> list[Text]:
-    """Continues each prompt, until the end of the document at most.
+    """Continues each prompt, at most to the end of the document.
 
     Args:
-        prompts: texts; each is read as the beginning of a document, and may be empty.
-        stop: strings that end a row where they first appear in its generated text.
+        prompts: beginnings of documents; may be empty.
+        stop: strings that end a row where they first occur in its generated text.
         stream: called with (index of the prompt, piece of text) as text is generated. The pieces of
-            a row concatenate to its text. Characters are whole, and what may yet turn out to be
-            part of a stop string is held back.
+            a row concatenate to its text. Characters are whole, and the beginning of a possible
+            stop string is held back.
 
         The others are those of `decode.generate`.
     """
@@ -61,8 +59,7 @@ def generate_text(
     readers = [_Reader(tokenizer, stop) for _ in prompts]
     ended: set[int] = set()
     for results in decode.stream(
-        config,
-        params,
+        model,
         [_begin(tokenizer, prompt) for prompt in prompts],
         context=context,
         max_tokens=max_tokens,
@@ -70,7 +67,6 @@ def generate_text(
         key=key,
         stop_tokens=tokenizer.stops,
         cache_dtype=cache_dtype,
-        mesh=mesh,
         chunk=CHUNK if stop or stream else max_tokens,
         ended=ended,
     ):
@@ -85,24 +81,25 @@ def generate_text(
 
 def _begin(tokenizer: Tokenizer, prompt: str) -> list[int]:
     ids = tokenizer.encode(prompt)
-    begun = ids[: len(tokenizer.prefix)] == list(tokenizer.prefix)  # by a chat template
-    return (ids if begun else [*tokenizer.prefix, *ids]) or [tokenizer.bos]
+    # A chat template may have added the prefix already.
+    has_prefix = ids[: len(tokenizer.prefix)] == list(tokenizer.prefix)
+    return (ids if has_prefix else [*tokenizer.prefix, *ids]) or [tokenizer.bos]
 
 
 class _Reader:
-    """The text of one row as its tokens come."""
+    """Decodes the tokens of one row as they are generated."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._decoder = tokenizer.stream()
         self._stop = stop
         self._last = decode.Result([], [], None)
         self._text = ""
-        self._given = 0  # characters given out
+        self._emitted = 0  # characters
         self._read = 0  # tokens
         self.stopped = False
 
     def read(self, result: decode.Result) -> str:
-        """Reads what is new in `result` and gives out the text that is certain by now."""
+        """Decodes the new tokens of `result` and returns the text that can be emitted."""
         for token in result.tokens[self._read :]:
             if self.stopped:
                 break
@@ -114,20 +111,20 @@ class _Reader:
         certain = len(self._text)
         if not (self.stopped or result.finished):
             certain -= self._held_back()
-        piece, self._given = self._text[self._given : certain], certain
+        piece, self._emitted = self._text[self._emitted : certain], certain
         return piece
 
     def result(self) -> Text:
-        """The row, once finished."""
+        """The finished row."""
         finished = "stop" if self.stopped else self._last.finished
         read = slice(self._read)
         return Text(self._text, self._last.tokens[read], self._last.logprobs[read], finished)
 
     def _append(self, piece: str) -> None:
-        """Adds to the text, which ends where the first stop string begins."""
+        """Appends to the text; cuts it where the first stop string begins."""
         before = len(self._text)
         self._text += piece
-        # A stop string that ends in this piece begins less than its own length before it.
+        # A stop string that ends in this piece begins less than its length before the piece.
         starts = [self._text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop]
         found = [start for start in starts if start >= 0]
         if found:
@@ -135,7 +132,7 @@ class _Reader:
             self._text = self._text[: min(found)]
 
     def _held_back(self) -> int:
-        """Characters at the end of the text that begin a stop string."""
+        """Number of characters at the end of the text that may begin a stop string."""
         return max(
             (
                 length

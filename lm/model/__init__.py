@@ -1,30 +1,52 @@
-"""Batch in, hidden states and logits out. Configs are declarations; a model is a nested dict of
-arrays.
+"""The transformer.
 
-params = model.init(config, key)
-out = model.forward(config, params, tokens_bt)
-logits_btv = model.logits(config, params, out.hidden_btd)
+    transformer, block, layers   the model, one layer, and how layers run (scan, pipeline)
+    attention, ffn, moe, norm, rope, cache   building blocks
+    config                       the declaration
+    model                        config, weights, mesh and precision as one value
+    param, initializers          declares weights and multiplies by them; draws them
+    experts, expert_parallel     dispatch of tokens to experts, on one device and on several
+    remat                        activation checkpointing and offload
+    counts                       parameters and FLOPs
 
-Tokens reach experts on other devices through exchange_rows.py. The open families, as Hugging Face
-writes them, are tables in families.py, and fields.py is their config.json.
+In a notebook:
+
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    logits_btv = model.logits(model(tokens_bt).hidden_btd)
 """
 
-from lm.model.attention import GQA, MHA, MQA, FirstTokens, LearnedSinks, QKNorm
+from lm.model.attention import (
+    GQA,
+    MHA,
+    MQA,
+    AttentionConfig,
+    FirstTokens,
+    GroupedQueryAttention,
+    LearnedSinks,
+    Positions,
+    QKNorm,
+)
+from lm.model.block import TransformerBlock
+from lm.model.cache import Cache, Contiguous, Window
 from lm.model.config import Block, Config, Layout
 from lm.model.counts import Counts, flops, parameter_count, train_flops
-from lm.model.ffn import MLP, GeGLU, ReLU2, SwiGLU
+from lm.model.ffn import MLP, FeedForward, FeedForwardConfig, GatedMLP, GeGLU, ReLU2, SwiGLU
+from lm.model.initializers import He, Normal, ScaledNormal, TruncatedNormal, Xavier
+from lm.model.layers import ForwardOptions
+from lm.model.model import Model
 from lm.model.moe import (
     BiasBalance,
     Capacity,
     Dropless,
     LoadBalance,
+    MixtureOfExperts,
     MoE,
     Shared,
     SigmoidRouter,
     SoftmaxRouter,
 )
-from lm.model.norm import LayerNorm, RMSNorm
-from lm.model.param import He, Normal, ScaledNormal, TruncatedNormal, Xavier
+from lm.model.norm import LayerNorm, LayerNormConfig, RMSNorm, RMSNormConfig
+from lm.model.param import einsum, param
 from lm.model.rope import (
     NTK,
     ALiBi,
@@ -33,27 +55,54 @@ from lm.model.rope import (
     Llama3Scaling,
     NoPosition,
     RoPE,
+    RotaryEmbedding,
     YaRN,
 )
 from lm.model.transformer import (
+    Embedding,
     Output,
+    Transformer,
     axes,
-    forward,
     init,
     init_cache,
-    logits,
     shapes,
-    unembedding,
     update_balance,
 )
 
-__all__ = [
+__all__ = [  # noqa: RUF022
+    # Models
+    "Model",
+    "Output",
+    "Transformer",
+    "axes",
+    "init",
+    "init_cache",
+    "shapes",
+    # Building blocks
+    "Cache",
+    "Contiguous",
+    "Embedding",
+    "FeedForward",
+    "GatedMLP",
+    "GroupedQueryAttention",
+    "LayerNorm",
+    "MixtureOfExperts",
+    "Positions",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "TransformerBlock",
+    "Window",
+    "einsum",
+    "param",
+    "update_balance",
+    # Configs
     "GQA",
     "MHA",
     "MLP",
     "MQA",
     "NTK",
     "ALiBi",
+    "AttentionConfig",
     "BiasBalance",
     "Block",
     "Capacity",
@@ -61,10 +110,12 @@ __all__ = [
     "Counts",
     "Dropless",
     "DynamicNTK",
+    "FeedForwardConfig",
     "FirstTokens",
+    "ForwardOptions",
     "GeGLU",
     "He",
-    "LayerNorm",
+    "LayerNormConfig",
     "Layout",
     "LearnedSinks",
     "LinearScaling",
@@ -73,9 +124,8 @@ __all__ = [
     "MoE",
     "NoPosition",
     "Normal",
-    "Output",
     "QKNorm",
-    "RMSNorm",
+    "RMSNormConfig",
     "ReLU2",
     "RoPE",
     "ScaledNormal",
@@ -86,15 +136,7 @@ __all__ = [
     "TruncatedNormal",
     "Xavier",
     "YaRN",
-    "axes",
     "flops",
-    "forward",
-    "init",
-    "init_cache",
-    "logits",
     "parameter_count",
-    "shapes",
     "train_flops",
-    "unembedding",
-    "update_balance",
 ]

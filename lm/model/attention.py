@@ -1,6 +1,10 @@
-"""Grouped-query attention: projections, positions and the key/value cache around
-`kernels_pallas.flash_attention`."""
+"""Attention layers: `GroupedQueryAttention` and the configs that declare it.
 
+An attention module is called as `attention(x_btd, positions, cache)` and returns (y_btd, cache). To
+add your own, subclass `AttentionConfig`.
+"""
+
+import abc
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,39 +17,47 @@ from jax.sharding import PartitionSpec
 
 import kernels_pallas
 from lm.errors import UserError, check_name, check_positive
-from lm.model.norm import Norm
-from lm.model.param import Init, add_bias, einsum, param, zeros
+from lm.model.cache import Cache, Contiguous, Window
+from lm.model.initializers import DEFAULT, Init, zeros
+from lm.model.norm import NormConfig
+from lm.model.param import add_bias, dense, einsum, param
 from lm.model.rope import ALiBi, NoPosition, RoPE, rotate
-from lm.parallel.sharding import context_parallel_size, is_sharded, partition, shard, shard_map
+from lm.parallel.sharding import (
+    context_parallel_size,
+    is_sharded,
+    partition,
+    shard,
+    shard_map,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QKNorm:
-    """Norms of queries and keys before rotation (Henry et al., arXiv:2010.04245): of each 'head'
-    (Qwen 3, Gemma 3), or of the whole 'projection' with all heads as one vector (OLMo 2,
+    """Normalizes queries and keys before rotation (Henry et al., arXiv:2010.04245): over each
+    'head' (Qwen 3, Gemma 3), or over the whole 'projection', all heads as one vector (OLMo 2,
     arXiv:2501.00656)."""
 
-    norm: Norm
+    norm: NormConfig
     over: str = "head"
 
     def __post_init__(self) -> None:
         check_name("model.attention.qk_norm.over", self.over, ("head", "projection"))
 
     def build(self, heads: int, head_dim: int, rngs: nnx.Rngs) -> nnx.Module:
-        """The norm of queries or of keys."""
+        """The module that normalizes queries or keys."""
         return self.norm.build(heads * head_dim if self.over == "projection" else head_dim, rngs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedSinks:
-    """One logit per query head that takes part in the softmax and carries no value, so that a head
-    may attend to nothing (gpt-oss, arXiv:2508.10925)."""
+    """One learned logit per query head in the denominator of the softmax, so that a head can attend
+    to nothing (gpt-oss, arXiv:2508.10925)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FirstTokens:
-    """The first `count` tokens of each document stay visible beyond the window (Xiao et al.,
-    arXiv:2309.17453)."""
+    """Keeps the first `count` tokens of each document visible outside the window (attention sinks,
+    Xiao et al., arXiv:2309.17453)."""
 
     count: int
 
@@ -54,21 +66,49 @@ class FirstTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GQA:
-    """Attention of `heads` query heads over `kv_heads` key/value heads (Ainslie et al.,
-    arXiv:2305.13245).
+class AttentionConfig(abc.ABC):
+    """Declares an attention layer. Subclass it as a frozen dataclass to add your own."""
+
+    @abc.abstractmethod
+    def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> Any:
+        """The module for model width `dim`. Declare its weights with `param`, whose logical axes
+        give their sharding, and multiply by them with `einsum`."""
+
+    def rope(self) -> "tuple[RoPE, int] | None":
+        """(RoPE, head width) if the layer reads `Positions.tables`, else None."""
+        return None
+
+    def init_cache(self, batch: int, length: int, dtype: Any, *stack: int) -> Any:
+        """An empty cache for `batch` rows of at most `length` tokens, with leading axes `stack`."""
+        raise UserError(
+            f"model.attention={type(self).__name__}(...) has no init_cache, which generation needs."
+        )
+
+    def flops(self, length: int) -> float:
+        """Forward FLOPs per token beyond those of the weights, with masked pairs counted."""
+        return 0.0
+
+    def train_flops(self, length: int) -> float:
+        """FLOPs per token of both passes beyond those of the weights, without masked pairs."""
+        return 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GQA(AttentionConfig):
+    """Grouped-query attention of `heads` query heads over `kv_heads` key/value heads (Ainslie et
+    al., arXiv:2305.13245).
 
     Args:
       heads, kv_heads, head_dim: query head n reads key/value head n // (heads // kv_heads).
-      position: how scores know where tokens stand.
-      qk_norm: norms of queries and keys.
-      bias, out_bias: biases on queries, keys and values, and on the output.
+      position: positional encoding.
+      qk_norm: normalization of queries and keys.
+      bias, out_bias: add biases to queries, keys and values; to the output.
       softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
-      window: how many keys up to its own a query sees (Longformer, arXiv:2004.05150; Mistral,
-        arXiv:2310.06825).
-      sinks: what a head may attend to when it wants to attend to nothing.
-      causal: hides later tokens.
-      scale: factor on the scores; head_dim ** -0.5 when None.
+      window: sliding window, the number of keys that a query sees, its own included (Longformer,
+        arXiv:2004.05150; Mistral, arXiv:2310.06825).
+      sinks: attention sinks.
+      causal: mask later tokens.
+      scale: factor on the scores; None: head_dim ** -0.5.
     """
 
     heads: int
@@ -108,8 +148,37 @@ class GQA:
         if isinstance(self.position, RoPE):
             self.position.check(self.head_dim)
 
-    def build(self, dim: int, rngs: nnx.Rngs, init: Init) -> "Attention":
-        return Attention(self, dim, rngs, init)
+    def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> "GroupedQueryAttention":
+        return GroupedQueryAttention(self, dim, rngs=rngs, init=init)
+
+    def rope(self) -> tuple[RoPE, int] | None:
+        return (self.position, self.head_dim) if isinstance(self.position, RoPE) else None
+
+    def init_cache(self, batch: int, length: int, dtype: Any, *stack: int) -> Cache:
+        if not self.causal:
+            raise UserError(
+                "model.attention.causal=False cannot generate from a cache; use causal=True."
+            )
+        shape = (*stack, batch, self.kv_heads, self.head_dim)
+        sinks = self.sinks.count if isinstance(self.sinks, FirstTokens) else 0
+        # ALiBi needs the distance to the sinks, which the ring buffer does not keep.
+        keeps_distance = not (sinks and isinstance(self.position, ALiBi))
+        if self.window is not None and sinks + self.window < length and keeps_distance:
+            return Window.empty(shape, self.window, sinks, dtype)
+        return Contiguous.empty(shape, length, dtype)
+
+    def flops(self, length: int) -> float:
+        return 4 * self.heads * self.head_dim * length
+
+    def train_flops(self, length: int) -> float:
+        return 12 * self.heads * self.head_dim * self._mean_keys(length)
+
+    def _mean_keys(self, length: int) -> float:
+        """Keys that a query sees, on average."""
+        if not self.causal:
+            return length
+        window = min(self.window or length, length)
+        return window * (1 - window / (2 * length))
 
 
 def MHA(*, heads: int, head_dim: int, **options: Any) -> GQA:
@@ -124,48 +193,34 @@ def MQA(*, heads: int, head_dim: int, **options: Any) -> GQA:
 
 
 class Positions(NamedTuple):
-    """What every layer knows of its tokens.
+    """Positions of the tokens, shared by all layers.
 
-    segments_bt   document of each token, or None: all one
-    slots_bt      with a cache, where each token's key is written and what index its query has; None
-                  without
+    segments_bt   document of each token, or None: one document per row
+    positions_bt  with a cache, the position of each token in its sequence; None without
     mask_bt       true on real tokens, false on padding, or None: all real
-    tables        cosines and sines of every (RoPE, head width) in the model, computed once for all
-                  layers
+    tables        {(RoPE, head width): (cosines, sines)} of every RoPE in the model
     """
 
-    segments_bt: jax.Array | None
-    slots_bt: jax.Array | None
-    mask_bt: jax.Array | None
-    tables: dict[tuple[RoPE, int], tuple[jax.Array, jax.Array]]
+    segments_bt: jax.Array | None = None
+    positions_bt: jax.Array | None = None
+    mask_bt: jax.Array | None = None
+    tables: dict[tuple[RoPE, int], tuple[jax.Array, jax.Array]] | None = None
+
+    def table(self, rope: RoPE, head_dim: int, length: int) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines [B or 1, T, 1, R/2]; of positions 0..T-1 if none were prepared."""
+        if self.tables is not None:
+            return self.tables[rope, head_dim]
+        return rope.table(jnp.arange(length)[None], head_dim)
 
 
-class Cache(NamedTuple):
-    """Keys and values [B, S, K, H], or those of a stack of layers [L, B, S, K, H] with the `layer`
-    that is meant."""
+class GroupedQueryAttention(nnx.Module):
+    """x_btd -> (y_btd, cache). Weights: q [D, N, H], k and v [D, K, H], o [N, H, D].
 
-    k: jax.Array
-    v: jax.Array
-    layer: jax.Array | None
+    attention = GroupedQueryAttention(GQA(heads=4, kv_heads=2, head_dim=16), 64, rngs=rngs)
+    y_btd, _ = attention(x_btd)
+    """
 
-    def write(self, k_btkh: jax.Array, v_btkh: jax.Array, slots_bt: jax.Array) -> "Cache":
-        """Row b's keys and values at its own slots, in place inside a compiled loop. A slot beyond
-        S writes nothing."""
-        rows = jnp.arange(slots_bt.shape[0])[:, None]
-        at = (rows, slots_bt) if self.layer is None else (self.layer, rows, slots_bt)
-        k = self.k.at[at].set(k_btkh.astype(self.k.dtype), mode="drop")
-        return self._replace(k=k, v=self.v.at[at].set(v_btkh.astype(self.v.dtype), mode="drop"))
-
-    def read(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """All slots of this layer, written or not."""
-        k, v = (self.k, self.v) if self.layer is None else (self.k[self.layer], self.v[self.layer])
-        return k.astype(dtype), v.astype(dtype)
-
-
-class Attention(nnx.Module):
-    """x_btd -> y_btd."""
-
-    def __init__(self, config: GQA, dim: int, rngs: nnx.Rngs, init: Init):
+    def __init__(self, config: GQA, dim: int, *, rngs: nnx.Rngs, init: Init = DEFAULT):
         self.config = c = config
         n, k, h = c.heads, c.kv_heads, c.head_dim
         reads_q, reads_kv = init.reads(dim, n * h), init.reads(dim, k * h)
@@ -183,7 +238,10 @@ class Attention(nnx.Module):
         self.k_norm = c.qk_norm.build(k, h, rngs) if c.qk_norm else None
 
     def __call__(
-        self, x_btd: jax.Array, positions: Positions, cache: Cache | None
+        self,
+        x_btd: jax.Array,
+        positions: Positions = Positions(),  # noqa: B008
+        cache: Cache | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         c = self.config
         q_btnh = add_bias(einsum("btd,dnh->btnh", x_btd, self.q), self.q_bias)
@@ -192,35 +250,46 @@ class Attention(nnx.Module):
         if c.qk_norm:
             q_btnh, k_btkh = self._norm(q_btnh, self.q_norm), self._norm(k_btkh, self.k_norm)
         if isinstance(c.position, RoPE):
-            table = positions.tables[c.position, c.head_dim]
+            table = positions.table(c.position, c.head_dim, x_btd.shape[1])
             q_btnh, k_btkh = rotate(q_btnh, table), rotate(k_btkh, table)
         q_btnh = shard(q_btnh, "batch", "seq", "heads", "head")
-        k_bskh, v_bskh = k_btkh, v_btkh
-        if cache is not None:
-            cache = cache.write(k_btkh, v_btkh, positions.slots_bt)
-            k_bskh, v_bskh = cache.read(q_btnh.dtype)
-        k_bskh = shard(k_bskh, "batch", "seq", "kv_heads", "head")
-        v_bskh = shard(v_bskh, "batch", "seq", "kv_heads", "head")
-        of_heads = {
-            "sinks": None if self.sinks is None else self.sinks[...],
-            "alibi": jnp.asarray(c.position.slopes(c.heads))
-            if isinstance(c.position, ALiBi)
-            else None,
-        }
-        out_btnh = _attend(
-            *(q_btnh, k_bskh, v_bskh),
-            of_heads,
-            {"segment_ids": positions.segments_bt, "positions": positions.slots_bt},
+        if cache is None:
+            out_btnh = self._attend(q_btnh, k_btkh, v_btkh, None, positions.segments_bt)
+        else:
+            out_btnh, cache = cache.attend(
+                *(q_btnh, k_btkh, v_btkh, positions.positions_bt, positions.mask_bt), self._attend
+            )
+        out_btnh = shard(out_btnh, "batch", "seq", "heads", "head")
+        out_btd = add_bias(einsum("btnh,nhd->btd", out_btnh, self.o), self.o_bias)
+        out_btd = shard(out_btd, "batch", "stream", "embed")
+        return checkpoint_name(out_btd, "attention_out"), cache
+
+    def _attend(
+        self,
+        q_btnh: jax.Array,
+        k_bskh: jax.Array,
+        v_bskh: jax.Array,
+        index_bt: jax.Array | None,
+        segments_bt: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attention of queries at `index_bt` among the keys; None: at 0..T-1."""
+        c = self.config
+        alibi = c.position.slopes(c.heads) if isinstance(c.position, ALiBi) else None
+        return _attend(
+            q_btnh,
+            shard(k_bskh, "batch", "seq", "kv_heads", "head"),
+            shard(v_bskh, "batch", "seq", "kv_heads", "head"),
+            {
+                "sinks": None if self.sinks is None else dense(self.sinks),
+                "alibi": None if alibi is None else jnp.asarray(alibi),
+            },
+            {"segment_ids": segments_bt, "positions": index_bt},
             causal=c.causal,
             window=c.window,
             sink_tokens=c.sinks.count if isinstance(c.sinks, FirstTokens) else 0,
             softcap=c.softcap,
             scale=c.scale,
         )
-        out_btnh = shard(out_btnh, "batch", "seq", "heads", "head")
-        out_btd = add_bias(einsum("btnh,nhd->btd", out_btnh, self.o), self.o_bias)
-        out_btd = shard(out_btd, "batch", "stream", "embed")
-        return checkpoint_name(out_btd, "attention_out"), cache
 
     def _norm(self, x_btnh: jax.Array, norm: Any) -> jax.Array:
         if self.config.qk_norm.over == "head":
@@ -237,8 +306,8 @@ def _attend(
     of_tokens: dict[str, jax.Array | None],
     **options: Any,
 ) -> jax.Array:
-    """Each device takes its own rows and heads, since a TPU kernel is not partitioned by the
-    compiler. Where rows are split, its queries meet the keys of the others too."""
+    """Runs the attention kernel in a shard_map over batch and heads, since the compiler cannot
+    partition a TPU kernel. With context parallelism, uses ring or all-gather attention."""
     n, kv_heads = q_btnh.shape[2], k_bskh.shape[2]
     of_heads = {name: x for name, x in of_heads.items() if x is not None}
     of_tokens = {name: x for name, x in of_tokens.items() if x is not None}
@@ -251,7 +320,7 @@ def _attend(
 
     def local(q_btnh, k_bskh, v_bskh, of_heads, of_tokens):
         if k_bskh.shape[2] * n != q_btnh.shape[2] * kv_heads:
-            # More devices than key/value heads: each has them all and takes the one it reads.
+            # Fewer key/value heads than devices: they are replicated; take the one that is read.
             first = jax.lax.axis_index(heads) * q_btnh.shape[2] * kv_heads // n
             k_bskh, v_bskh = (
                 jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k_bskh, v_bskh)
@@ -270,5 +339,4 @@ def _attend(
         dict.fromkeys(of_heads, PartitionSpec(heads)),
         dict.fromkeys(of_tokens, PartitionSpec(*q_spec[:2])),
     )
-    mapped = shard_map(local, in_specs, q_spec)
-    return mapped(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)
+    return shard_map(local, in_specs, q_spec)(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)

@@ -1,38 +1,39 @@
-"""What a model is: sizes, and which parts its layers are made of. Declares and checks;
-`transformer.py` builds."""
+"""The declaration of a transformer: sizes, and the parts of its layers. `transformer.py` builds
+it."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lm.errors import UserError, check_name, check_positive
-from lm.model.attention import GQA
-from lm.model.ffn import MLP, GeGLU, ReLU2, SwiGLU
-from lm.model.moe import MoE
-from lm.model.norm import LayerNorm, RMSNorm
-from lm.model.param import He, Normal, ScaledNormal, TruncatedNormal, Xavier
+from lm.model.attention import AttentionConfig
+from lm.model.ffn import FeedForwardConfig
+from lm.model.initializers import He, Normal, ScaledNormal, TruncatedNormal, Xavier
+from lm.model.norm import NormConfig, RMSNormConfig
 
 PLACEMENTS = ("pre", "post", "output", "sandwich")
-
-Ffn = SwiGLU | GeGLU | ReLU2 | MLP | MoE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """One layer of a pattern: its own attention and feed-forward, or, where None, those of the
-    model."""
+    """One layer of a pattern: its attention and feed-forward; None: those of the model."""
 
-    attention: GQA | None = None
-    ffn: Ffn | None = None
+    attention: AttentionConfig | None = None
+    ffn: FeedForwardConfig | None = None
 
 
 class Layout(NamedTuple):
-    """The layers in order: `prefix`, then `pattern` taken `repeats` times, then `suffix`; no field
-    of a block is None."""
+    """The layers in order: `prefix`, then `pattern` repeated `repeats` times, then `suffix`. No
+    field of a block is None."""
 
     prefix: tuple[Block, ...]
     pattern: tuple[Block, ...]
     repeats: int
     suffix: tuple[Block, ...]
+
+    @property
+    def parts(self) -> dict[str, tuple[Block, ...]]:
+        """The blocks by the first part of their parameters' paths."""
+        return {"prefix": self.prefix, "blocks": self.pattern, "suffix": self.suffix}
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -46,30 +47,29 @@ class Config:
 
     Args:
       vocab, dim, layers: size of the vocabulary, width of the residual stream, number of layers.
-      attention, ffn: of every layer, but where `pattern` or `prefix` says otherwise.
-      norm: the norm of the residual stream.
-      placement: where it stands around each sublayer f: 'pre' x + f(norm x) (GPT-2, Llama); 'post'
+      attention, ffn: of every layer that `pattern` and `prefix` do not specify.
+      norm: normalization of the residual stream.
+      placement: of the norm around each sublayer f: 'pre' x + f(norm x) (GPT-2, Llama); 'post'
         norm(x + f(x)) (Vaswani et al.; no final norm); 'output' x + norm(f(x)) (OLMo 2); 'sandwich'
         x + norm(f(norm x)) (Gemma 2).
-      pattern: blocks repeated through the layers, as one local and one global attention; empty
-        means one block. Where the layers are no multiple of it, the last ones begin the pattern
-        anew.
-      prefix: the first layers, as the dense ones before MoE.
-      tied: the embedding serves as the output matrix too.
+      pattern: blocks repeated through the layers, such as one local and one global attention;
+        empty: one block. If the layers are not a multiple of it, the last layers repeat its
+        beginning.
+      prefix: the first layers, such as the dense ones of an MoE.
+      tied: use the embedding as output matrix.
       embed_scale: factor on embeddings; Gemma's is dim ** 0.5.
       logit_softcap: logits become softcap * tanh(logits / softcap).
-      dropout: share of entries dropped from the embeddings and from what each sublayer adds, in
-        training.
-      init: how matrices are drawn.
+      dropout: dropout rate of the embeddings and of each sublayer's output, in training.
+      init: initializer of matrices.
       embed_std: standard deviation of the initial embeddings.
     """
 
     vocab: int
     dim: int
     layers: int
-    attention: GQA | None = None
-    ffn: Ffn | None = None
-    norm: RMSNorm | LayerNorm = field(default_factory=RMSNorm)
+    attention: AttentionConfig | None = None
+    ffn: FeedForwardConfig | None = None
+    norm: NormConfig = field(default_factory=RMSNormConfig)
     placement: str = "pre"
     pattern: tuple[Block, ...] = ()
     prefix: tuple[Block, ...] = ()
@@ -112,7 +112,7 @@ class Config:
 
     @property
     def layout(self) -> Layout:
-        """The layers, each with its own attention and feed-forward."""
+        """The layers, each with its attention and feed-forward."""
         prefix, pattern = self._filled(self.prefix), self._filled(self.pattern or (Block(),))
         repeats, rest = divmod(self.layers - len(prefix), len(pattern))
         return Layout(prefix, pattern, repeats, pattern[:rest])

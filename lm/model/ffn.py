@@ -1,9 +1,14 @@
-"""Feed-forward layers. Each config builds a module that is called as (x_btd, mask_bt) -> (y_btd,
-losses, load), like MoE's; dense ones ignore the mask (true on real tokens), and have no losses and
-no load."""
+"""Feed-forward layers: `GatedMLP`, `FeedForward`, and the configs that declare them.
 
+A feed-forward module is called as `ffn(x_btd, mask_bt)`, where the mask is true on real tokens, and
+returns y_btd, or `(y_btd, sums)` if it has auxiliary losses (see `MixtureOfExperts`). To add your
+own, subclass `FeedForwardConfig`.
+"""
+
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +16,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.errors import check_name, check_positive
-from lm.model.param import Init, add_bias, einsum, param, zeros
+from lm.model.initializers import DEFAULT, Init, zeros
+from lm.model.param import add_bias, einsum, param
 from lm.parallel.sharding import shard
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -23,11 +29,10 @@ def relu2(x: jax.Array) -> jax.Array:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function of x."""
+    """x times the cumulative normal distribution of x. (`jax.nn.gelu` defaults to tanh.)"""
     return jax.nn.gelu(x, approximate=False)
 
 
-# jax.nn.gelu alone is the tanh approximation.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": gelu,
     "gelu_tanh": jax.nn.gelu,
@@ -37,50 +42,58 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwiGLU:
-    """(silu(x gate) * (x up)) down (Shazeer, arXiv:2002.05202)."""
+class FeedForwardConfig(abc.ABC):
+    """Declares a feed-forward layer. Subclass it as a frozen dataclass to add your own."""
 
+    @abc.abstractmethod
+    def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> Any:
+        """The module for model width `dim`. Declare its weights with `param`, whose logical axes
+        give their sharding, and multiply by them with `einsum`."""
+
+    def active_share(self, axes: tuple[str, ...]) -> float:
+        """Share of a weight with these logical axes that one token is multiplied by."""
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MLPConfig(FeedForwardConfig):
     hidden: int
     bias: bool = False
 
     def __post_init__(self) -> None:
         check_positive(**{"model.ffn.hidden": self.hidden})
 
-    def build(self, dim: int, rngs: nnx.Rngs, init: Init) -> "FeedForward":
-        return FeedForward(dim, self.hidden, jax.nn.silu, True, self.bias, rngs, init)
+    @abc.abstractmethod
+    def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeGLU:
+class SwiGLU(_MLPConfig):
+    """(silu(x gate) * (x up)) down (Shazeer, arXiv:2002.05202)."""
+
+    def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> "GatedMLP":
+        return GatedMLP(dim, self.hidden, jax.nn.silu, bias=self.bias, rngs=rngs, init=init)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeGLU(_MLPConfig):
     """(gelu(x gate) * (x up)) down, with the tanh form of gelu, as in Gemma (arXiv:2002.05202,
     arXiv:2403.08295)."""
 
-    hidden: int
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        check_positive(**{"model.ffn.hidden": self.hidden})
-
-    def build(self, dim: int, rngs: nnx.Rngs, init: Init) -> "FeedForward":
-        return FeedForward(dim, self.hidden, jax.nn.gelu, True, self.bias, rngs, init)
+    def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> "GatedMLP":
+        return GatedMLP(dim, self.hidden, jax.nn.gelu, bias=self.bias, rngs=rngs, init=init)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLU2:
+class ReLU2(_MLPConfig):
     """max(x up, 0)^2 down (Primer, So et al., arXiv:2109.08668)."""
 
-    hidden: int
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        check_positive(**{"model.ffn.hidden": self.hidden})
-
-    def build(self, dim: int, rngs: nnx.Rngs, init: Init) -> "FeedForward":
-        return FeedForward(dim, self.hidden, relu2, False, self.bias, rngs, init)
+    def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> "FeedForward":
+        return FeedForward(dim, self.hidden, relu2, bias=self.bias, rngs=rngs, init=init)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLP:
+class MLP(FeedForwardConfig):
     """activation(x up) down: 'gelu' (exact), 'gelu_tanh', 'relu' or 'silu' (Vaswani et al.,
     arXiv:1706.03762)."""
 
@@ -92,43 +105,66 @@ class MLP:
         check_positive(**{"model.ffn.hidden": self.hidden})
         check_name("model.ffn.activation", self.activation, ACTIVATIONS)
 
-    def build(self, dim: int, rngs: nnx.Rngs, init: Init) -> "FeedForward":
+    def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> "FeedForward":
         activation = ACTIVATIONS[self.activation]
-        return FeedForward(dim, self.hidden, activation, False, self.bias, rngs, init)
+        return FeedForward(dim, self.hidden, activation, bias=self.bias, rngs=rngs, init=init)
 
 
-class FeedForward(nnx.Module):
-    """Up, activation, down; the activation applies to a gate that multiplies the rest, where there
-    is one."""
+class GatedMLP(nnx.Module):
+    """x_btd -> y_btd = (activation(x gate) * (x up)) down; with silu this is SwiGLU.
+
+    Weights: gate [D, F], up [D, F], down [F, D].
+    """
 
     def __init__(
         self,
         dim: int,
         hidden: int,
-        activation: Activation,
-        gated: bool,
-        bias: bool,
+        activation: Activation = jax.nn.silu,
+        *,
+        bias: bool = False,
         rngs: nnx.Rngs,
-        init: Init,
+        init: Init = DEFAULT,
     ):
         self.activation = activation
         reads, writes = init.reads(dim, hidden), init.writes(hidden, dim)
-        self.gate = param(rngs, (dim, hidden), ("embed", "mlp"), reads) if gated else None
+        self.gate = param(rngs, (dim, hidden), ("embed", "mlp"), reads)
         self.up = param(rngs, (dim, hidden), ("embed", "mlp"), reads)
         self.down = param(rngs, (hidden, dim), ("mlp", "embed"), writes)
-        self.gate_bias = param(rngs, (hidden,), ("mlp",), zeros) if gated and bias else None
+        self.gate_bias = param(rngs, (hidden,), ("mlp",), zeros) if bias else None
         self.up_bias = param(rngs, (hidden,), ("mlp",), zeros) if bias else None
         self.down_bias = param(rngs, (dim,), ("norm",), zeros) if bias else None
 
-    def __call__(
-        self, x_btd: jax.Array, mask_bt: jax.Array | None = None
-    ) -> tuple[jax.Array, None]:
+    def __call__(self, x_btd: jax.Array, mask_bt: jax.Array | None = None) -> jax.Array:
         up_btf = add_bias(einsum("btd,df->btf", x_btd, self.up), self.up_bias)
         h_btf = checkpoint_name(up_btf, "ffn_hidden")
-        if self.gate is None:
-            h_btf = self.activation(h_btf)
-        else:
-            gate_btf = add_bias(einsum("btd,df->btf", x_btd, self.gate), self.gate_bias)
-            h_btf *= self.activation(checkpoint_name(gate_btf, "ffn_hidden"))
+        gate_btf = add_bias(einsum("btd,df->btf", x_btd, self.gate), self.gate_bias)
+        h_btf *= self.activation(checkpoint_name(gate_btf, "ffn_hidden"))
         h_btf = shard(h_btf, "batch", "seq", "mlp")
-        return add_bias(einsum("btf,fd->btd", h_btf, self.down), self.down_bias), None
+        return add_bias(einsum("btf,fd->btd", h_btf, self.down), self.down_bias)
+
+
+class FeedForward(nnx.Module):
+    """x_btd -> y_btd = activation(x up) down. Weights: up [D, F], down [F, D]."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        activation: Activation = gelu,
+        *,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+        init: Init = DEFAULT,
+    ):
+        self.activation = activation
+        self.up = param(rngs, (dim, hidden), ("embed", "mlp"), init.reads(dim, hidden))
+        self.down = param(rngs, (hidden, dim), ("mlp", "embed"), init.writes(hidden, dim))
+        self.up_bias = param(rngs, (hidden,), ("mlp",), zeros) if bias else None
+        self.down_bias = param(rngs, (dim,), ("norm",), zeros) if bias else None
+
+    def __call__(self, x_btd: jax.Array, mask_bt: jax.Array | None = None) -> jax.Array:
+        up_btf = add_bias(einsum("btd,df->btf", x_btd, self.up), self.up_bias)
+        h_btf = self.activation(checkpoint_name(up_btf, "ffn_hidden"))
+        h_btf = shard(h_btf, "batch", "seq", "mlp")
+        return add_bias(einsum("btf,fd->btd", h_btf, self.down), self.down_bias)

@@ -1,44 +1,60 @@
-"""Weights: the one way to declare one, the one way to multiply by one, and how they are drawn."""
+"""Weights: one function to declare one, and one family of functions to multiply by one.
+
+A weight holds an array or a `trees.Leaf` (a quantized array, an adapter). Nothing outside this file
+reads the value of a weight.
+"""
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.errors import check_positive
-from lm.parallel.sharding import active_mesh, shard, shard_weight
-
-Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
+from lm.model.initializers import Initializer
+from lm.parallel.sharding import shard, shard_weight
+from lm.trees import Leaf
 
 
 def param(
     rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], init: Initializer
 ) -> nnx.Param:
-    """A float32 weight of this shape, with one logical axis name per dimension (see lm.parallel.sharding);
-    its axes and its initialiser stay with it."""
+    """Declares a float32 weight of `shape` with one logical axis name per dimension (see
+    lm.parallel.sharding). Its axes and its initializer are kept as metadata."""
     if len(shape) != len(axes):
         raise ValueError(f"shape {tuple(shape)} and axes {tuple(axes)} differ in length")
     value = init(rngs.params(), tuple(shape), jnp.float32)
     return nnx.Param(value, axes=tuple(axes), init=init)
 
 
+def axes_of(w: nnx.Param) -> tuple[str, ...]:
+    """Logical axis names of a weight, one per dimension, without the axis of stacked layers."""
+    return w.get_metadata()["axes"]
+
+
+def dense(w: nnx.Param) -> jax.Array:
+    """The value of a weight as a plain array, whatever kind of leaf it holds."""
+    leaf = w.get_value()
+    return leaf.dense() if isinstance(leaf, Leaf) else leaf
+
+
 def einsum(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
-    """Activations times a weight. Every matrix product of the dense model goes through here."""
-    return _product(equation, x, gathered(w[...], w.get_metadata()["axes"]))
+    """Activations times a weight. Every matmul of the dense model goes through here."""
+    leaf = w.get_value()
+    if isinstance(leaf, Leaf):
+        return leaf.einsum(equation, x)
+    return _product(equation, x, gathered(leaf, axes_of(w)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """All of a weight that a device multiplies by, collected over fsdp just before its use; the
-    gradient is summed straight into the parts in which the weight is kept.
+    """All-gathers a weight over `fsdp` just before its use; reduce-scatters the gradient into the
+    shards of the weight.
 
-    Left to itself, XLA turns the product into a ring of narrow ones, which add up in the format of
-    the activations and read and write them at every turn.
+    Without it, XLA turns the matmul into a ring of narrow matmuls, which accumulate in the dtype of
+    the activations and read and write them in every iteration.
     """
     return shard(w, *axes)
 
@@ -54,8 +70,8 @@ def _gathered_backward(axes: tuple[str, ...], _: None, dw: jax.Array) -> tuple[j
 gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-# Written out, because XLA on CPU copies, in slow loops, operands of a product that contracts two
-# axes unless they are the last of one and the first of the other, in one order.
+# A custom derivative, because XLA on CPU copies operands in slow loops when a product contracts two
+# axes that are not the last axes of one operand and the first of the other, in the same order.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return _product_forward(equation, x, w)[0]
@@ -91,126 +107,12 @@ def _letters(equation: str) -> tuple[str, str, str]:
 
 
 def _contract(x: jax.Array, x_letters: str, w: jax.Array, w_letters: str) -> jax.Array:
-    """Sums over the letters that both have; the others stay in their order, those of x first."""
+    """Contracts the shared letters; keeps the others in order, those of x first."""
     shared = [letter for letter in x_letters if letter in w_letters]
     axes = tuple([letters.index(letter) for letter in shared] for letters in (x_letters, w_letters))
     return jax.lax.dot_general(x, w, (axes, ((), ())))
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
-    """`x + bias`, or `x` where there is none."""
-    return x if bias is None else x + bias[...]
-
-
-def zeros(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-    """The initialiser of biases."""
-    return jnp.zeros(shape, dtype)
-
-
-def constant(value: float) -> Initializer:
-    """Every entry the same."""
-    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
-
-
-def normal(std: float) -> Initializer:
-    """Gaussian of mean 0."""
-    return _drawn(lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype))
-
-
-def truncated_normal(std: float) -> Initializer:
-    """Gaussian of mean 0, cut off at three `std`."""
-    return _drawn(
-        lambda key, shape, dtype: std * jax.random.truncated_normal(key, -3, 3, shape, dtype)
-    )
-
-
-def _drawn(draw: Initializer) -> Initializer:
-    """The numbers of `draw`, which do not depend on the shape they are asked for in. On one device
-    they come in a row, which compiles several times faster; on several in their own shape, of
-    which each device draws its part."""
-
-    def init(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-        mesh = active_mesh()
-        if mesh is None or mesh.size == 1:
-            return draw(key, (math.prod(shape),), dtype).reshape(shape)
-        return draw(key, shape, dtype)
-
-    return init
-
-
-class Init(NamedTuple):
-    """How the matrices of a model are drawn, each a function of (fan in, fan out): those that read
-    the residual stream, and those that write to it, of which there are two in every layer."""
-
-    reads: Callable[[int, int], Initializer]
-    writes: Callable[[int, int], Initializer]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Normal:
-    """Every matrix from a normal distribution of one standard deviation."""
-
-    std: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_positive(**{"model.init.std": self.std})
-
-    def build(self, layers: int) -> Init:
-        return _alike(lambda fan_in, fan_out: normal(self.std))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TruncatedNormal:
-    """As Normal, without the tails beyond three standard deviations."""
-
-    std: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_positive(**{"model.init.std": self.std})
-
-    def build(self, layers: int) -> Init:
-        return _alike(lambda fan_in, fan_out: truncated_normal(self.std))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScaledNormal:
-    """As Normal, with what writes to the residual stream divided by sqrt(2 layers), so that the
-    stream's variance does not grow with depth (GPT-2, Radford et al. 2019)."""
-
-    std: float = 0.02
-
-    def __post_init__(self) -> None:
-        check_positive(**{"model.init.std": self.std})
-
-    def build(self, layers: int) -> Init:
-        return Init(
-            reads=lambda fan_in, fan_out: normal(self.std),
-            writes=lambda fan_in, fan_out: normal(self.std / math.sqrt(2 * layers)),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Xavier:
-    """Variance 2 / (fan in + fan out), between what keeps activations and what keeps gradients
-    level (Glorot and Bengio 2010)."""
-
-    def build(self, layers: int) -> Init:
-        return _alike(lambda fan_in, fan_out: normal(math.sqrt(2 / (fan_in + fan_out))))
-
-
-@dataclass(frozen=True, kw_only=True)
-class He:
-    """Variance gain / fan in; a gain of 2 makes up for what ReLU discards (He et al.,
-    arXiv:1502.01852)."""
-
-    gain: float = 2.0
-
-    def __post_init__(self) -> None:
-        check_positive(**{"model.init.gain": self.gain})
-
-    def build(self, layers: int) -> Init:
-        return _alike(lambda fan_in, fan_out: normal(math.sqrt(self.gain / fan_in)))
-
-
-def _alike(draw: Callable[[int, int], Initializer]) -> Init:
-    return Init(reads=draw, writes=draw)
+    """`x + bias`, or `x` without a bias."""
+    return x if bias is None else x + dense(bias)

@@ -1,7 +1,7 @@
-"""Where a token stands: rotary embeddings and their scalings, ALiBi, or nothing.
+"""Positional encodings: rotary embeddings (RoPE) and their scalings, ALiBi, or none.
 
-The rotation turns each pair (x[i], x[i + R/2]) of the first R entries of a head by position *
-frequency[i]: the half-split layout of Hugging Face's Llama. Frequencies follow the conventions of
+RoPE rotates each pair (x[i], x[i + R/2]) of the first R entries of a head by position *
+frequency[i], the half-split layout of Hugging Face's Llama. Frequencies follow the conventions of
 Hugging Face's `rope_scaling`.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from lm.errors import UserError, check_positive
 
@@ -34,9 +35,9 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class NTK:
-    """A larger base, so that the slowest pair is slowed by `factor` and the fastest kept (bloc97
-    2023; arXiv:2309.00071, section 3.1). Static: the same frequencies at every length, as cached
-    keys need."""
+    """A larger base: the slowest pair rotates `factor` times slower, the fastest is unchanged
+    (bloc97 2023; arXiv:2309.00071, section 3.1). Frequencies are the same at every length, as
+    cached keys need."""
 
     factor: float
 
@@ -56,8 +57,8 @@ class NTK:
 @dataclass(frozen=True, kw_only=True)
 class DynamicNTK:
     """No change within the `original` length; beyond it a base that grows with the length (emozilla
-    2023; `rope_type: dynamic` in Hugging Face's terms). A token is rotated by the base that belongs
-    to its own position, in one pass as in decoding with cached keys."""
+    2023; `rope_type: dynamic` in Hugging Face). Each token is rotated with the base of its own
+    position, so a full forward pass equals decoding with a KV cache."""
 
     factor: float
     original: int
@@ -70,7 +71,7 @@ class DynamicNTK:
         return _frequencies(theta, width)
 
     def slowed(self, positions_bt11: jax.Array, width: int) -> jax.Array:
-        """What the frequencies are multiplied by at these positions, [B, T, 1, width/2]."""
+        """Factors on the frequencies at these positions, [B, T, 1, width/2]."""
         length = jnp.maximum(positions_bt11 + 1, self.original) / self.original
         growth = self.factor * length - (self.factor - 1)
         return growth ** (-jnp.arange(0, width, 2) / (width - 2))
@@ -80,15 +81,15 @@ class DynamicNTK:
 
 @dataclass(frozen=True, kw_only=True)
 class YaRN:
-    """Slow pairs interpolated by `factor`, fast pairs kept, a ramp between; queries and keys are
-    amplified to keep the softmax's entropy (Peng et al., arXiv:2309.00071).
+    """Interpolates slow pairs by `factor`, keeps fast pairs, with a ramp between; scales queries
+    and keys to keep the entropy of the softmax (Peng et al., arXiv:2309.00071).
 
     Args:
-      factor: how many times longer than `original`.
-      original: length the model was trained at.
-      beta_fast, beta_slow: turns within `original` above which a pair is kept, and below which it
-        is interpolated.
-      attention_factor: what cosines and sines are multiplied by; 0.1 ln(factor) + 1 when None.
+      factor: ratio of the new length to `original`.
+      original: sequence length of training.
+      beta_fast, beta_slow: rotations within `original` above which a pair is kept, and below which
+        it is interpolated.
+      attention_factor: factor on cosines and sines; None: 0.1 ln(factor) + 1.
       truncate: round the ends of the ramp to whole pairs, as the paper's code does.
     """
 
@@ -118,7 +119,7 @@ class YaRN:
         return base * (1 - ramp) + base / self.factor * ramp
 
     def _pair(self, turns: float, theta: float, width: int) -> float:
-        """The pair, as a real number, that makes so many turns within the original length."""
+        """Index, as a real number, of the pair with this many rotations within `original`."""
         return width * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     @property
@@ -130,9 +131,9 @@ class YaRN:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Pairs with more than `high` turns within `original` kept, with fewer than `low` slowed by
-    `factor`, between them a blend (Llama 3.1, arXiv:2407.21783; `high_freq_factor` and
-    `low_freq_factor` in Hugging Face's terms)."""
+    """Keeps pairs with more than `high` rotations within `original`, slows those with fewer than
+    `low` by `factor`, blends between (Llama 3.1, arXiv:2407.21783; `high_freq_factor` and
+    `low_freq_factor` in Hugging Face)."""
 
     factor: float
     original: int
@@ -176,9 +177,8 @@ class RoPE:
 
     Args:
       theta: base of the geometric series of frequencies.
-      scaling: how to stretch it beyond the length it was trained at.
-      fraction: share of each head that turns, from its start; the rest has no position (GPT-NeoX,
-        arXiv:2204.06745).
+      scaling: extension beyond the sequence length of training.
+      fraction: share of each head that is rotated, from its start (GPT-NeoX, arXiv:2204.06745).
     """
 
     theta: float = 10_000.0
@@ -197,7 +197,7 @@ class RoPE:
             )
 
     def rotated(self, head_dim: int) -> int:
-        """How many entries of a head turn."""
+        """Number of rotated entries of a head."""
         return int(head_dim * self.fraction)
 
     def check(self, head_dim: int) -> None:
@@ -222,7 +222,7 @@ class RoPE:
 
 
 def rotate(x_btnh: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the first R entries of each head by a table of `RoPE.table`, in float32."""
+    """Rotates the first R entries of each head by `RoPE.table`, in float32."""
     cos, sin = table
     half = cos.shape[-1]
     x = x_btnh.astype(jnp.float32)
@@ -231,14 +231,30 @@ def rotate(x_btnh: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([*(part.astype(x_btnh.dtype) for part in turned), rest], axis=-1)
 
 
+class RotaryEmbedding(nnx.Module):
+    """Rotates queries or keys: x_btnh, positions_bt -> x_btnh. It has no weights.
+
+    `positions_bt` is [B, T] or [1, T]; None: 0..T-1 in every row.
+    """
+
+    def __init__(self, config: RoPE, head_dim: int):
+        config.check(head_dim)
+        self.config, self.head_dim = config, head_dim
+
+    def __call__(self, x_btnh: jax.Array, positions_bt: jax.Array | None = None) -> jax.Array:
+        if positions_bt is None:
+            positions_bt = jnp.arange(x_btnh.shape[1])[None]
+        return rotate(x_btnh, self.config.table(positions_bt, self.head_dim))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ALiBi:
-    """Scores fall with distance, at a slope of their own for each head (Press et al.,
+    """Subtracts slope * distance from the scores, with one slope per head (Press et al.,
     arXiv:2108.12409)."""
 
     def slopes(self, heads: int) -> np.ndarray:
-        """[N] float32: a geometric series; for a count that is no power of two, filled up from the
-        series of the next."""
+        """[N] float32: a geometric series; if the number of heads is not a power of two, completed
+        from the series of the next one."""
         power = 2 ** math.floor(math.log2(heads))
         series = [2 ** (-8 * (i + 1) / power) for i in range(power)]
         finer = [2 ** (-8 * (i + 1) / (2 * power)) for i in range(0, 2 * power, 2)]
@@ -247,4 +263,5 @@ class ALiBi:
 
 @dataclass(frozen=True, kw_only=True)
 class NoPosition:
-    """Only the causal mask tells order (Haviv et al., arXiv:2203.16634)."""
+    """No positional encoding; only the causal mask orders tokens (Haviv et al.,
+    arXiv:2203.16634)."""

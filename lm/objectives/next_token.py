@@ -1,44 +1,28 @@
-"""What a step minimises. An objective is a value whose `loss` returns sums, never means: the step
-adds them up and divides once."""
+"""Next-token prediction: the objective of pre-training."""
 
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 import kernels_pallas
-from lm import model, trees
 from lm.data.batch import Batch
 from lm.errors import UserError, check_positive
+from lm.model import Model
+from lm.objectives.objective import Loss, Objective
 from lm.parallel import sharding
 
 
-class Loss(NamedTuple):
-    """Sums over a batch, in float32.
-
-    total     scalar, what is minimised, times the weight
-    weight    scalar, sum of the label weights
-    metrics   name -> scalar, each times the weight
-    load      path -> [L?, E], the share of tokens that each expert of an MoE block received, times
-              the weight
-    """
-
-    total: jax.Array
-    weight: jax.Array
-    metrics: dict[str, jax.Array]
-    load: dict[str, jax.Array]
-
-
 @dataclass(frozen=True, kw_only=True)
-class NextToken:
-    """Cross-entropy of the next token plus z_loss * logsumexp**2 (PaLM, arXiv:2204.02311) plus the
-    model's own side losses.
+class NextToken(Objective):
+    """Cross-entropy of the next token, plus z_loss * logsumexp**2 (PaLM, arXiv:2204.02311), plus
+    the auxiliary losses of the model.
 
-    `chunk` positions and `vocab_chunk` words have logits at a time. One of them alone leaves the
-    other whole; None for both lets the kernel choose.
+    Logits are computed for `chunk` positions and `vocab_chunk` vocabulary entries at a time. If
+    only one of them is set, the other dimension is whole; if neither, the kernel chooses.
     """
 
     z_loss: float = 0.0
@@ -51,47 +35,35 @@ class NextToken:
         sizes = {"objective.chunk": self.chunk, "objective.vocab_chunk": self.vocab_chunk}
         check_positive(**{name: size for name, size in sizes.items() if size is not None})
 
-    def loss(
-        self,
-        config: model.Config,
-        params: trees.Tree,
-        batch: Batch,
-        *,
-        dropout_key: jax.Array | None = None,
-        **how: Any,
-    ) -> Loss:
-        """The loss of `batch`, whose weights say how much each target counts; `how` it is computed
-        is for `model.forward`."""
-        output = model.forward(
-            config,
-            params,
+    def loss(self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Any) -> Loss:
+        """See `Objective.loss`. `batch.weights` are the weights of the targets."""
+        output = apply(
             batch.tokens,
             segments_bt=batch.segments,
             positions_bt=batch.positions,
-            dropout_key=dropout_key,
-            **how,
+            dropout_key=key,
         )
         total, nll = self._cross_entropy(
             output.hidden_btd,
-            model.unembedding(config, params),
+            apply.unembedding(),
             batch.targets,
             batch.weights,
-            softcap=config.logit_softcap,
+            softcap=apply.config.logit_softcap,
         )
         weight = jnp.sum(batch.weights, dtype=jnp.float32)
-        # Side losses are means over tokens; times the weight they are sums like the others.
-        side: dict[str, Any] = {
+        # Auxiliary losses are means over tokens; times the weight they are sums like the others.
+        auxiliary = {
             name: weight * value.astype(jnp.float32) for name, value in output.losses.items()
         }
         load = {path: weight * share for path, share in output.load.items()}
-        return Loss(total + sum(side.values()), weight, {"nll": nll, **side}, load)
+        return Loss(total + sum(auxiliary.values()), weight, {"nll": nll, **auxiliary}, load)
 
     def _cross_entropy(
         self, x_btd: jax.Array, w_dv: jax.Array, *rest: jax.Array, softcap: float | None
     ) -> tuple[jax.Array, jax.Array]:
-        """(loss, nll), summed. Each device adds up its own tokens, collecting the output matrix and
-        summing its gradient over devices as little at a time as the kernel says; under automatic
-        sharding both would happen for every chunk of positions."""
+        """(loss, nll), summed over tokens. In a shard_map, each device sums over its own tokens;
+        the output matrix is gathered and its gradient reduced once per vocabulary chunk. With
+        automatic sharding both would happen for every chunk of positions."""
         compute = functools.partial(
             kernels_pallas.cross_entropy,
             softcap=softcap,

@@ -9,14 +9,22 @@ plot     draws the loss curve
 """
 
 from lm.training.guard import Stopper
-from lm.training.loop import Evaluator, Outcome, Rates, loop
+from lm.training.loop import Evaluation, Outcome, Rates, loop
 from lm.training.metrics import Log, Writer, read_lines
 from lm.training.plot import plot_loss
-from lm.training.state import State, abstract_state, init_state, init_state_from, state_shardings
+from lm.training.state import (
+    ALL,
+    State,
+    abstract_state,
+    init_state,
+    init_state_from,
+    state_shardings,
+)
 from lm.training.step import compile_step, make_step
 
 __all__ = [
-    "Evaluator",
+    "ALL",
+    "Evaluation",
     "Log",
     "Outcome",
     "Rates",

@@ -28,7 +28,7 @@ class Checkpoints(Protocol):
     def latest(self) -> int | None: ...
 
 
-class Evaluator(NamedTuple):
+class Evaluation(NamedTuple):
     """`run(step, params)` gives the results after each `every`-th update and after the last."""
 
     every: int
@@ -66,7 +66,7 @@ def loop(
     start: int,
     steps: int,
     rates: Rates,
-    evaluators: Sequence[Evaluator] = (),
+    evaluations: Sequence[Evaluation] = (),
     writers: Sequence[Writer] = (),
     store: Checkpoints | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -92,12 +92,12 @@ def loop(
 
         last = step == steps
         stopped = not last and stopper is not None and stopper.asked(step)
-        evaluating = [e for e in evaluators if last or step % e.every == 0]
+        evaluating = [e for e in evaluations if last or step % e.every == 0]
         saving = store is not None and (last or stopped or store.due(step, time.monotonic()))
         if evaluating or saving:
             journal.write_pending()
-            for evaluator in evaluating:
-                journal.write_evaluation(step, evaluator.run(step, state.params))
+            for evaluation in evaluating:
+                journal.write_evaluation(step, evaluation.run(step, state.params))
             if saving:
                 journal.flush()
                 store.save(step, state, metadata)

@@ -1,5 +1,5 @@
-"""One update: the gradient of the whole batch, summed over micro-batches and divided once, clipped,
-checked, applied."""
+"""One optimizer update: the gradient of the whole batch, accumulated over micro-batches and divided
+once, clipped, checked for finite values, applied."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,89 +8,95 @@ import jax
 import jax.numpy as jnp
 
 from lm import model, optim, trees
-from lm.data.batch import Batch
 from lm.errors import UserError
-from lm.objectives.next_token import Loss, NextToken
+from lm.objectives import Loss, Objective
 from lm.parallel import sharding
+from lm.parallel.mesh import Mesh, Place
 from lm.precision import LossScale, Precision, cast
-from lm.training.state import ScaleState, State
+from lm.training.state import ALL, ScaleState, State
 
 Metrics = dict[str, jax.Array]  # name -> float32 scalar
-Step = Callable[[State, Batch], tuple[State, Metrics]]
+Step = Callable[[State, Any, Any], tuple[State, Metrics]]
 
-# The scale stays within what float32 and float16 can use; outside, the fault is not the scale's.
+# Range of the loss scale that float32 and float16 can use.
 _SMALLEST_SCALE, _LARGEST_SCALE = 1.0, 2.0**24
 
 
 class Gradient(NamedTuple):
-    """Sums over a batch: `grads` of the total, times `times` (the loss scale's share), and what was
-    computed on the way."""
+    """Sums over a batch: gradients of the total loss, the factor `scale` that they are multiplied
+    by, and the loss itself."""
 
     grads: Any
-    times: jax.Array
+    scale: jax.Array
     loss: Loss
 
 
 def make_step(
     config: model.Config,
-    objective: NextToken,
+    objective: Objective,
     optimizer: optim.Optimizer,
     schedule: Callable[[jax.Array], jax.Array],
     precision: Precision,
     *,
-    microbatches: int = 1,
-    circular_repeats: int = 1,
-    remat: str | tuple[str, ...] = "none",
-    accumulate: str = "float32",
-    offload: tuple[str, ...] = (),
+    place: Place = Place(mesh=Mesh()),  # noqa: B008
     seed: int = 0,
+    trainable: tuple[str, ...] = ALL,
 ) -> Step:
-    """The pure function step(state, batch) -> (state, metrics), for `compile_step`.
+    """The pure function step(state, batch, frozen) -> (state, metrics), for `compile_step`.
 
-    schedule(step) is the learning rate, `seed` drives dropout; `microbatches`, `circular_repeats`, `remat`,
-    `accumulate` and `offload` are those of lm.parallel.mesh.Place. An update whose loss or gradient is not
-    finite leaves parameters and optimizer state as they are, counts in `skipped`, and takes its
-    step of the schedule.
+    An update whose loss or gradient is not finite leaves weights and optimizer state unchanged,
+    counts in `skipped`, and still advances the schedule.
 
-    Metrics, float32 scalars: loss (what is minimised, per unit of label weight), nll and the
-    model's side losses (per unit of label weight), grad_norm (before clipping), param_norm (after
-    the update), learning_rate, weight (sum of label weights), tokens (not padding), skipped (0 or
-    1), and loss_scale where there is one.
+    Args:
+      schedule: step -> learning rate.
+      place: gradient accumulation, remat, offload and the pipeline.
+      seed: of dropout and sampling.
+      trainable: patterns of the weights that train (see `trees.matches`).
+
+    Metrics, float32 scalars: loss (what is minimized, per unit of target weight), nll and the
+    auxiliary losses (per unit of target weight), grad_norm (before clipping), param_norm (after the
+    update), learning_rate, weight (sum of target weights), tokens (without padding), skipped (0 or
+    1), and loss_scale with loss scaling.
     """
-    transformation = optimizer.build(schedule, model.axes(config))
-    options = {"remat": remat, "circular_repeats": circular_repeats, "offload": "layers" in offload}
+    axes, _ = trees.partition(model.axes(config), trainable)
+    transformation = optimizer.build(schedule, axes)
+    options = model.ForwardOptions.of(place)
+    offload = "optimizer" in place.offload
 
-    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def step(state: State, batch: Any, frozen: Any) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         compute = precision.to_compute(state.params)
-        gradient = _gradient(
-            *(config, objective, compute, batch, state.loss_scale, key),
-            *(microbatches, accumulate, options),
-        )
+        constants = precision.to_compute(frozen)
+
+        def loss_of(params: Any, batch: Any, key: jax.Array) -> Loss:
+            apply = model.Model(config, trees.merge(params, constants), options=options)
+            return objective.loss(apply, batch, key, constants)
+
+        gradient = _gradient(loss_of, compute, batch, state.loss_scale, key, place)
         loss = gradient.loss
         share = 1 / jnp.where(loss.weight > 0, loss.weight, 1)  # an empty batch has no gradient
 
         # One multiplication turns the summed, scaled gradient into the clipped mean.
-        to_mean = share / gradient.times
+        to_mean = share / gradient.scale
         norm = trees.global_norm(gradient.grads) * to_mean
         clip = 1.0 if optimizer.clip_norm is None else jnp.minimum(1, optimizer.clip_norm / norm)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
 
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
-            # Fetched in this branch, it is not there while activations need the memory.
-            if "optimizer" in offload:
-                opt_state = _moved(opt_state, jax.memory.Space.Device)
+            # Fetched in this branch, so that it does not take memory during the backward pass.
+            if offload:
+                opt_state = _move(opt_state, jax.memory.Space.Device)
             grads = jax.tree.map(lambda g: g.astype(jnp.float32) * (to_mean * clip), gradient.grads)
             params = cast(params, "float32")
             updates, opt_state = transformation.update(grads, opt_state, params, step=state.step)
             params = jax.tree.map(jnp.add, params, updates)
-            if "optimizer" in offload:
-                opt_state = _moved(opt_state, jax.memory.Space.Host)
+            if offload:
+                opt_state = _move(opt_state, jax.memory.Space.Host)
             load = jax.tree.map(lambda x: x * share, loss.load)
             return precision.to_params(model.update_balance(config, params, load)), opt_state
 
-        # A branch, not a choice per element: the donated state is then updated in place, where a
-        # choice makes XLA keep a copy of all of it.
+        # A branch instead of jnp.where per element: it updates the donated state in place, where
+        # jnp.where makes XLA keep a copy.
         params, opt_state = jax.lax.cond(
             finite, update, lambda *unchanged: unchanged, state.params, state.opt_state
         )
@@ -101,7 +107,7 @@ def make_step(
             "param_norm": trees.global_norm(params),
             "learning_rate": schedule(state.step),
             "weight": loss.weight,
-            "tokens": jnp.sum(batch.segments > 0),
+            "tokens": objective.tokens(batch),
             "skipped": ~finite,
         }
         if state.loss_scale is not None:
@@ -118,100 +124,97 @@ def make_step(
     return step
 
 
-def _moved(opt_state: Any, space: jax.memory.Space) -> Any:
-    """Its arrays in this memory; numbers stay where they are."""
+def _move(opt_state: Any, space: jax.memory.Space) -> Any:
+    """Moves its arrays to this memory; scalars stay where they are."""
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt_state)
 
 
 def compile_step(
     step: Step,
-    shardings: State,
+    shardings: tuple[State, Any],
     mesh: jax.sharding.Mesh,
     rules: sharding.Rules | None = None,
+    batch: Any = None,
 ) -> Any:
-    """`jax.jit` of a step on a mesh: call it, or `.lower(abstract state, abstract
-    batch).compile()`.
+    """`jax.jit` of a step on a mesh: call it with (state, batch, frozen), or
+    `.lower(abstract state, abstract batch, abstract frozen).compile()`.
 
-    The state is donated: the one passed in must not be used again.
+    The state is donated: the one passed in must not be used again. `shardings` are those of (state,
+    frozen weights), `batch` is an abstract batch; None if all of its arrays are [B, T].
     """
+    state, frozen = shardings
+    rows = jax.tree.map(lambda x: sharding.batch_sharding(mesh, rules, x.ndim), batch)
 
-    def on_mesh(state: State, batch: Batch) -> tuple[State, Metrics]:
+    def on_mesh(state: State, batch: Any, frozen: Any) -> tuple[State, Metrics]:
         with sharding.use(mesh, rules):
-            return step(state, batch)
+            return step(state, batch, frozen)
 
     return jax.jit(
         on_mesh,
-        in_shardings=(shardings, sharding.batch_sharding(mesh, rules)),
-        out_shardings=(shardings, sharding.replicated(mesh)),
+        in_shardings=(state, rows or sharding.batch_sharding(mesh, rules), frozen),
+        out_shardings=(state, sharding.replicated(mesh)),
         donate_argnums=0,
     )
 
 
 def _gradient(
-    config: model.Config,
-    objective: NextToken,
+    loss_of: Callable[[Any, Any, jax.Array], Loss],
     params: Any,
-    batch: Batch,
+    batch: Any,
     scaling: ScaleState | None,
     key: jax.Array,
-    microbatches: int,
-    accumulate: str,
-    options: dict[str, Any],
+    place: Place,
 ) -> Gradient:
-    """Summed over the batch, one micro-batch at a time, or all on their way through a pipeline."""
+    """The gradient summed over the batch: one micro-batch after another, or all in a pipeline."""
     # A float16 gradient of a sum over many tokens would overflow: scale the mean over token slots
     # instead of the sum.
-    times = jnp.float32(1) if scaling is None else scaling.scale / batch.tokens.size
+    slots = max(x.size for x in jax.tree.leaves(batch))
+    scale = jnp.float32(1) if scaling is None else scaling.scale / slots
 
-    def scaled(params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Loss]:
-        loss = objective.loss(config, params, batch, dropout_key=key, **options)
-        return loss.total * times, loss
+    def scaled(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Loss]:
+        loss = loss_of(params, batch, key)
+        return loss.total * scale, loss
 
     differentiate = jax.grad(scaled, has_aux=True)
-    if sharding.stages() > 1:
-        options = {**options, "microbatches": microbatches, "accumulate": accumulate}
-        microbatches = 1
+    microbatches = 1 if sharding.pipeline_parallel_size() > 1 else place.microbatches
     if microbatches == 1:
         grads, loss = differentiate(params, batch, jax.random.fold_in(key, 0))
-        return Gradient(grads, times, loss)
+        return Gradient(grads, scale, loss)
 
-    def add(sums: tuple[Any, Loss], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Loss], None]:
+    def add(sums: tuple[Any, Loss], part: tuple[Any, jax.Array]) -> tuple[tuple[Any, Loss], None]:
         batch, index = part
-        batch = Batch(*(sharding.shard(x, "batch", "seq") for x in batch))
-        new = differentiate(params, batch, jax.random.fold_in(key, index))
+        new = differentiate(
+            params, jax.tree.map(sharding.shard_rows, batch), jax.random.fold_in(key, index)
+        )
         return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, new), None
 
-    parts = _split(batch, microbatches)
-    first = Batch(*(x[0] for x in parts))
+    parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
+    first = jax.tree.map(lambda x: x[0], parts)
     grads, loss = jax.eval_shape(differentiate, params, first, key)
     zeros = (
-        jax.tree.map(lambda g: jnp.zeros(g.shape, accumulate), grads),
+        jax.tree.map(lambda g: jnp.zeros(g.shape, place.accumulate), grads),
         jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), loss),
     )
     (grads, loss), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
-    return Gradient(grads, times, loss)
+    return Gradient(grads, scale, loss)
 
 
-def _split(batch: Batch, microbatches: int) -> Batch:
-    """[B, T] -> [M, B/M, T]. Micro-batch m takes the rows m, m + M, ...: each device's rows stay on
-    that device."""
-    rows, length = batch.tokens.shape
+def _split(x: jax.Array, microbatches: int) -> jax.Array:
+    """[B, ...] -> [M, B/M, ...]. Micro-batch m takes the rows m, m + M, ..., so that the rows of
+    each device stay on that device."""
+    rows, *rest = x.shape
     if rows % microbatches:
         raise UserError(
             f"place.microbatches={microbatches} does not divide batch.sequences={rows}; "
             "choose a divisor of it."
         )
-
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(rows // microbatches, microbatches, length).swapaxes(0, 1)
-
-    return Batch(*(split(x) for x in batch))
+    return x.reshape(rows // microbatches, microbatches, *rest).swapaxes(0, 1)
 
 
 def _rescale(
     config: LossScale | None, state: ScaleState | None, finite: jax.Array
 ) -> ScaleState | None:
-    """The loss scale after a step: halved when it was not finite, doubled after enough finite ones
+    """The loss scale after a step: halved after a non-finite one, doubled after enough finite ones
     in a row."""
     if config is None or state is None:
         return None

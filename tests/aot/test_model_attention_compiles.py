@@ -30,7 +30,7 @@ def test_fsdp_and_tensor():
     def loss(params, tokens, segments):
         with sharding.use(mesh):
             params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-            out = model.forward(config, params, tokens, segments_bt=segments)
+            out = model.Model(config, params)(tokens, segments_bt=segments)
             return jnp.sum(out.hidden_btd.astype(jnp.float32) ** 2)
 
     shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lm.model.moe import MoE
-from lm.model.param import He
+from lm.model.initializers import He
 from lm.parallel import sharding
 from lm.parallel.mesh import AXES
 from lm.planning import hlo, links, slices

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from lm import planning, run, terminal
+from lm import planning, program, terminal
 from lm.experiment import Experiment
 from lm.planning import compiled, slices
 
@@ -87,8 +87,8 @@ def first_line(name: str) -> str:
     name, _, place = name.partition(":")
     e = experiment(name)
     devices = compiled.describe(slices.find(place))
-    program = run.assemble_at(e, place, e.places[place], devices)
-    text = program.step.lower(program.abstract, program.abstract_batch()).as_text()
+    assembled = program.assemble_at(e, place, e.places[place], devices)
+    text = assembled.lower().as_text()
     digest = hashlib.sha256(canonical(text).encode()).hexdigest()[:16]
     return f"{VERSIONS}, program {digest}"
 

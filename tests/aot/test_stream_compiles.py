@@ -37,7 +37,7 @@ def test_sums_are_scattered_along_the_sequence():
 
     def loss(params, tokens):
         with sharding.use(mesh):
-            hidden = model.forward(config, params, tokens, remat="block").hidden_btd
+            hidden = model.Model(config, params, options=model.ForwardOptions(remat="block"))(tokens).hidden_btd
         return jnp.square(hidden.astype(jnp.float32)).sum()
 
     text = jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_experiments import LENGTH, config, experiment
 
-from lm import model, run
+from lm import model, program
 from lm.data.batch import Batch
 from lm.parallel.mesh import Mesh, Place
 
@@ -22,11 +22,12 @@ ROOT = Path(__file__).parents[2]
 def lowered(remat: str = "none", **fields) -> list[str]:
     """The lines of the training step's program, numbers left out."""
     place = Place(mesh=Mesh(), remat=remat)
-    program = run.assemble(experiment(model=config(**fields), places={"cpu": place}))
+    assembled = program.assemble(experiment(model=config(**fields), places={"cpu": place}))
     whole = jax.ShapeDtypeStruct((4, LENGTH), jnp.int32)
     weights = jax.ShapeDtypeStruct((4, LENGTH), jnp.float32)
     batch = Batch(tokens=whole, targets=whole, weights=weights, segments=whole, positions=whole)
-    text = program.step.lower(program.abstract, batch).as_text()
+    state, frozen = assembled.abstract
+    text = assembled.step.lower(state, batch, frozen).as_text()
     return re.sub(r"\d+", "0", text).splitlines()
 
 
@@ -62,7 +63,7 @@ def test_second_process_compiles_nothing(tmp_path):
     """Start-up with a warm cache of compiled programs adds none to it."""
     cache = tmp_path / "cache"
     script = (
-        "from tiny_experiments import experiment; from lm import run; import sys; "
+        "from tiny_experiments import experiment; from lm import run, program; import sys; "
         "run.train(experiment(), workdir=sys.argv[1])"
     )
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"

@@ -16,7 +16,8 @@ import pytest
 from lm import model
 from lm.data.batch import Batch
 from lm.errors import UserError
-from lm.evals import Perplexity, evaluate, ratio
+from lm.evals import Perplexity, perplexity
+from lm.evals.result import ratio
 
 VOCAB, LENGTH = 48, 16
 CONFIG = model.Config(
@@ -81,7 +82,7 @@ def nll_d(params) -> np.ndarray:
 
     @jax.jit
     def logits(tokens_bt):
-        return model.logits(CONFIG, params, model.forward(CONFIG, params, tokens_bt).hidden_btd)
+        return model.Model(CONFIG, params).logits(model.Model(CONFIG, params)(tokens_bt).hidden_btd)
 
     sums = []
     for document in documents():
@@ -99,7 +100,7 @@ def by_measure(results) -> dict[str, tuple[float, float | None, int]]:
 
 def test_equals_plain_float64(params, nll_d):
     evaluation = Packed(documents(), 3)
-    results = evaluate(CONFIG, params, evaluation, step=7)
+    results = perplexity(model.Model(CONFIG, params), evaluation, step=7)
     assert {r.step for r in results} == {7}
     assert results[0].name == "test:held_out/loss"
     got = by_measure(results)
@@ -120,8 +121,8 @@ def test_equals_plain_float64(params, nll_d):
 
 @pytest.mark.parametrize("sequences", [1, 2, 8])
 def test_the_batch_size_does_not_matter(params, sequences):
-    expected = by_measure(evaluate(CONFIG, params, Packed(documents(), 3)))
-    got = by_measure(evaluate(CONFIG, params, Packed(documents(), sequences)))
+    expected = by_measure(perplexity(model.Model(CONFIG, params), Packed(documents(), 3)))
+    got = by_measure(perplexity(model.Model(CONFIG, params), Packed(documents(), sequences)))
     for measure, values in expected.items():
         assert got[measure] == pytest.approx(values, rel=1e-5)
 
@@ -129,7 +130,7 @@ def test_the_batch_size_does_not_matter(params, sequences):
 def test_a_limit_counts_what_was_met(params, nll_d):
     evaluation = Packed(documents(), 2)
     met = [i for row in evaluation.rows[:2] for i in row]
-    got = by_measure(evaluate(CONFIG, params, evaluation, batches=1))
+    got = by_measure(perplexity(model.Model(CONFIG, params), evaluation, batches=1))
     tokens_d, bytes_d = evaluation.tokens_d[met], evaluation.bytes_d[met]
     assert got["loss"] == pytest.approx((*ratio(nll_d[met], tokens_d), tokens_d.sum()), rel=1e-5)
     bits = nll_d[met].sum() / math.log(2) / bytes_d.sum()
@@ -138,10 +139,10 @@ def test_a_limit_counts_what_was_met(params, nll_d):
 
 def test_a_part_of_a_document_counts_with_its_share_of_the_bytes(params):
     evaluation = Packed(documents(), 4)
-    whole = by_measure(evaluate(CONFIG, params, evaluation))
+    whole = by_measure(perplexity(model.Model(CONFIG, params), evaluation))
     evaluation.tokens_d = 2 * evaluation.tokens_d  # as if the other half came in later batches
     evaluation.bytes_d = 2 * evaluation.bytes_d
-    assert by_measure(evaluate(CONFIG, params, evaluation)) == whole
+    assert by_measure(perplexity(model.Model(CONFIG, params), evaluation)) == whole
 
 
 def test_one_document_is_clustered_by_sequence(params):
@@ -154,11 +155,11 @@ def test_one_document_is_clustered_by_sequence(params):
         def __iter__(self):
             return ((batch, np.minimum(documents_bt, 0)) for batch, documents_bt in evaluation)
 
-    expected = by_measure(evaluate(CONFIG, params, evaluation))
-    got = by_measure(evaluate(CONFIG, params, OneDocument()))
+    expected = by_measure(perplexity(model.Model(CONFIG, params), evaluation))
+    got = by_measure(perplexity(model.Model(CONFIG, params), OneDocument()))
     for measure, values in expected.items():
         assert got[measure] == pytest.approx(values, rel=1e-12)
-    single = evaluate(CONFIG, params, Packed(documents([17]), 2))
+    single = perplexity(model.Model(CONFIG, params), Packed(documents([17]), 2))
     assert [r.stderr for r in single] == [None] * 3
 
 
@@ -174,13 +175,13 @@ def test_repeated_evaluations_compile_once(params, monkeypatch):
     monkeypatch.setattr(model, "forward", counting)
     for scale in (1.0, 0.5, 0.25):
         scaled = jax.tree.map(lambda x, scale=scale: scale * x, params)
-        evaluate(CONFIG, scaled, Packed(documents(), 5))
+        perplexity(model.Model(CONFIG, scaled), Packed(documents(), 5))
     assert traces == 1
 
 
 def test_refusals(params):
     with pytest.raises(UserError, match="test:held_out"):
-        evaluate(CONFIG, params, Packed([], 2))
+        perplexity(model.Model(CONFIG, params), Packed([], 2))
     with pytest.raises(UserError, match="evals.every=0"):
         Perplexity(every=0)
     with pytest.raises(UserError, match="evals.batches=-1"):
@@ -192,7 +193,7 @@ SCRIPT = """
     import jax
     from lm.parallel import distributed, sharding
     from lm import model
-    from lm.evals import evaluate
+    from lm.evals import perplexity
     from lm.parallel.mesh import Mesh
     from test_perplexity import CONFIG, Packed, by_measure, documents
 
@@ -203,7 +204,7 @@ SCRIPT = """
         shardings = sharding.weight_shardings(model.axes(CONFIG), model.shapes(CONFIG), mesh)
         init = jax.jit(model.init, static_argnums=0, out_shardings=shardings)
         params = init(CONFIG, jax.random.key(0))
-        results = evaluate(CONFIG, params, Packed(documents(), 8), mesh=mesh)
+        results = perplexity(model.Model(CONFIG, params, mesh), Packed(documents(), 8))
         print("results", json.dumps(by_measure(results)))
 """
 
@@ -227,7 +228,7 @@ def test_the_mesh_and_the_processes_do_not_matter(params):
         command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         running.append(subprocess.Popen(command, env=environment, **pipes))
-    expected = by_measure(evaluate(CONFIG, params, Packed(documents(), 8)))
+    expected = by_measure(perplexity(model.Model(CONFIG, params), Packed(documents(), 8)))
     for process in running:
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from small_models import VOCAB, config, parameters
 
+from lm import model
+
 
 @pytest.fixture(scope="session")
 def small():
-    """(config, params)"""
-    return config(), parameters(config())
+    """The smallest model."""
+    return model.Model(config(), parameters(config()))
 
 
 @pytest.fixture(scope="session")

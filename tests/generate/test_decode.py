@@ -38,7 +38,7 @@ VARIANTS = {
     "first tokens": attention(window=4, sinks=model.FirstTokens(count=2)),
     "learned sinks": attention(sinks=model.LearnedSinks(), bias=True),
     "soft caps, tied": {**attention(softcap=5.0), "logit_softcap": 5.0, "tied": True},
-    "qk norm": attention(qk_norm=model.QKNorm(norm=model.RMSNorm())),
+    "qk norm": attention(qk_norm=model.QKNorm(norm=model.RMSNormConfig())),
     "local and global": {"attention": None, "pattern": LOCAL_AND_GLOBAL, "layers": 3},
     "experts": {"ffn": model.MoE(experts=4, experts_per_token=2, hidden=16)},
 }
@@ -46,8 +46,8 @@ VARIANTS = {
 
 @partial(jax.jit, static_argnums=0)
 def forward_logprobs(config, params, tokens_bt):
-    hidden_btd = model.forward(config, params, tokens_bt).hidden_btd
-    return jax.nn.log_softmax(model.logits(config, params, hidden_btd))
+    hidden_btd = model.Model(config, params)(tokens_bt).hidden_btd
+    return jax.nn.log_softmax(model.Model(config, params).logits(hidden_btd))
 
 
 def plain_logprobs(config, params, texts: list[list[int]]) -> np.ndarray:
@@ -81,7 +81,9 @@ SOON = ("gqa", "local and global", "experts")  # the rest runs with the slow tes
 def test_greedy_is_the_argmax_of_the_plain_forward(changes, prompts):
     variant = config(**changes)
     params = parameters(variant)
-    results = generate(variant, params, prompts, context=CONTEXT, max_tokens=STEPS, sampling=GREEDY)
+    results = generate(
+        model.Model(variant, params), prompts, context=CONTEXT, max_tokens=STEPS, sampling=GREEDY
+    )
     for result, (tokens, logprobs) in zip(
         results, uncached(variant, params, prompts, STEPS), strict=True
     ):
@@ -98,28 +100,28 @@ SAMPLED = Sampling(temperature=1.5, top_k=40, top_p=0.95, min_p=0.001, repetitio
 def test_a_row_is_the_same_alone_and_in_any_batch(small, prompts, sampling):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": sampling}
     keys = jax.random.split(jax.random.key(5), len(prompts))
-    together = generate(*small, prompts, key=keys, **options)
+    together = generate(small, prompts, key=keys, **options)
     for i, prompt in enumerate(prompts):
-        (alone,) = generate(*small, [prompt], key=keys[i : i + 1], **options)
+        (alone,) = generate(small, [prompt], key=keys[i : i + 1], **options)
         assert alone.tokens == together[i].tokens
         np.testing.assert_allclose(alone.logprobs, together[i].logprobs, atol=1e-4)
-    backwards = generate(*small, prompts[::-1], key=keys[::-1], **options)
+    backwards = generate(small, prompts[::-1], key=keys[::-1], **options)
     assert [r.tokens for r in backwards[::-1]] == [r.tokens for r in together]
 
 
 def test_a_seed_gives_each_row_its_own_stream(small, prompts):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": Sampling(temperature=2.0)}
     same = [prompts[1]] * 3
-    rows = [tuple(r.tokens) for r in generate(*small, same, key=7, **options)]
+    rows = [tuple(r.tokens) for r in generate(small, same, key=7, **options)]
     assert len(set(rows)) == 3
-    assert rows == [tuple(r.tokens) for r in generate(*small, same, key=7, **options)]
-    assert rows != [tuple(r.tokens) for r in generate(*small, same, key=8, **options)]
+    assert rows == [tuple(r.tokens) for r in generate(small, same, key=7, **options)]
+    assert rows != [tuple(r.tokens) for r in generate(small, same, key=8, **options)]
 
 
 def test_logprobs_are_the_models_own(small, prompts):
-    results = generate(*small, prompts, context=CONTEXT, max_tokens=STEPS, sampling=SAMPLED)
+    results = generate(small, prompts, context=CONTEXT, max_tokens=STEPS, sampling=SAMPLED)
     texts = [prompt + result.tokens for prompt, result in zip(prompts, results, strict=True)]
-    logprobs_btv = plain_logprobs(small[0], small[1], texts)
+    logprobs_btv = plain_logprobs(small.config, small.params, texts)
     for prompt, text, result, logprobs_tv in zip(
         prompts, texts, results, logprobs_btv, strict=True
     ):
@@ -131,9 +133,9 @@ def test_logprobs_are_the_models_own(small, prompts):
 
 def test_stop_tokens_end_their_row_only(small, prompts):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": GREEDY}
-    free = generate(*small, prompts, **options)
+    free = generate(small, prompts, **options)
     stop = free[1].tokens[4]
-    stopped = generate(*small, prompts, stop_tokens=[stop, VOCAB - 1], **options)
+    stopped = generate(small, prompts, stop_tokens=[stop, VOCAB - 1], **options)
     for before, after in zip(free, stopped, strict=True):
         ends = [i for i, token in enumerate(before.tokens) if token in (stop, VOCAB - 1)]
         length = ends[0] + 1 if ends else STEPS
@@ -143,8 +145,8 @@ def test_stop_tokens_end_their_row_only(small, prompts):
 
 def test_a_row_ends_where_the_context_does(small, prompts):
     context = 16
-    results = generate(*small, prompts, context=context, max_tokens=STEPS, sampling=GREEDY)
-    free = generate(*small, prompts, context=CONTEXT, max_tokens=STEPS, sampling=GREEDY)
+    results = generate(small, prompts, context=context, max_tokens=STEPS, sampling=GREEDY)
+    free = generate(small, prompts, context=CONTEXT, max_tokens=STEPS, sampling=GREEDY)
     for prompt, result, whole in zip(prompts, results, free, strict=True):
         room = min(STEPS, context - len(prompt))
         assert result.tokens == whole.tokens[:room]
@@ -154,8 +156,8 @@ def test_a_row_ends_where_the_context_does(small, prompts):
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_chunks_change_nothing(small, prompts, chunk):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": SAMPLED, "key": 2}
-    whole = generate(*small, prompts, **options)
-    parts = list(stream(*small, prompts, chunk=chunk, **options))
+    whole = generate(small, prompts, **options)
+    parts = list(stream(small, prompts, chunk=chunk, **options))
     assert parts[-1] == whole
     for i, part in enumerate(parts[:-1]):
         assert [r.tokens for r in part] == [r.tokens[: chunk * (i + 1)] for r in whole]
@@ -164,28 +166,28 @@ def test_chunks_change_nothing(small, prompts, chunk):
 
 def test_the_caller_ends_rows(small, prompts):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": GREEDY}
-    whole = generate(*small, prompts, **options)
+    whole = generate(small, prompts, **options)
     ended: set[int] = set()
     results: list[Result] = []
-    for results in stream(*small, prompts, chunk=4, ended=ended, **options):  # noqa: B007
+    for results in stream(small, prompts, chunk=4, ended=ended, **options):  # noqa: B007
         ended.add(0)
     assert results[0] == Result(whole[0].tokens[:4], whole[0].logprobs[:4], "ended")
     assert results[1:] == whole[1:]
-    for results in stream(*small, prompts, chunk=4, ended=ended, **options):  # noqa: B007
+    for results in stream(small, prompts, chunk=4, ended=ended, **options):  # noqa: B007
         ended.update(range(3))
     assert [(len(r.tokens), r.finished) for r in results] == [(4, "ended")] * 3
 
 
 def test_repeated_calls_share_programs(small, monkeypatch):
     traces = 0
-    forward = model.forward
+    forward = model.Model.__call__
 
     def counting(*arguments, **options):
         nonlocal traces
         traces += 1
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(model, "forward", counting)
+    monkeypatch.setattr(model.Model, "__call__", counting)
     # A size of its own, so that no program of another test serves.
     fresh = config(dim=24)
     params = parameters(fresh)
@@ -196,8 +198,7 @@ def test_repeated_calls_share_programs(small, monkeypatch):
         ):
             prompts = [[1] * length] * (3 + length % 2)
             generate(
-                fresh,
-                params,
+                model.Model(fresh, params),
                 prompts,
                 context=64,
                 max_tokens=max_tokens,
@@ -213,22 +214,22 @@ def test_repeated_calls_share_programs(small, monkeypatch):
 def test_bad_prompts_are_refused(small):
     options = {"context": 8, "max_tokens": 2}
     with pytest.raises(UserError, match="prompt 1 is empty"):
-        generate(*small, [[1], []], **options)
+        generate(small, [[1], []], **options)
     with pytest.raises(
         UserError, match=r"prompt 0 has 9 tokens.*context=8.*give a context above 9"
     ):
-        generate(*small, [[1] * 9], **options)
+        generate(small, [[1] * 9], **options)
     with pytest.raises(UserError, match=f"prompt 0 has token {VOCAB}"):
-        generate(*small, [[VOCAB]], **options)
+        generate(small, [[VOCAB]], **options)
     with pytest.raises(UserError, match="max_tokens=0"):
-        generate(*small, [[1]], context=8, max_tokens=0)
-    assert generate(*small, [], **options) == []
+        generate(small, [[1]], context=8, max_tokens=0)
+    assert generate(small, [], **options) == []
 
 
 def test_a_cache_of_bfloat16_is_half_as_large_and_nearly_right(small, prompts):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": GREEDY}
-    exact = generate(*small, prompts, **options)
-    rounded = generate(*small, prompts, cache_dtype="bfloat16", **options)
+    exact = generate(small, prompts, **options)
+    rounded = generate(small, prompts, cache_dtype="bfloat16", **options)
     # Keys and values keep 8 bits: the first logprob, of equal text, moves by some hundredths.
     first = [
         (a.logprobs[1], b.logprobs[1])
@@ -251,12 +252,12 @@ MESH_SCRIPT = """
     small = config()
     params = parameters(small)
     options = dict(context=context, max_tokens=steps, sampling=Sampling(temperature=0))
-    out = {"single": [r.tokens for r in generate(small, params, prompts, **options)]}
+    out = {"single": [r.tokens for r in generate(model.Model(small, params), prompts, **options)]}
     for text in ("data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"):
         mesh = Mesh.parse(text).build()
         shardings = sharding.weight_shardings(model.axes(small), model.shapes(small), mesh)
         placed = jax.device_put(params, shardings)
-        parts = list(stream(small, placed, prompts, mesh=mesh, chunk=3, **options))
+        parts = list(stream(model.Model(small, placed, mesh), prompts, chunk=3, **options))
         out[text] = [r.tokens for r in parts[-1]]
     out["programs"] = decode._resume._cache_size()
     print(json.dumps(out))

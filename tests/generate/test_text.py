@@ -3,6 +3,7 @@
 import pytest
 from small_models import config, parameters
 
+from lm import model
 from lm.data.tokenizer import SentencePiece
 from lm.errors import UserError
 from lm.generate import Sampling, generate_text
@@ -15,11 +16,11 @@ PROMPTS = ["a cat ", "", "on the mat the"]
 
 @pytest.fixture(scope="module")
 def speaker():
-    """(config, params, tokenizer)"""
+    """(model, tokenizer)"""
     texts = ["the cat sat on the mat, and that was that; äöü ☃ at the end\n"] * 20
     tokenizer = SentencePiece(vocab=300).train(texts)
     speaking = config(vocab=tokenizer.vocab)
-    return speaking, parameters(speaking), tokenizer
+    return model.Model(speaking, parameters(speaking)), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def free(speaker):
 
 
 def test_text_is_the_decoded_tokens(speaker, free):
-    tokenizer = speaker[2]
+    tokenizer = speaker[1]
     for text in free:
         assert text.text == tokenizer.decode(text.tokens)
         assert len(text.logprobs) == len(text.tokens)
@@ -50,7 +51,7 @@ def test_streamed_pieces_concatenate_to_the_text(speaker, free):
 
 
 def test_a_stop_string_across_tokens_is_cut(speaker, free):
-    tokenizer = speaker[2]
+    tokenizer = speaker[1]
     row = max(range(len(free)), key=lambda i: len(free[i].text))
     # From within one token's text to within another's.
     start = len(tokenizer.decode(free[row].tokens[:9])) - 1

@@ -39,14 +39,14 @@ def test_training_starts_from_the_weights(start, tmp_path):
     """With a learning rate near zero the weights stay those of the folder."""
     still = optim.Constant(peak=1e-12, steps=1)
     e = dataclasses.replace(tuned(start), schedule=still)
-    after = lm.training(e, workdir=tmp_path)
+    after = lm.train(e, workdir=tmp_path)
     before = lm.load(start)
     for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-9)
 
 
 def test_a_tuned_run_is_exported(start, tmp_path):
-    after = lm.training(tuned(start), workdir=tmp_path)
+    after = lm.train(tuned(start), workdir=tmp_path)
     moved = [
         np.abs(np.asarray(a) - np.asarray(b)).max()
         for a, b in zip(jax.tree.leaves(lm.load(start).params), jax.tree.leaves(after.params))
@@ -65,12 +65,12 @@ def test_a_tuned_run_is_exported(start, tmp_path):
 def test_training_starts_from_a_run(tiny, tmp_path):
     """`start` may be a run folder; the run records the config.json that its weights came with."""
     e = dataclasses.replace(tuned(tiny.folder), start=str(tiny.folder))
-    lm.training(e, workdir=tmp_path)
+    lm.train(e, workdir=tmp_path)
     assert runs.load_declaration(tmp_path / "tuned").start == str(tiny.folder)
     imported = tmp_path / "imported"
     out = exchange.export_run(tiny.folder, tmp_path / "out")
     exchange.import_run(out, imported)
-    lm.training(dataclasses.replace(e, name="again", start=str(imported)), workdir=tmp_path)
+    lm.train(dataclasses.replace(e, name="again", start=str(imported)), workdir=tmp_path)
     facts = json.loads((tmp_path / "again" / "experiment.json").read_text())
     assert facts["origin"]["config"] == json.loads((out / "config.json").read_text())
 
@@ -79,9 +79,9 @@ def test_another_model_is_refused_by_name(start, tmp_path):
     e = tuned(start)
     wider = dataclasses.replace(e.model, ffn=dataclasses.replace(e.model.ffn, hidden=48))
     with pytest.raises(UserError, match=r"ffn/down is \[2, 32, 16\] there and \[2, 48, 16\] here"):
-        lm.training(dataclasses.replace(e, model=wider), workdir=tmp_path)
+        lm.train(dataclasses.replace(e, model=wider), workdir=tmp_path)
     with pytest.raises(UserError, match="neither a run folder"):
-        lm.training(dataclasses.replace(e, start=str(tmp_path / "nothing")), workdir=tmp_path)
+        lm.train(dataclasses.replace(e, start=str(tmp_path / "nothing")), workdir=tmp_path)
     assert not (tmp_path / "tuned").exists()
 
 

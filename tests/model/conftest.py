@@ -76,8 +76,8 @@ def run(draw):
     @functools.cache
     def compiled(config: model.Config):
         def logits(params, tokens, options):
-            out = model.forward(config, params, tokens, **options)
-            return model.logits(config, params, out.hidden_btd)
+            out = model.Model(config, params)(tokens, **options)
+            return model.Model(config, params).logits(out.hidden_btd)
 
         return jax.jit(logits)
 

@@ -45,7 +45,7 @@ def test_forward_flops_are_those_of_xla(tied, layers):
     length = 64
 
     def forward(params, tokens):
-        return model.logits(config, params, model.forward(config, params, tokens).hidden_btd)
+        return model.Model(config, params).logits(model.Model(config, params)(tokens).hidden_btd)
 
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     compiled = jax.jit(forward).lower(model.shapes(config), tokens).compile()

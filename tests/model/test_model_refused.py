@@ -9,7 +9,7 @@ from lm import model
 from lm.errors import UserError
 
 GQA = {"heads": 4, "kv_heads": 2, "head_dim": 8}
-NORM = model.RMSNorm()
+NORM = model.RMSNormConfig()
 BAD = {
     "heads": (lambda: model.GQA(**GQA | {"heads": 0}), "attention.heads=0", "above zero"),
     "kv_heads": (lambda: model.GQA(**GQA | {"kv_heads": 3}), "attention.kv_heads=3", "1, 2, 4"),
@@ -55,7 +55,7 @@ BAD = {
         "ffn.activation='gelu_tan'",
         "'gelu_tanh'",
     ),
-    "eps": (lambda: model.RMSNorm(eps=0.0), "norm.eps=0.0", "above zero"),
+    "eps": (lambda: model.RMSNormConfig(eps=0.0), "norm.eps=0.0", "above zero"),
     "std": (lambda: model.Normal(std=0), "init.std=0", "above zero"),
 }
 CONFIG = {
@@ -100,7 +100,9 @@ def test_models(name, base):
 
 def test_remat_and_cache(base, attend, draw, tokens):
     check(
-        lambda: model.forward(base, draw(base), tokens, remat="blocks"), "remat='blocks'", "'block'"
+        lambda: model.Model(base, draw(base), options=model.ForwardOptions(remat="blocks"))(tokens),
+        "remat='blocks'",
+        "'block'",
     )
     config = attend(causal=False)
     check(lambda: model.init_cache(config, 1, 8), "attention.causal=False", "causal=True")

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from lm.errors import UserError
+from lm.model.initializers import He
 from lm.model.moe import (
     BiasBalance,
     Capacity,
@@ -24,7 +25,6 @@ from lm.model.moe import (
     router_logits,
     update_bias,
 )
-from lm.model.param import He
 
 B, T, D, F, E, K = 3, 10, 8, 12, 6, 2
 PLAIN = MoE(experts=E, experts_per_token=K, hidden=F, balance=None)

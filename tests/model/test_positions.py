@@ -209,13 +209,13 @@ def test_without_a_causal_mask_the_future_counts(attend, run, tokens):
     assert np.abs(run(config, other) - run(config, tokens))[:, 0].max() > 1e-3
 
 
-@pytest.mark.parametrize("norm", [model.RMSNorm(offset=1.0), model.LayerNorm()])
+@pytest.mark.parametrize("norm", [model.RMSNormConfig(offset=1.0), model.LayerNormConfig()])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_norms_reduce_in_float32(norm, dtype):
     """In bf16 the result is that of float64, rounded once: relative 2^-8."""
     x = 100 + np.random.default_rng(3).standard_normal((4, 256))
     x = np.asarray(jnp.asarray(x, dtype), np.float64)
-    if isinstance(norm, model.LayerNorm):
+    if isinstance(norm, model.LayerNormConfig):
         expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + norm.eps)
     else:
         expected = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + norm.eps)

@@ -17,8 +17,10 @@ PATTERN = (model.Block(attention=LOCAL), model.Block())
 
 
 def loss(config, params, tokens, remat="none"):
-    hidden = model.forward(config, params, tokens, remat=remat).hidden_btd
-    return jnp.square(model.logits(config, params, hidden)).mean()
+    hidden = model.Model(config, params, options=model.ForwardOptions(remat=remat))(
+        tokens
+    ).hidden_btd
+    return jnp.square(model.Model(config, params).logits(hidden)).mean()
 
 
 def relative(a, b):
@@ -59,7 +61,11 @@ def test_remat_changes_memory_and_not_gradients(base, draw, tokens):
     gradients, sizes = {}, {}
 
     def hidden_loss(params, remat):
-        return jnp.square(model.forward(config, params, tokens, remat=remat).hidden_btd).mean()
+        return jnp.square(
+            model.Model(config, params, options=model.ForwardOptions(remat=remat))(
+                tokens
+            ).hidden_btd
+        ).mean()
 
     for remat in ("none", "dots", "attention", ("qkv", "attention_out", "ffn_hidden"), "block"):
         compiled = jax.jit(jax.grad(hidden_loss), static_argnums=1).lower(params, remat).compile()
@@ -90,7 +96,12 @@ def test_attention_that_is_kept_is_not_computed_again(base, remat):
     tokens = np.zeros((1, 256), np.int32)
 
     def total(params):
-        return jnp.sum(model.forward(config, params, tokens, remat=remat).hidden_btd ** 2)
+        return jnp.sum(
+            model.Model(config, params, options=model.ForwardOptions(remat=remat))(
+                tokens
+            ).hidden_btd
+            ** 2
+        )
 
     jaxpr = jax.make_jaxpr(jax.grad(total))(model.shapes(config))
     calls = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "pallas_call"]
@@ -131,7 +142,7 @@ def test_weights_shapes_and_axes_are_one_tree(base, parts):
             bias=True,
             out_bias=True,
             sinks=model.LearnedSinks(),
-            qk_norm=model.QKNorm(norm=model.LayerNorm()),
+            qk_norm=model.QKNorm(norm=model.LayerNormConfig()),
         )
         config = dataclasses.replace(
             base,
@@ -175,9 +186,9 @@ def test_arithmetic_follows_the_weights(base, draw, run, tokens):
     bf16 number has 8 bits, and errors of some dozen roundings add up."""
     params = draw(base)
     half = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), params)
-    hidden = model.forward(base, half, tokens).hidden_btd
+    hidden = model.Model(base, half)(tokens).hidden_btd
     assert hidden.dtype == jnp.bfloat16
-    logits = model.logits(base, half, hidden)
+    logits = model.Model(base, half).logits(hidden)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, run(base, tokens, params), atol=0.15)
 
@@ -189,9 +200,9 @@ def test_dropout(base, draw, tokens):
 
     @jax.jit
     def hidden(key=None):
-        return model.forward(config, params, tokens, dropout_key=key).hidden_btd
+        return model.Model(config, params)(tokens, dropout_key=key).hidden_btd
 
-    plain = model.forward(base, params, tokens).hidden_btd
+    plain = model.Model(base, params)(tokens).hidden_btd
     np.testing.assert_allclose(hidden(), plain, atol=1e-5)
     first, again, other = (hidden(jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
@@ -209,7 +220,7 @@ def test_dropout_keeps_the_mean(base, draw, tokens):
         params["blocks"]["0"][name] = ones
     keys = jax.random.split(jax.random.key(0), 2000)
     forward = jax.vmap(
-        lambda key: model.forward(config, params, tokens[:1, :1], dropout_key=key).hidden_btd
+        lambda key: model.Model(config, params)(tokens[:1, :1], dropout_key=key).hidden_btd
     )
     kept = np.asarray(forward(keys)) > 0
     assert abs(kept.mean() - 0.6) < 5 * np.sqrt(0.6 * 0.4 / kept.size)
@@ -225,7 +236,7 @@ def test_side_losses_and_load(base, draw, tokens):
         prefix=(model.Block(ffn=model.SwiGLU(hidden=24)),),
         pattern=(model.Block(), model.Block(ffn=model.SwiGLU(hidden=24))),
     )
-    out = model.forward(config, draw(config), tokens)
+    out = model.Model(config, draw(config))(tokens)
     assert {path: load.shape for path, load in out.load.items()} == {
         "blocks/0/ffn": (2, 4),
         "suffix/0/ffn": (4,),
@@ -234,7 +245,7 @@ def test_side_losses_and_load(base, draw, tokens):
         np.testing.assert_allclose(load.sum(-1), 1, rtol=1e-5)
     assert set(out.losses) == {"balance", "router_z"}
     assert all(value.shape == () and value > 0 for value in out.losses.values())
-    dense = model.forward(base, draw(base), tokens)
+    dense = model.Model(base, draw(base))(tokens)
     assert dense.losses == {} and dense.load == {} and dense.cache is None
 
 
@@ -242,8 +253,8 @@ def test_padding_counts_in_no_load(base, draw, tokens):
     config = dataclasses.replace(base, ffn=MOE)
     params, segments = draw(config), np.ones_like(tokens)
     segments[:, 8:] = 0
-    padded = model.forward(config, params, tokens, segments_bt=segments)
-    short = model.forward(config, params, tokens[:, :8])
+    padded = model.Model(config, params)(tokens, segments_bt=segments)
+    short = model.Model(config, params)(tokens[:, :8])
     np.testing.assert_allclose(padded.load["blocks/0/ffn"], short.load["blocks/0/ffn"], atol=1e-6)
     np.testing.assert_allclose(padded.losses["balance"], short.losses["balance"], rtol=1e-5)
 
@@ -253,7 +264,7 @@ def test_update_balance_moves_only_the_biases_of_routers(base, draw, tokens):
         base, ffn=dataclasses.replace(MOE, balance=model.BiasBalance(rate=0.01))
     )
     params = jax.tree.map(jnp.asarray, draw(config))
-    load = model.forward(config, params, tokens).load
+    load = model.Model(config, params)(tokens).load
     moved = trees.flatten(model.update_balance(config, params, load))
     bias = "blocks/0/ffn/bias"
     for path, weight in trees.flatten(params).items():
@@ -303,14 +314,14 @@ def test_weights_do_not_depend_on_how_they_are_drawn():
 
 def test_norm_scales_start_at_one(base):
     """In the 1 + w form the weight starts at zero, and the network is the same."""
-    offset = dataclasses.replace(base, norm=model.RMSNorm(offset=1.0))
+    offset = dataclasses.replace(base, norm=model.RMSNormConfig(offset=1.0))
     start = model.init(offset, jax.random.key(0))
     assert not np.any(start["final_norm"]["scale"])
     x = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
     plain = model.init(base, jax.random.key(0))
     np.testing.assert_allclose(
-        model.forward(offset, start, x).hidden_btd,
-        model.forward(base, plain, x).hidden_btd,
+        model.Model(offset, start)(x).hidden_btd,
+        model.Model(base, plain)(x).hidden_btd,
         rtol=1e-5,
         atol=1e-6,
     )
@@ -319,12 +330,12 @@ def test_norm_scales_start_at_one(base):
 def test_a_cache_holds_one_document_per_row(base, draw, tokens):
     cache = model.init_cache(base, 2, 16)
     with pytest.raises(ValueError, match="segments_bt or cache"):
-        model.forward(base, draw(base), tokens, segments_bt=np.ones_like(tokens), cache=cache)
+        model.Model(base, draw(base))(tokens, segments_bt=np.ones_like(tokens), cache=cache)
 
 
 def test_cache_in_another_dtype(base, draw, tokens):
     params = draw(base)
     cache = model.init_cache(base, 2, 16, jnp.bfloat16)
-    out = model.forward(base, params, tokens, cache=cache)
+    out = model.Model(base, params)(tokens, cache=cache)
     assert {leaf.dtype for leaf in jax.tree.leaves(out.cache)} == {jnp.dtype(jnp.bfloat16)}
     assert out.hidden_btd.dtype == jnp.float32

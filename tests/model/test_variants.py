@@ -9,7 +9,7 @@ import pytest
 
 from lm import model
 
-NORM, OFFSET = model.RMSNorm(), model.RMSNorm(offset=1.0)
+NORM, OFFSET = model.RMSNormConfig(), model.RMSNormConfig(offset=1.0)
 LOCAL = model.GQA(heads=4, kv_heads=2, head_dim=8, window=3)
 
 ATTENTION = {
@@ -22,7 +22,7 @@ ATTENTION = {
     "alibi": {"position": model.ALiBi()},
     "no_position": {"position": model.NoPosition()},
     "qk_norm": {"qk_norm": model.QKNorm(norm=NORM)},
-    "qk_norm_whole": {"qk_norm": model.QKNorm(norm=model.LayerNorm(), over="projection")},
+    "qk_norm_whole": {"qk_norm": model.QKNorm(norm=model.LayerNormConfig(), over="projection")},
     "bias": {"bias": True},
     "out_bias": {"out_bias": True},
     "softcap": {"softcap": 1.0},
@@ -34,8 +34,8 @@ ATTENTION = {
     "mqa": {"kv_heads": 1},
 }
 WHOLE = {
-    "layer_norm": {"norm": model.LayerNorm()},
-    "layer_norm_no_bias": {"norm": model.LayerNorm(bias=False)},
+    "layer_norm": {"norm": model.LayerNormConfig()},
+    "layer_norm_no_bias": {"norm": model.LayerNormConfig(bias=False)},
     "one_plus_norm": {"norm": OFFSET},
     "post": {"placement": "post"},
     "output": {"placement": "output"},
@@ -97,7 +97,7 @@ def test_looks_only_back(name, configs, draw, tokens):
 
     def hidden(table, params):
         params = params | {"embed": {"table": table}}
-        return model.forward(config, params, tokens).hidden_btd[:, 5, 0].sum()
+        return model.Model(config, params)(tokens).hidden_btd[:, 5, 0].sum()
 
     params = draw(config)
     gradient = np.asarray(jax.jit(jax.grad(hidden))(params["embed"]["table"], params))
@@ -126,8 +126,8 @@ def test_cached_equals_uncached(variant, run, draw, tokens):
 
     @jax.jit
     def step(params, tokens, positions, cache):
-        out = model.forward(config, params, tokens, positions_bt=positions, cache=cache)
-        return model.logits(config, params, out.hidden_btd), out.cache
+        out = model.Model(config, params)(tokens, positions_bt=positions, cache=cache)
+        return model.Model(config, params).logits(out.hidden_btd), out.cache
 
     lengths, slots = np.array([5, 3]), 16
     positions = np.arange(5) * np.ones((2, 1), np.int32)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lm import checkpoint, data, model, optim, run, trees
+from lm import checkpoint, data, model, optim, program, trees
 from lm.data.batch import Batch
 from lm.experiment import Experiment
 from lm.parallel import distributed
@@ -102,15 +102,15 @@ class Play:
     """An experiment's program on one mesh."""
 
     def __init__(self, experiment: Experiment, place: Place) -> None:
-        self.program = run.assemble(replace(experiment, places={"here": place}), "here")
+        self.program = program.assemble(replace(experiment, places={"here": place}), "here")
 
     def begin(self) -> Any:
-        return self.program.init()
+        return self.program.init()[0]
 
     def update(self, state: Any, step: int) -> tuple[Any, dict[str, float]]:
         rows = batch(step)
         on_devices = self.program.put(lambda own: Batch(*(x[own] for x in rows)), SEQUENCES)
-        state, metrics = self.program.step(state, on_devices)
+        state, metrics = self.program.step(state, on_devices, {})
         return state, {name: float(x) for name, x in metrics.items()}
 
     def finish(self, state: Any) -> np.ndarray:
@@ -159,14 +159,14 @@ def uninterrupted(play: Play, store: checkpoint.Store) -> dict[str, np.ndarray]:
 
 
 def main(folder: Path, name: str, meshes: list[str]) -> None:
-    run.use_compilation_cache()
+    program.use_compilation_cache()
     save = checkpoint.Save(every=SAVED)
     for mesh in meshes:
         play = Play(RUNS[name], Place(mesh=Mesh.parse(mesh)))
         with checkpoint.Store(folder / f"saved-{mesh}", save) as store:
             out = uninterrupted(play, store)
         for saved in sorted(folder.glob("saved-*")):
-            state = checkpoint.Store(saved).restore(play.program.abstract)
+            state = checkpoint.Store(saved).restore(play.program.abstract[0])
             origin = saved.name.removeprefix("saved-")
             out |= whole(state.params, f"restored {origin}")
             out[f"continued {origin}"] = play.finish(state)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from mesh_runs import DENSE, SEQUENCES, Play, batch, first_moment, whole
 
-from lm import model, objectives, run
+from lm import model, objectives, program
 from lm.data.batch import Batch
 from lm.parallel import distributed
 from lm.parallel.mesh import Mesh, Place
@@ -68,13 +68,13 @@ def trips(play: Play) -> list[int]:
     """How often the compiled step goes round each of its loops; the compiler writes it down."""
     rows = batch(0)
     on_devices = play.program.put(lambda own: Batch(*(x[own] for x in rows)), SEQUENCES)
-    compiled = play.program.step.lower(play.program.abstract, on_devices).compile()
+    compiled = play.program.step.lower(play.program.abstract[0], on_devices, {}).compile()
     found = re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', compiled.as_text())
     return [int(count) for count in found]
 
 
 def main(folder: Path, name: str, places: list[str]) -> None:
-    run.use_compilation_cache()
+    program.use_compilation_cache()
     for text in places:
         play = Play(RUNS[name], place(text))
         state, metrics = play.update(play.begin(), 0)

@@ -109,7 +109,7 @@ def check_step(optimizer) -> None:
 
     from lm import model, objectives, training, trees
     from lm.data.batch import Batch
-    from lm.parallel.mesh import Mesh
+    from lm.parallel.mesh import Mesh, Place
     from lm.precision import Precision
 
     c = model.Config(
@@ -133,18 +133,19 @@ def check_step(optimizer) -> None:
     for layout, microbatches in ((Mesh(), 1), (Mesh(data=2, fsdp=2, tensor=2), 2)):
         mesh = layout.build()
         shardings = training.state_shardings(c, transformation, Precision(), mesh)
-        state = training.init_state(c, transformation, Precision(), 0, mesh)
+        state, _ = training.init_state(c, transformation, Precision(), 0, shardings)
         step = training.make_step(
-            c, objectives.NextToken(), optimizer, schedule, Precision(), microbatches=microbatches
+            *(c, objectives.NextToken(), optimizer, schedule, Precision()),
+            place=Place(mesh=layout, microbatches=microbatches),
         )
-        compiled = training.compile_step(step, shardings, mesh).lower(state, batch).compile()
+        compiled = training.compile_step(step, shardings, mesh).lower(state, batch, {}).compile()
         if microbatches > 1:
             check_moves(compiled.as_text())
         placed = jax.device_put(batch, compiled.input_shardings[0][1])
         for _ in range(3):
-            state, metrics = compiled(state, placed)
+            state, metrics = compiled(state, placed, {})
             lines.append({name: float(x) for name, x in metrics.items()})
-        jax.tree.map(lambda x, at: None if x.sharding == at else 1 / 0, state, shardings)
+        jax.tree.map(lambda x, at: None if x.sharding == at else 1 / 0, state, shardings[0])
         check_placement(trees.flatten(state.params), state.opt_state)
     for alone, together in zip(lines[:3], lines[3:], strict=True):
         for name, value in alone.items():

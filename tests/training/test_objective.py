@@ -19,10 +19,10 @@ MOE = dataclasses.replace(
 
 def plain(config, params, data, z_loss):
     """The same from all logits at once: (total, nll)."""
-    output = model.forward(
-        config, params, data.tokens, segments_bt=data.segments, positions_bt=data.positions
+    output = model.Model(config, params)(
+        data.tokens, segments_bt=data.segments, positions_bt=data.positions
     )
-    logits_btv = model.logits(config, params, output.hidden_btd)
+    logits_btv = model.Model(config, params).logits(output.hidden_btd)
     lse = jax.nn.logsumexp(logits_btv, axis=-1)
     nll = lse - jnp.take_along_axis(logits_btv, data.targets[..., None], axis=-1)[..., 0]
     side = sum(output.losses.values()) * data.weights.sum()
@@ -37,7 +37,7 @@ def test_equals_the_plain_computation(config):
     @jax.jit
     def both(params):
         def chunked(p):
-            loss = objective.loss(config, p, data)
+            loss = objective.loss(model.Model(config, p), data, None, {})
             return loss.total, loss
 
         return (
@@ -63,7 +63,9 @@ def test_a_target_of_weight_zero_does_not_matter():
     params = jax.jit(model.init, static_argnums=0)(DENSE, jax.random.key(0))
     one = batch(weights=np.eye(4, 8))
     other = one._replace(targets=np.where(one.weights > 0, one.targets, 0))
-    loss = jax.jit(lambda p, data: objectives.NextToken().loss(DENSE, p, data).total)
+    loss = jax.jit(
+        lambda p, data: objectives.NextToken().loss(model.Model(DENSE, p), data, None, {}).total
+    )
     assert loss(params, one) == loss(params, other)
     assert loss(params, one._replace(weights=2 * one.weights)) == 2 * loss(params, one)
 
@@ -74,7 +76,11 @@ def test_no_array_of_all_logits_exists():
 
     def compiled(chunk):
         def total(params):
-            return objectives.NextToken(chunk=chunk).loss(DENSE, params, data).total
+            return (
+                objectives.NextToken(chunk=chunk)
+                .loss(model.Model(DENSE, params), data, None, {})
+                .total
+            )
 
         return jax.jit(jax.grad(total)).lower(model.shapes(DENSE)).compile().as_text()
 

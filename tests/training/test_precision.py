@@ -19,13 +19,13 @@ def trained(precision, batches, objective=None):
     mesh = Mesh().build()
     optimizer = optim.AdamW(clip_norm=1.0)
     transformation = optimizer.build(SCHEDULE.at, model.axes(DENSE))
-    state = training.init_state(DENSE, transformation, precision, 0, mesh)
-    step = training.make_step(DENSE, objectives.NextToken(), optimizer, SCHEDULE.at, precision)
     shardings = training.state_shardings(DENSE, transformation, precision, mesh)
+    state, _ = training.init_state(DENSE, transformation, precision, 0, shardings)
+    step = training.make_step(DENSE, objectives.NextToken(), optimizer, SCHEDULE.at, precision)
     step = training.compile_step(step, shardings, mesh)
     states, lines = [jax.device_get(state)], []
     for data in batches:
-        state, metrics = step(state, data)
+        state, metrics = step(state, data, {})
         states.append(jax.device_get(state))
         lines.append({name: float(value) for name, value in metrics.items()})
     return states, lines

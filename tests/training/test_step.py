@@ -11,24 +11,29 @@ from train_examples import DENSE, batch
 
 from lm import model, objectives, optim, training, trees
 from lm.errors import UserError
-from lm.parallel.mesh import Mesh
+from lm.parallel.mesh import Mesh, Place
 from lm.precision import Precision
 
 SCHEDULE = optim.Linear(peak=0.1, warmup=2, steps=10)
 MESH = Mesh().build()
 
 
-def prepare(config=DENSE, optimizer=None, **options):
+def prepare(config=DENSE, optimizer=None, seed=0, **place):
     """(fresh state, compiled step)."""
     optimizer = optimizer or optim.SGD()
     transformation = optimizer.build(SCHEDULE.at, model.axes(config))
-    offload = options.get("offload", ())
-    state = training.init_state(config, transformation, Precision(), 0, MESH, offload=offload)
-    step = training.make_step(
-        config, objectives.NextToken(), optimizer, SCHEDULE.at, Precision(), **options
+    place = Place(**place)
+    shardings = training.state_shardings(
+        config, transformation, Precision(), MESH, offload=place.offload
     )
-    shardings = training.state_shardings(config, transformation, Precision(), MESH, offload=offload)
-    return state, training.compile_step(step, shardings, MESH)
+    state, _ = training.init_state(config, transformation, Precision(), 0, shardings)
+    step = training.make_step(
+        *(config, objectives.NextToken(), optimizer, SCHEDULE.at, Precision()),
+        place=place,
+        seed=seed,
+    )
+    compiled = training.compile_step(step, shardings, MESH)
+    return state, compiled
 
 
 def host(tree):
@@ -44,7 +49,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     for microbatches in (1, 2, 4):
         state, step = prepare(microbatches=microbatches)
         before = host(state.params)
-        state, metrics = step(state, data)
+        state, metrics = step(state, data, {})
         rate = float(metrics["learning_rate"])
         # Plain descent: the change is the gradient.
         grads = jax.tree.map(lambda a, b: (a - np.array(b)) / rate, before, state.params)  # noqa: B023
@@ -66,7 +71,7 @@ def test_gradients_may_be_summed_in_bfloat16():
         state, step = prepare(microbatches=4, accumulate=accumulate)
         programs[accumulate] = step.trace(state, data).jaxpr
         before = host(state.params)
-        state, metrics = step(state, data)
+        state, metrics = step(state, data, {})
         rate = float(metrics["learning_rate"])
         results[accumulate] = jax.tree.map(
             lambda a, b: (a - np.array(b)) / rate,  # noqa: B023
@@ -100,8 +105,8 @@ def test_what_lies_in_the_hosts_memory_comes_to_the_same(remat):
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(away.opt_state) if x.ndim}
     assert kinds == {"pinned_host"}
     for _ in range(3):
-        state, line = step(state, batch())
-        away, other = offloading(away, batch())
+        state, line = step(state, batch(), {})
+        away, other = offloading(away, batch(), {})
         assert other["loss"] == pytest.approx(float(line["loss"]), rel=1e-6)
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(away.opt_state) if x.ndim}
     assert kinds == {"pinned_host"}
@@ -114,7 +119,7 @@ def test_the_norm_is_reported_before_and_bounded_after_clipping():
     for clip in (None, 0.05, 1e6):
         state, step = prepare(optimizer=optim.SGD(clip_norm=clip), microbatches=2)
         before = host(state.params)
-        state, metrics = step(state, data)
+        state, metrics = step(state, data, {})
         change = jax.tree.map(lambda a, b: a - np.array(b), before, state.params)
         moved[clip] = trees.global_norm(change) / metrics["learning_rate"]
         norms[clip] = metrics["grad_norm"]
@@ -126,15 +131,15 @@ def test_the_norm_is_reported_before_and_bounded_after_clipping():
 
 def test_a_batch_that_is_not_finite_changes_nothing_but_the_counts():
     state, step = prepare(optimizer=optim.AdamW(weight_decay=0.1))
-    state, _ = step(state, batch())
+    state, _ = step(state, batch(), {})
     before = host(state)
     bad = batch(1)
     bad.weights[0, 0] = np.nan
-    state, metrics = step(state, bad)
+    state, metrics = step(state, bad, {})
     assert metrics["skipped"] == 1 and state.skipped == 1 and state.step == 2
     for name in ("params", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(state, name))
-    state, metrics = step(state, batch(2))
+    state, metrics = step(state, batch(2), {})
     assert metrics["skipped"] == 0 and state.skipped == 1 and state.step == 3
     assert metrics["learning_rate"] == SCHEDULE.at(2), "the schedule does not wait"
 
@@ -142,7 +147,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counts():
 def test_a_batch_without_weights_has_no_gradient():
     state, step = prepare()
     before = host(state.params)
-    state, metrics = step(state, batch(weights=np.zeros((4, 8))))
+    state, metrics = step(state, batch(weights=np.zeros((4, 8))), {})
     assert metrics["skipped"] == 0 and metrics["loss"] == 0 and metrics["grad_norm"] == 0
     jax.tree.map(np.testing.assert_array_equal, before, state.params)
 
@@ -150,7 +155,7 @@ def test_a_batch_without_weights_has_no_gradient():
 def test_the_state_is_donated():
     state, step = prepare(optimizer=optim.AdamW())
     old = jax.tree.leaves((state.params, state.opt_state))
-    step(state, batch())
+    step(state, batch(), {})
     assert all(leaf.is_deleted() for leaf in old)
 
 
@@ -158,7 +163,7 @@ def test_the_state_is_updated_in_place():
     """The compiled step copies no parameter and no moment, as wide matrices would show."""
     config = dataclasses.replace(DENSE, vocab=997)
     state, step = prepare(config, optim.AdamW(weight_decay=0.1, clip_norm=1.0))
-    text = step.lower(state, batch()).compile().as_text()
+    text = step.lower(state, batch(), {}).compile().as_text()
     copies = [
         line for line in text.splitlines() if re.search(r" = f32\[(997,16|16,997)\].* copy\(", line)
     ]
@@ -170,7 +175,7 @@ def test_metrics_say_what_happened():
     data = batch()
     losses = []
     for i in range(20):
-        state, metrics = step(state, data)
+        state, metrics = step(state, data, {})
         assert all(x.dtype == jnp.float32 and x.shape == () for x in metrics.values())
         if i == 0:
             norm = float(trees.global_norm(state.params))
@@ -189,8 +194,8 @@ def test_the_balancing_bias_follows_the_load_and_nothing_else():
     config = dataclasses.replace(DENSE, ffn=moe)
     one, step = prepare(config, optim.Muon(weight_decay=0.1), microbatches=1)
     two, step_two = prepare(config, optim.Muon(weight_decay=0.1), microbatches=2)
-    one, _ = step(one, batch())
-    two, _ = step_two(two, batch())
+    one, _ = step(one, batch(), {})
+    two, _ = step_two(two, batch(), {})
     bias = np.array(one.params["blocks"]["0"]["ffn"]["bias"])
     # Each expert's bias went one `rate` up or down, towards an even load.
     np.testing.assert_allclose(np.abs(bias[bias != 0]), 0.01, rtol=1e-5)
@@ -203,7 +208,7 @@ def test_dropout_follows_seed_and_step():
     for seed in (0, 0, 1):
         state, step = prepare(config, optim.SGD(clip_norm=1e-9), seed=seed)
         for _ in range(2):
-            state, metrics = step(state, batch())
+            state, metrics = step(state, batch(), {})
             losses.append(float(metrics["loss"]))
     assert losses[:2] == losses[2:4]
     assert len({losses[0], losses[1], losses[4], losses[5]}) == 4
@@ -213,7 +218,7 @@ def test_the_program_does_not_grow_with_layers_or_micro_batches():
     def lines(layers, microbatches):
         config = dataclasses.replace(DENSE, layers=layers)
         state, step = prepare(config, microbatches=microbatches)
-        text = step.lower(state, batch(rows=8)).as_text()
+        text = step.lower(state, batch(rows=8), {}).as_text()
         return len(re.findall(r"\n", text))
 
     assert lines(2, 2) == lines(4, 4)
@@ -224,4 +229,4 @@ def test_micro_batches_must_divide_the_batch():
     with pytest.raises(
         UserError, match=r"place\.microbatches=3 does not divide batch\.sequences=4"
     ):
-        step(state, batch())
+        step(state, batch(), {})

@@ -17,7 +17,7 @@ import optax
 from lm import trees
 from lm.checkpoint import Save, Store
 from lm.training.guard import Stopper
-from lm.training.loop import Evaluator, Outcome, Rates, loop
+from lm.training.loop import Evaluation, Outcome, Rates, loop
 from lm.training.metrics import Log
 
 OPTIMIZER = optax.adam(0.05)
@@ -103,7 +103,7 @@ def run(
             start=start,
             steps=steps,
             rates=RATES,
-            evaluators=[Evaluator(eval_every, evaluate)],
+            evaluations=[Evaluation(eval_every, evaluate)],
             writers=writers,
             store=store,
             metadata={"name": "tiny"},

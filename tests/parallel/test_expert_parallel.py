@@ -39,7 +39,7 @@ def main(form: str) -> None:
     import numpy as np
     from jax.sharding import PartitionSpec
 
-    from lm.model import exchange_rows
+    from lm.model import expert_parallel
 
     def written_out(x, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name):
         """What jax.lax.ragged_all_to_all says that it does."""
@@ -58,7 +58,7 @@ def main(form: str) -> None:
 
     if form == "ragged":
         jax.lax.ragged_all_to_all = written_out
-        exchange_rows._by_platform = lambda ragged, gathered, *arrays: ragged(*arrays)
+        expert_parallel._by_platform = lambda ragged, gathered, *arrays: ragged(*arrays)
 
     mesh = jax.make_mesh((DEVICES,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = PartitionSpec("expert")
@@ -74,7 +74,7 @@ def main(form: str) -> None:
     for buffer in (4, 18):
 
         def far(counts_e, x, w, buffer=buffer):
-            return exchange_rows.on_experts(feed, buffer, counts_e.reshape(-1), x, w)
+            return expert_parallel.on_experts(feed, buffer, counts_e.reshape(-1), x, w)
 
         @jax.jit
         def loss(x, w, counts, far=far):

@@ -1,0 +1,151 @@
+"""An experiment at a place, as compiled functions."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm import model, optim, training, trees
+from lm.data.batch import Batch
+from lm.experiment import Experiment
+from lm.parallel import sharding
+from lm.parallel.mesh import Mesh, Place, choose
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What an experiment compiles to at a place. Creating one allocates nothing.
+
+    schedule        with every duration in steps
+    shardings       of (state, frozen weights)
+    abstract        shapes and formats of (state, frozen weights), sharded
+    abstract_batch  shapes and formats of a full batch, sharded
+    step            jitted (state, batch, frozen) -> (state, metrics); the state is donated
+    """
+
+    experiment: Experiment
+    place_name: str
+    place: Place
+    mesh: jax.sharding.Mesh
+    rules: sharding.Rules
+    schedule: optim.Schedule
+    transformation: optax.GradientTransformation
+    shardings: tuple[training.State, Any]
+    abstract: tuple[training.State, Any]
+    abstract_batch: Any
+    step: Any
+
+    def init(self) -> tuple[training.State, Any]:
+        """(state before the first step, frozen weights) with fresh weights, created sharded."""
+        e = self.experiment
+        return training.init_state(
+            *(e.model, self.transformation, e.precision, e.seed, self.shardings, e.trainable)
+        )
+
+    def init_from(self, params: Any) -> tuple[training.State, Any]:
+        """(state before the first step, frozen weights) with these weights, which are donated."""
+        e = self.experiment
+        return training.init_state_from(
+            params, self.transformation, e.precision, self.shardings, e.trainable
+        )
+
+    def lower(self) -> Any:
+        """The training step, lowered for this place: `.compile()` it, or read its `.as_text()`."""
+        state, frozen = self.abstract
+        return self.step.lower(state, self.abstract_batch, frozen)
+
+    def put(self, rows: Callable[[slice], Any], sequences: int) -> Any:
+        """The global batch on the devices. Each process reads only the rows of its own devices.
+
+        `rows(slice)` returns a NamedTuple of numpy arrays with these rows.
+        """
+        where = jax.tree.map(lambda x: (x.shape[1:], x.sharding), self.abstract_batch)
+        leading = sharding.batch_sharding(self.mesh, ndim=1)
+        indices = leading.addressable_devices_indices_map((sequences,)).values()
+        read = {span: rows(slice(*span)) for span in {_span(i, sequences) for i in indices}}
+
+        def place(field: int) -> jax.Array:
+            shape, placed = where[field]
+            return jax.make_array_from_callback(
+                (sequences, *shape),
+                placed,
+                lambda index: read[_span(index, sequences)][field][:, *index[1:]],
+            )
+
+        return type(self.abstract_batch)(*(place(i) for i in range(len(self.abstract_batch))))
+
+
+def _span(index: tuple[slice, ...], rows: int) -> tuple[int, int]:
+    start, stop, _ = index[0].indices(rows)
+    return start, stop
+
+
+def assemble(experiment: Experiment, on: str | None = None, mesh: Mesh | None = None) -> Program:
+    """The program of an experiment at a place. Raises UserError if it does not fit this machine."""
+    name, place = choose(experiment.places, on, mesh)
+    return assemble_at(experiment, name, place)
+
+
+def assemble_at(
+    experiment: Experiment, name: str, place: Place, devices: Sequence[jax.Device] | None = None
+) -> Program:
+    """The program at this place, on `devices` (default: this machine's), which may be described by
+    a topology instead of present."""
+    e = experiment
+    e.check_place(place)
+    mesh, rules = place.mesh.build(devices), sharding.rules_for(place)
+    schedule = e.schedule.resolve(e.batch)
+    axes, _ = trees.partition(model.axes(e.model), e.trainable)
+    transformation = e.optimizer.build(schedule.at, axes)
+    of_state = (e.model, transformation, e.precision)
+    shardings = training.state_shardings(*of_state, mesh, rules, place.offload, e.trainable)
+    batch = _abstract_batch(e, mesh)
+    step = training.make_step(
+        *(e.model, e.objective, e.optimizer, schedule.at, e.precision),
+        place=place,
+        seed=e.seed,
+        trainable=e.trainable,
+    )
+    return Program(
+        experiment=e,
+        place_name=name,
+        place=place,
+        mesh=mesh,
+        rules=rules,
+        schedule=schedule,
+        transformation=transformation,
+        shardings=shardings,
+        abstract=training.abstract_state(*of_state, shardings, e.trainable),
+        abstract_batch=batch,
+        step=training.compile_step(step, shardings, mesh, rules, batch),
+    )
+
+
+def _abstract_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> Batch:
+    shape, where = experiment.batch, sharding.batch_sharding(mesh)
+    formats = {"weights": jnp.float32}
+    return Batch(
+        *(
+            jax.ShapeDtypeStruct(
+                (shape.sequences, shape.length), formats.get(name, jnp.int32), sharding=where
+            )
+            for name in Batch._fields
+        )
+    )
+
+
+def use_compilation_cache() -> None:
+    """Caches compiled programs in JAX_COMPILATION_CACHE_DIR, or ~/.cache/lm/jax."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def cache_folder() -> Path:
+    """Where this user's caches lie: ~/.cache/lm."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lm"

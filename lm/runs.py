@@ -1,0 +1,385 @@
+"""Run folders, and trained models opened from them.
+
+A run lies in WORKDIR/NAME/ (the README lists its files). A Hugging Face folder opens as a run of
+step 0.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from lm import checkpoint, data, evals, generate, hf, model, optim, trees
+from lm.errors import UserError
+from lm.experiment import MAY_CHANGE, Experiment, differences, from_json, identity, to_json
+from lm.model import Model, Transformer
+from lm.parallel import distributed, sharding
+from lm.parallel.mesh import Mesh
+from lm.precision import Precision
+from lm.prepared import prepare
+from lm.program import Program, use_compilation_cache
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+
+# Of experiment.json. Raised when older folders can no longer be read.
+FORMAT = 2
+
+# The data of a model that was imported.
+NO_TEXT = data.Documents(texts=(), held_out=0.0)
+
+
+class RunFolder:
+    """A run folder or a Hugging Face folder, opened and checked once.
+
+    path        of the folder
+    facts       contents of experiment.json; None if it has not been written
+    pretrained  the Hugging Face folder, if it is one
+
+    Raises UserError for a damaged experiment.json, or one of an older format.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = epath.Path(path)
+        self.facts = _read_facts(self.path)
+        is_pretrained = self.facts is None and hf.is_pretrained(self.path)
+        self.pretrained = hf.Pretrained(self.path) if is_pretrained else None
+
+    @classmethod
+    def existing(cls, path: str | os.PathLike) -> "RunFolder":
+        """Opens a folder that must hold a run or a Hugging Face model."""
+        folder = cls(path)
+        if folder.facts is None and folder.pretrained is None:
+            raise UserError(
+                f"{folder.path} is neither a run folder (it has no experiment.json) nor a Hugging "
+                "Face folder (it has no config.json)."
+            )
+        return folder
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """Checkpoints of the training state."""
+        return self.path / "checkpoints"
+
+    @property
+    def frozen(self) -> epath.Path:
+        """The weights that do not train, saved once."""
+        return self.path / "frozen"
+
+    @functools.cached_property
+    def experiment(self) -> Experiment:
+        """The declaration. Of a Hugging Face folder, one that starts from it, to be given data and
+        a schedule with dataclasses.replace."""
+        if self.facts is None:
+            return _experiment_of(self.pretrained, self.path)
+        try:
+            return from_json(self.facts["experiment"])
+        except UserError as error:
+            raise UserError(f"{self.path / 'experiment.json'}: {error}") from None
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """config.json and generation_config.json that the weights came with, if any."""
+        if self.pretrained is None:
+            return (self.facts or {}).get("origin")
+        return {
+            "config": self.pretrained.config_json,
+            "generation_config": self.pretrained.generation_config,
+        }
+
+    def tokenizer(self) -> data.Tokenizer | None:
+        """The tokenizer; None if there is none."""
+        return data.load_tokenizer(self.path) if data.has_tokenizer(self.path) else None
+
+    def params(
+        self, step: int | None, shardings: Any, dtype: str | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """(step, weights) of a checkpoint, by default the newest. The weights keep their stored
+        format, or are converted to `dtype`."""
+        if self.pretrained is not None:
+            return 0, self.pretrained.params(shardings, dtype)
+        store = checkpoint.Store(self.checkpoints)
+        step = store.latest() if step is None else step
+        if step is None:
+            raise UserError(
+                f"{self.path} has no checkpoint yet; it was stopped before its first save."
+            )
+        if not self.frozen.exists():
+            return step, _convert(store.restore_params(step, shardings), dtype)
+        trainable = self.experiment.trainable
+        split = (None, None) if shardings is None else trees.partition(shardings, trainable)
+        frozen = checkpoint.Store(self.frozen).restore_params(None, split[1])
+        return step, _convert(trees.merge(store.restore_params(step, split[0]), frozen), dtype)
+
+    def check_same(self, experiment: Experiment) -> None:
+        """Raises UserError if the run was begun with another declaration."""
+        if self.facts is None or identity(self.experiment) == identity(experiment):
+            return
+        free = {name: getattr(experiment, name) for name in MAY_CHANGE}
+        before = dataclasses.replace(self.experiment, **free)
+        raise UserError(
+            f"{self.path} was begun with another declaration "
+            f"({'; '.join(differences(before, experiment))}). Give this one another name with "
+            "--set name=NAME, or another --workdir."
+        )
+
+    def check_same_text(self, prepared: data.Prepared) -> None:
+        """Raises UserError if the text has changed since the run was begun."""
+        facts = self.facts
+        if facts is not None and facts["data"]["fingerprint"] != prepared.fingerprint:
+            raise UserError(
+                f"The text has changed since {self.path} was begun. Bring back the files as they "
+                "were, or begin another run with --set name=NAME."
+            )
+
+    def write(
+        self, program: Program, prepared: data.Prepared, origin: dict[str, Any] | None
+    ) -> None:
+        """Writes experiment.json and the tokenizer, on process 0."""
+        if not distributed.is_main():
+            return
+        counts = {
+            f"{name}:{split}": dataclasses.asdict(count)
+            for (name, split), count in prepared.counts.items()
+        }
+        facts = {
+            "data": {"fingerprint": prepared.fingerprint, "counts": counts},
+            "place": {"name": program.place_name, "mesh": str(program.place.mesh)},
+            "devices": [device.device_kind for device in program.mesh.devices.flat],
+        }
+        write_facts(self.path, program.experiment, facts | ({"origin": origin} if origin else {}))
+        prepared.tokenizer.save(self.path)
+
+
+def _convert(params: Any, dtype: str | None) -> Any:
+    return params if dtype is None else Precision(params=dtype).to_params(params)
+
+
+def _read_facts(folder: epath.Path) -> dict[str, Any] | None:
+    path = folder / "experiment.json"
+    if not path.exists():
+        return None
+    try:
+        facts = json.loads(path.read_text())
+    except ValueError:
+        facts = None
+    if not isinstance(facts, dict) or not facts.keys() >= {"experiment", "data"}:
+        raise UserError(
+            f"{path} is damaged: it holds no declaration. Restore it, or delete {folder}."
+        )
+    if facts.get("format") != FORMAT:
+        raise UserError(
+            f"{path} was written by another version of lm (format {facts.get('format', 1)}, this "
+            f"one reads {FORMAT}); open the run with that version, or train it again under another "
+            "name."
+        )
+    return facts
+
+
+def write_facts(folder: epath.Path, experiment: Experiment, facts: dict[str, Any]) -> None:
+    """Writes experiment.json: the declaration, `facts`, versions and git revision."""
+    made_by = {
+        "format": FORMAT,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git": _git_revision(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / "experiment.json.new"
+    content = {"experiment": to_json(experiment), **facts, **made_by}
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(folder / "experiment.json")
+
+
+def _git_revision() -> str | None:
+    """Revision of the code, with '+' for uncommitted changes; None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _experiment_of(pretrained: hf.Pretrained, path: epath.Path) -> Experiment:
+    return Experiment(
+        name=re.sub(r"[^A-Za-z0-9._+=,-]", "-", path.name).lstrip("._+=,-") or "pretrained",
+        start=str(path),
+        model=pretrained.config,
+        data=NO_TEXT,
+        tokenizer=data.TokenizerFile(path=str(path)),
+        batch=data.BatchShape(sequences=1, length=pretrained.length),
+        optimizer=optim.AdamW(clip_norm=1.0),
+        schedule=optim.Constant(peak=1e-5, steps=1),
+        precision=Precision(
+            params="bfloat16" if pretrained.stored_dtypes() == {"bfloat16"} else "float32"
+        ),
+    )
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """A trained model with its tokenizer.
+
+    folder      of the run
+    experiment  its declaration
+    tokenizer   text to ids and back; None for a Hugging Face folder without one
+    params      nested dict of weights
+    step        number of updates of `params`
+    stopped     the signal that ended training early, if any
+    mesh        the jax mesh that `params` are sharded over; None for one device
+    """
+
+    folder: epath.Path
+    experiment: Experiment
+    tokenizer: data.Tokenizer | None
+    params: dict[str, Any]
+    step: int
+    stopped: str | None = None
+    mesh: jax.sharding.Mesh | None = None
+
+    @property
+    def model(self) -> Transformer:
+        """The Flax module, with weights in the dtype of arithmetic."""
+        return self.apply.module()
+
+    @property
+    def apply(self) -> Model:
+        """Config, weights, mesh and precision as one value."""
+        e = self.experiment
+        return Model(e.model, self.params, self.mesh, e.precision)
+
+    def logits(self, tokens_bt: Any) -> jax.Array:
+        """[B, T] token ids -> [B, T, V] float32 logits of the next token at each position."""
+        tokens_bt = np.asarray(tokens_bt, np.int32)
+        ways = 1 if self.mesh is None else sharding.batch_ways(self.mesh)
+        padding = ((0, -len(tokens_bt) % ways), (0, 0))
+        return _logits(self.apply.cast(), np.pad(tokens_bt, padding))[: len(tokens_bt)]
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        max_tokens: int = 64,
+        context: int | None = None,
+        temperature: float = 0.8,
+        sampling: generate.Sampling | None = None,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+        stream: Callable[[int, str], None] | None = None,
+    ) -> Any:
+        """Continues each prompt: a string for a string, a list for a list.
+
+        Args:
+            context: most tokens of prompt and continuation; None: the sequence length of training.
+            temperature: 0 is greedy; `sampling` instead has all options.
+            stop: strings that end a continuation; they are not part of it.
+            stream: called with (row, piece of text) as text is generated.
+
+        Raises UserError for a prompt longer than `context`.
+        """
+        texts = generate.generate_text(
+            self.apply.cast(),
+            self._tokenizer(),
+            [prompts] if isinstance(prompts, str) else list(prompts),
+            context=context or self.experiment.batch.length,
+            max_tokens=max_tokens,
+            sampling=sampling or generate.Sampling(temperature=temperature),
+            stop=stop,
+            key=seed,
+            stream=stream,
+        )
+        return texts[0].text if isinstance(prompts, str) else [text.text for text in texts]
+
+    def evaluate(self, source: Any = None, *, context: int | None = None) -> list[evals.Result]:
+        """Loss, perplexity and bits per byte with their standard errors.
+
+        Args:
+            source: a path or glob of text files, or a source of lm.data; None: the held-out text of
+                the run's own data.
+            context: tokens of a sequence; None: the sequence length of training, at most 4,096.
+        """
+        e = self.experiment
+        length, sequences = context or min(e.batch.length, 4096), e.batch.sequences_at(0)
+        if source is None and e.data == NO_TEXT:
+            raise UserError(f"{self.folder} came without text; name some, as in --data FILE.")
+        if source is None:
+            prepared = prepare(e, self.folder.parent)
+            RunFolder(self.folder).check_same_text(prepared)
+            texts = [prepared.evaluation(name, length, sequences) for name in prepared.held_out]
+        else:
+            source = data.Text(path=str(source)) if isinstance(source, str | Path) else source
+            texts = [data.evaluation(source, self._tokenizer(), length, sequences)]
+        return [
+            result
+            for text in texts
+            for result in evals.perplexity(self.apply, text, step=self.step)
+        ]
+
+    def _tokenizer(self) -> data.Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(f"{self.folder} has neither tokenizer.json nor tokenizer.model.")
+        return self.tokenizer
+
+
+@jax.jit
+def _logits(apply: Model, tokens_bt: jax.Array) -> jax.Array:
+    with apply.on_mesh(sharding.UNSPLIT_SEQUENCE):
+        return apply.logits(apply(tokens_bt).hidden_btd)
+
+
+def load(
+    folder: str | os.PathLike,
+    *,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    compute: str | None = None,
+) -> Run:
+    """Opens a run folder or a Hugging Face folder, on one device or a mesh.
+
+    Args:
+        step: of the checkpoint; None: the newest. A Hugging Face folder has only step 0.
+        compute: "float32" or "bfloat16", the dtype of arithmetic; None: that of the declaration,
+            which for a Hugging Face folder is float32. The weights keep their stored dtype.
+
+    Raises UserError if there is neither, no such checkpoint, or a damaged one.
+    """
+    opened = RunFolder.existing(folder)
+    experiment = opened.experiment
+    if compute is not None:
+        precision = dataclasses.replace(experiment.precision, compute=compute, loss_scale=None)
+        experiment = dataclasses.replace(experiment, precision=precision)
+    use_compilation_cache()
+    built = mesh.build() if mesh else None
+    axes, shapes = model.axes(experiment.model), model.shapes(experiment.model)
+    shardings = sharding.weight_shardings(axes, shapes, built) if built else None
+    step, params = opened.params(step, shardings)
+    return Run(
+        folder=opened.path,
+        experiment=experiment,
+        tokenizer=opened.tokenizer(),
+        params=params,
+        step=step,
+        mesh=built,
+    )
+
+
+def load_declaration(folder: str | os.PathLike) -> Experiment:
+    """The experiment of a run folder; of a Hugging Face folder, one that starts from it."""
+    return RunFolder.existing(folder).experiment
