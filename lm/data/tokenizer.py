@@ -155,22 +155,24 @@ class SentencePiece(TokenizerConfig):
 class Tokenizer:
     """A loaded SentencePiece model.
 
-    vocab   number of ids
-    pad, bos, eos, unk  ids. A foreign model without padding or begin has its end id there
-    prefix  ids before a prompt
-    stops   ids that end a generated text
-    name    of the model file
-    model   bytes of the model file
-    beside  further files of a foreign model, by name: special tokens, chat template
+    vocab        number of ids
+    pad, bos, eos, unk  ids. An imported model without padding or begin has its end id there
+    prefix       ids before a prompt
+    stops        ids that end a generated text
+    name, model  name and bytes of the model file
+    extra_files  further files of an imported model, by name: special tokens, chat template
     """
 
     name = "tokenizer.model"
 
     def __init__(
-        self, model: bytes, path: str = "tokenizer.model", beside: Mapping[str, bytes] | None = None
+        self,
+        model: bytes,
+        path: str = "tokenizer.model",
+        extra_files: Mapping[str, bytes] | None = None,
     ):
         self.model = model
-        self.beside = dict(beside or {})
+        self.extra_files = dict(extra_files or {})
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
@@ -182,12 +184,12 @@ class Tokenizer:
         self.unk = self._sp.unk_id()
         if self.eos < 0:
             raise UserError(f"{path} has neither a begin nor an end piece to separate documents.")
-        begins = self._read_beside("tokenizer_config.json").get("add_bos_token", True)
-        ends = ids_of(self._read_beside("generation_config.json").get("eos_token_id"))
+        begins = self._read_extra("tokenizer_config.json").get("add_bos_token", True)
+        ends = ids_of(self._read_extra("generation_config.json").get("eos_token_id"))
         self.prefix = (self.bos,) if begins else ()
         self.stops = tuple(dict.fromkeys([self.eos, *ends]))
         self._bytes = [self._bytes_of(piece) for piece in range(self.vocab)]
-        # Whether a foreign model adds a space before every text. Then texts must not be cut, and
+        # Whether an imported model adds a space before every text. Then texts must not be cut, and
         # decoding removes the space.
         self._adds_space = "".join(self._sp.encode_as_pieces("a")) == f"{_SPACE}a"
         # SentencePiece decodes U+2581 as a space; one in the text itself is encoded as bytes.
@@ -198,21 +200,21 @@ class Tokenizer:
     @property
     def files(self) -> dict[str, bytes]:
         """All files that `lm.data.load_tokenizer` needs, by name."""
-        return {self.name: self.model, **self.beside}
+        return {self.name: self.model, **self.extra_files}
 
     @property
     def checksum(self) -> str:
         """A digest of the files."""
-        if not self.beside:
+        if not self.extra_files:
             return digest(self.model)
         return digest("".join(n + digest(d) for n, d in sorted(self.files.items())).encode())
 
     @property
     def chat_template(self) -> str | None:
         """The Jinja template of a conversation; None if the files have none."""
-        if "chat_template.jinja" in self.beside:
-            return self.beside["chat_template.jinja"].decode()
-        return self._read_beside("tokenizer_config.json").get("chat_template")
+        if "chat_template.jinja" in self.extra_files:
+            return self.extra_files["chat_template.jinja"].decode()
+        return self._read_extra("tokenizer_config.json").get("chat_template")
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the files atomically into a folder, local or at an fsspec URL."""
@@ -253,10 +255,10 @@ class Tokenizer:
         """An incremental decoder."""
         return StreamDecoder(self)
 
-    def _read_beside(self, name: str) -> dict[str, Any]:
+    def _read_extra(self, name: str) -> dict[str, Any]:
         """A JSON file beside the model; {} if missing."""
         try:
-            content = json.loads(self.beside.get(name, b"{}"))
+            content = json.loads(self.extra_files.get(name, b"{}"))
         except ValueError:
             content = None
         if not isinstance(content, dict):

@@ -13,7 +13,7 @@ from lm.data.tokenizer_json import JsonTokenizer
 from lm.errors import UserError
 
 # Files that are loaded with a model file and saved with it, so that an export contains them.
-BESIDE = (
+EXTRA_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -72,20 +72,20 @@ def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
 
 
 def _of_folder(folder: Folder) -> Tokenizer:
-    beside = {name: data for name in BESIDE if (data := folder.read(name)) is not None}
+    extra_files = {name: data for name in EXTRA_FILES if (data := folder.read(name)) is not None}
     model = folder.read(JsonTokenizer.name)
     if model is not None:
-        return JsonTokenizer(model, folder.path_to(JsonTokenizer.name), beside)
-    model = beside.pop(Tokenizer.name)
-    tokenizer = Tokenizer(model, folder.path_to(Tokenizer.name), beside)
+        return JsonTokenizer(model, folder.path_to(JsonTokenizer.name), extra_files)
+    model = extra_files.pop(Tokenizer.name)
+    tokenizer = Tokenizer(model, folder.path_to(Tokenizer.name), extra_files)
     _check_added(folder, tokenizer)
     return tokenizer
 
 
 def _check_added(folder: Folder, tokenizer: Tokenizer) -> None:
     """Raises UserError for tokens that were added outside of the SentencePiece model."""
-    config = json.loads(tokenizer.beside.get("tokenizer_config.json", b"{}"))
-    added = json.loads(tokenizer.beside.get("added_tokens.json", b"{}"))
+    config = json.loads(tokenizer.extra_files.get("tokenizer_config.json", b"{}"))
+    added = json.loads(tokenizer.extra_files.get("added_tokens.json", b"{}"))
     ids = [*map(int, config.get("added_tokens_decoder", {})), *added.values()]
     if any(i >= tokenizer.vocab for i in ids):
         raise UserError(

@@ -24,11 +24,14 @@ class JsonTokenizer(Tokenizer):
     name = "tokenizer.json"
 
     def __init__(
-        self, model: bytes, path: str = "tokenizer.json", beside: Mapping[str, bytes] | None = None
+        self,
+        model: bytes,
+        path: str = "tokenizer.json",
+        extra_files: Mapping[str, bytes] | None = None,
     ):
         import tokenizers
 
-        self.model, self.beside = model, dict(beside or {})
+        self.model, self.extra_files = model, dict(extra_files or {})
         try:
             self._json = tokenizers.Tokenizer.from_str(model.decode())
             content = json.loads(model)
@@ -58,9 +61,9 @@ class JsonTokenizer(Tokenizer):
 
     def _find_special(self, path: str) -> None:
         """Sets the special ids, `stops` and `prefix` from the files beside the tokenizer."""
-        config = self._read_beside("tokenizer_config.json")
-        generation = self._read_beside("generation_config.json")
-        named = {**self._read_beside("special_tokens_map.json"), **config}
+        config = self._read_extra("tokenizer_config.json")
+        generation = self._read_extra("generation_config.json")
+        named = {**self._read_extra("special_tokens_map.json"), **config}
 
         def find(role: str) -> int | None:
             token = named.get(f"{role}_token")
