@@ -15,7 +15,7 @@ import pytest
 import tiny_experiments
 
 import lm.main
-from lm import run
+from lm import run, runs
 from lm.commands import bench
 from lm.experiment import from_json, to_json
 from lm.planning import show
@@ -23,7 +23,7 @@ from lm.planning import show
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*.py") if p.stem != "__init__")
 READMES = [ROOT / "README.md", ROOT / "experiments" / "README.md", ROOT / "experiments" / "LOG.md"]
-READMES += [ROOT / "lm" / "data" / "README.md"]
+READMES += [ROOT / "lm" / room / "README.md" for room in ("data", "hf")]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # A path that some machine has and others do not; /data stands for yours.
@@ -118,8 +118,8 @@ def python_fences() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("body", [body for _, body in python_fences()])
 def test_code_in_the_docs_is_code(body, tmp_path, monkeypatch):
     compile(body, "README.md", "exec")
-    monkeypatch.setattr(run, "load_declaration", lambda folder: tiny_experiments.experiment())
-    if "lm.training(" in body:
+    monkeypatch.setattr(runs, "load_declaration", lambda folder: tiny_experiments.experiment())
+    if "lm.train" in body:
         return  # the notebook does that
     file = tmp_path / "readme.py"
     file.write_text(body)
