@@ -1,14 +1,15 @@
-"""Plans a run on TPU pods that are not at hand: memory, FLOPs, collectives, time.
+"""Plans a run on TPU slices without having them: memory, FLOPs, collectives, time. See README.md.
 
 slices      TPU slices by name
 estimate    memory and time from the declaration alone
-compiled    compiles the real training step with libtpu
+compiled    compiles the training step with libtpu, ahead of time
 hlo         parses the compiled program
-compute     FLOPs and bytes of its operations
-links       its collectives and their time on the torus
+compute     FLOPs and memory traffic of its operations
+links       its collectives and their time on the interconnect
+report      a plan: facts about one place, as a dictionary and as text
 search      searches meshes, micro-batches and remat policies
 scaling     weak scaling: the same work per chip on larger slices
-report      a plan as text
+show        the resolved declaration, parameters, shardings and memory of an experiment
 """
 
 from lm.planning.report import Plan, plan, text

@@ -1,8 +1,8 @@
-"""The half of a plan that needs no compiler: memory and time from the declaration and the chip's
+"""Estimates memory and time of a step without the compiler, from the declaration and the chip's
 constants.
 
-Time is a roofline: matrix products at MATMUL of the peak, element-wise work and kernels' operands
-at HBM of the memory's bandwidth, collectives at the links' speed. The two shares are assumptions,
+Time is a roofline: matmuls at MATMUL of the peak, element-wise work and operands of kernels at HBM
+of the memory bandwidth, collectives at the speed of the links. The two fractions are assumptions,
 the same for every chip and model.
 """
 
@@ -16,33 +16,39 @@ from lm.parallel.mesh import AXES, Place
 from lm.planning import links, show
 from lm.planning.slices import Slice
 
-MATMUL = 0.90  # of the peak in large products: assumed
-HBM = 0.85  # of the bandwidth in streaming: assumed
-# Of the peak in attention's kernels, forward, and forward and backward together, with heads of 128:
-# what the softmax leaves, counted from the compiled kernels (kernels_pallas/README.md). The vector
-# units take a time for each score, whatever the width of a head.
+MATMUL = 0.90  # fraction of peak FLOP/s in large matmuls: assumed
+HBM = 0.85  # fraction of memory bandwidth in streaming: assumed
+# Fraction of peak FLOP/s in attention kernels with head width 128: (forward, forward and backward
+# together). Softmax takes the rest, as counted in the compiled kernels (kernels_pallas/README.md):
+# the vector units need the same time per score for any head width.
 ATTENTION = {
     "v5e": (0.85, 0.88), "v5p": (0.84, 0.88), "v6e": (0.44, 0.45), "tpu7x": (0.47, 0.47),
 }  # fmt: skip
-# A product's operands are read once for every tile of its result: the side of a square tile whose
-# float32 sums and operands fill the 16 MiB of vector memory that a program gets by default.
+# A matmul reads its operands once per tile of its result. Side of a square tile whose float32
+# accumulator and operands fill the 16 MiB of vector memory that a program gets by default.
 TILE = 1024
 
-# How often an array of a layer of this width is read or written in the forward pass outside of
-# products: norms, rotations, residuals (of the model's width); the gate (of the feed-forward's);
-# rows that go to experts, sorted, sent, weighted, sent back and summed (as in a compiled step).
+# Reads and writes of a layer's activations outside matmuls in the forward pass, in arrays: WIDE of
+# the model width (norms, rotary embedding, residuals), HIDDEN of the feed-forward width (the gate),
+# ROWS of the model width per routed expert (rows are sorted, sent, weighted, returned and summed,
+# as in a compiled step).
 WIDE, HIDDEN, ROWS = 10, 4, 30
 
-# Which share of the forward pass the backward pass computes anew, besides element-wise work: of the
-# products with weights, and of attention, whose kernels are no such products.
-FORWARDS = {"none": (0.0, 0.0), "dots": (0.0, 0.0), "block": (1.0, 1.0), "stage": (1.0, 1.0)}
+# Fraction of the forward pass that the backward pass recomputes: (weight matmuls, attention).
+RECOMPUTE = {"none": (0.0, 0.0), "dots": (0.0, 0.0), "block": (1.0, 1.0), "stage": (1.0, 1.0)}
 
 
 class Estimate(NamedTuple):
-    """Per device: bytes, and seconds of a step.
+    """Estimate per device: memory in bytes, time of a step in seconds.
 
-    compute is products and memory together, one after the other, without the waits of a pipeline,
-    of which `bubble` is the share while its layers run, `layers` seconds; links is all collectives.
+    activations  saved for the backward pass
+    working      temporaries of one layer, and the copy of the parameters in the compute dtype
+    compute      matmuls and memory traffic, without pipeline bubbles
+    layers       the part of `compute` in layers
+    links        all collectives
+    exposed      the part of `links` that matmuls wait for
+    bubble       idle fraction of the time in layers
+    offloaded    whether the optimizer state is in host memory
     """
 
     parameters: int
@@ -64,31 +70,32 @@ class Estimate(NamedTuple):
     @property
     def peak(self) -> int:
         passes = self.activations + self.working
-        if self.offloaded:  # the optimizer's state is there only for the update
+        if self.offloaded:  # the optimizer state is on the device during the update only
             return self.parameters + self.gradients + max(passes, self.optimizer)
         return self.state + self.gradients + passes
 
     @property
     def seconds(self) -> float:
-        """With the gathering of weights and the summing of gradients behind the products, and
-        `exposed` collectives, which products wait for, in the open."""
-        waiting = self.layers * self.bubble / (1 - self.bubble)
-        hidden = self.links - self.exposed
-        return max(self.compute + waiting, hidden) + self.exposed
+        """Time of a step. All-gathers of weights and sums of gradients overlap with matmuls;
+        `exposed` collectives do not."""
+        idle = self.layers * self.bubble / (1 - self.bubble)
+        overlapped = self.links - self.exposed
+        return max(self.compute + idle, overlapped) + self.exposed
 
 
 class _Sizes(NamedTuple):
-    """Of one layer, before any split.
+    """Sizes of one unsharded layer.
 
-    weights, active    all that are not experts', and those that a token meets
-    experts, routed    the routed experts' weights, and those that a token meets
-    rows               how many experts a token goes to
-    heads, kv          widths of queries, and of keys or values; head_dim that of one head
-    hidden, chosen     what stands between the matrices of the feed-forward, and of chosen experts
-    keys               that a query sees
+    dense            weights of attention, dense feed-forward and shared experts
+    experts, routed  weights of all routed experts, and of those that process a token
+    rows             routed experts per token
+    heads, kv        widths of queries, and of keys or values
+    head_dim         width of one head
+    hidden, chosen   feed-forward width of the dense part, and of a token's routed experts together
+    keys             keys that a query attends to, on average
     """
 
-    active: float
+    dense: float
     experts: float
     routed: float
     rows: int
@@ -99,53 +106,51 @@ class _Sizes(NamedTuple):
     chosen: float
     keys: float
 
-    @property
-    def weights(self) -> float:
-        return self.active + self.experts
-
 
 def state_at(e: Experiment, place: Place) -> dict[str, int]:
-    """Bytes per device of parameters, gradients and optimizer, the same for all places of a mesh
-    and a number of rounds."""
-    return show.memory(e, place.mesh.abstract(), sharding.rules_at(place))
+    """Bytes per device of parameters, gradients and optimizer state. Depends only on the mesh and
+    circular_repeats of the place."""
+    return show.memory(e, place.mesh.abstract(), sharding.rules_for(place))
 
 
 def estimate(
     e: Experiment,
     place: Place,
-    where: Slice,
+    tpu_slice: Slice,
     *,
-    again: float | None = None,
+    recompute: float | None = None,
     attention: tuple[float, float] | None = None,
     state: dict[str, int] | None = None,
 ) -> Estimate:
-    """Of a step at this place of this slice.
+    """Estimates a step at a place of a TPU slice.
 
     Args:
-        again: the share of the forward pass that the backward pass computes anew (default: what
-            the place's remat says).
-        attention: shares of the peak in attention's kernels (default: those of ATTENTION).
-        state: what `state_at` says of the place, where it is known already.
+        recompute: fraction of the forward pass that the backward pass recomputes (default: by the
+            remat of the place).
+        attention: fractions of the peak in attention kernels (default: those of ATTENTION).
+        state: result of `state_at`, if already computed.
     """
     mesh = place.mesh
     layers = [_sizes(e, block) for block in e.model.layout.blocks]
     ways = mesh.data * mesh.fsdp * mesh.expert * mesh.context
-    tokens = e.batch.sequences * e.batch.length / ways  # through each stage of a pipeline
-    part = tokens / place.microbatches
+    device_tokens = e.batch.sequences * e.batch.length / ways  # through each stage of a pipeline
+    tokens = device_tokens / place.microbatches
     state = state or state_at(e, place)
     schedule = e.pipeline_at(place)
-    again = _again(place) if again is None else (again, again)
+    recomputed = _recomputed(place) if recompute is None else (recompute, recompute)
     half = _half(e) if place.microbatches == 1 else place.accumulate == "bfloat16"
     gradients = state["gradients"] // (2 if half else 1)
-    shares = attention or ATTENTION[where.generation]
-    compute, in_layers = _compute(e, place, where, layers, part, again, shares, state["parameters"])
-    on_links, exposed = _links(e, place, where, layers, part, again[0], gradients)
+    fractions = attention or ATTENTION[tpu_slice.generation]
+    compute, in_layers = _compute(
+        e, place, tpu_slice, layers, tokens, recomputed, fractions, state["parameters"]
+    )
+    on_links, exposed = _links(e, place, tpu_slice, layers, tokens, recomputed[0], gradients)
     return Estimate(
         parameters=state["parameters"],
         optimizer=state["optimizer"],
         gradients=gradients,
-        activations=int(_saved(e, place, layers, part)),
-        working=int(_working(e, place, layers, part) + _copies(state["parameters"], e)),
+        activations=int(_activations(e, place, layers, tokens)),
+        working=int(_working(e, place, layers, tokens) + _cast_bytes(state["parameters"], e)),
         compute=compute,
         layers=in_layers,
         links=on_links,
@@ -158,75 +163,78 @@ def estimate(
 def _compute(
     e: Experiment,
     place: Place,
-    where: Slice,
+    tpu_slice: Slice,
     layers: list[_Sizes],
-    part: float,
-    again: tuple[float, float],
-    shares: tuple[float, float],
+    tokens: float,
+    recomputed: tuple[float, float],
+    fractions: tuple[float, float],
     parameters: int,
 ) -> tuple[float, float]:
-    """Seconds of products, memory and the optimizer, and those of them in layers, for `part` tokens
-    in each micro-batch."""
-    mesh, chip, dim, tensor = place.mesh, where.chip, e.model.dim, place.mesh.tensor
+    """(seconds of matmuls, memory traffic and optimizer; those of them in layers), for `tokens` per
+    device and micro-batch."""
+    mesh, chip, dim, tensor = place.mesh, tpu_slice.chip, e.model.dim, place.mesh.tensor
     flops, hbm = MATMUL * chip.flops / chip.devices, HBM * chip.hbm_bandwidth / chip.devices
     seconds = 0.0
     for layer in layers:
-        products = 2 * part * layer.active / tensor * (3 + again[0])
-        # Where experts lie on other devices, the backward pass fetches rows anew in any case.
-        routed = max(again) if mesh.expert == 1 else 1.0
-        products += 2 * part * layer.routed / tensor * (3 + routed)
-        tiles = products * 2 / TILE  # bytes: both operands, two a number
+        matmuls = 2 * tokens * layer.dense / tensor * (3 + recomputed[0])
+        # With expert parallelism the backward pass always recomputes rows of other devices.
+        routed = max(recomputed) if mesh.expert == 1 else 1.0
+        matmuls += 2 * tokens * layer.routed / tensor * (3 + routed)
+        operands = matmuls * 2 / TILE  # bytes: two operands of two bytes a number
         hidden = HIDDEN * (layer.hidden + layer.chosen) / tensor
-        traffic = 2 * part * ((WIDE + ROWS * layer.rows) * dim + hidden)
-        seconds += max(products / flops, tiles / hbm) + 4 * traffic / hbm
-        attention = 4 * part * layer.heads * layer.keys / tensor
+        traffic = 2 * tokens * ((WIDE + ROWS * layer.rows) * dim + hidden)
+        seconds += max(matmuls / flops, operands / hbm) + 4 * traffic / hbm
+        attention = 4 * tokens * layer.heads * layer.keys / tensor
         peak = chip.flops / chip.devices
-        seconds += in_attention(attention, 1 + again[1], layer.head_dim, shares) / peak
+        forwards = 1 + recomputed[1]
+        seconds += attention_flops_at_peak(attention, forwards, layer.head_dim, fractions) / peak
     seconds *= place.microbatches / mesh.pipe
-    tokens = place.microbatches * part / mesh.pipe
-    vocabulary = 3 * 2 * tokens * dim * e.model.vocab / tensor / flops
-    # The optimizer reads and writes float32 weight and moments and reads a gradient.
+    stage_tokens = place.microbatches * tokens / mesh.pipe
+    vocabulary = 3 * 2 * stage_tokens * dim * e.model.vocab / tensor / flops
+    # The optimizer reads and writes float32 weights and moments, and reads gradients.
     return seconds + vocabulary + 28 * parameters / 4 / hbm, seconds
 
 
-def _working(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> float:
-    """Bytes that one layer's backward pass, or the vocabulary's, needs for a while."""
+def _working(e: Experiment, place: Place, layers: list[_Sizes], tokens: float) -> float:
+    """Bytes of temporaries in the backward pass of one layer, or of the output matrix if larger."""
     dim, tensor = e.model.dim, place.mesh.tensor
     widest = max(layer.hidden + layer.chosen for layer in layers) / tensor
-    largest = max(layer.active + layer.experts / place.mesh.expert for layer in layers) / tensor
+    largest = max(layer.dense + layer.experts / place.mesh.expert for layer in layers) / tensor
     rows = max(layer.rows for layer in layers)
-    layer = 2 * part * (7 * widest + (8 + 6 * rows) * dim) + 3 * 2 * largest
-    # Of a chunk of words: logits and the matrix's gradient, in float32 and in bfloat16; and the
-    # gradient of the hidden states in float32.
-    vocabulary = 12 * 2**27 + 4 * part * dim
+    layer = 2 * tokens * (7 * widest + (8 + 6 * rows) * dim) + 3 * 2 * largest
+    # A chunk of the vocabulary: logits and gradient of the output matrix, in float32 and bfloat16.
+    # And the gradient of the hidden states in float32.
+    vocabulary = 12 * 2**27 + 4 * tokens * dim
     return max(layer, vocabulary)
 
 
-def in_attention(
-    flops: float, forwards: float, head_dim: int, shares: tuple[float, float]
+def attention_flops_at_peak(
+    flops: float, forwards: float, head_dim: int, fractions: tuple[float, float]
 ) -> float:
-    """What attention takes, in FLOPs at the peak: `flops` forward, so many times, and the backward
-    pass, which computes the scores anew: five products for two."""
-    forward, both = (min(MATMUL, share * head_dim / 128) for share in shares)
+    """Time of attention in FLOPs at peak: `forwards` forward passes of `flops` each, and a backward
+    pass, which recomputes scores: five matmuls where the forward pass has two."""
+    forward, both = (min(MATMUL, fraction * head_dim / 128) for fraction in fractions)
     return flops * (3.5 / both + (forwards - 1) / forward)
 
 
 class Attention(NamedTuple):
-    """Scores and values of all layers, forward, per token: 4 heads head_dim keys in each."""
+    """Forward FLOPs per token of attention in all layers, 4 x heads x head_dim x keys each, and the
+    smallest head width."""
 
     flops: float
     head_dim: int
 
 
 def attention_of(e: Experiment) -> Attention:
-    """The work of its attention."""
+    """Attention work of an experiment."""
     layers = [_sizes(e, block) for block in e.model.layout.blocks]
     flops = sum(4 * layer.heads * layer.keys for layer in layers)
     return Attention(flops, min(layer.head_dim for layer in layers))
 
 
 def grouped_flops(e: Experiment) -> float:
-    """Of one product of an MoE's chosen experts, per token."""
+    """FLOPs per token of one matmul with all routed experts of that token, of the largest MoE
+    layer; 0 without one."""
     ffns = (block.ffn for block in e.model.layout.blocks)
     return max(
         (
@@ -239,11 +247,12 @@ def grouped_flops(e: Experiment) -> float:
 
 
 def _half(e: Experiment) -> bool:
+    """Whether the compute dtype has two bytes."""
     return e.precision.compute != "float32"
 
 
-def _copies(parameters: int, e: Experiment) -> int:
-    """The copy of the parameters in the format of the arithmetic."""
+def _cast_bytes(parameters: int, e: Experiment) -> int:
+    """Bytes of the copy of the parameters in the compute dtype."""
     return parameters // 2 if _half(e) and e.precision.params == "float32" else 0
 
 
@@ -256,13 +265,13 @@ def _sizes(e: Experiment, block: model.Block) -> _Sizes:
         window = min(a.window or keys, keys)
         keys = window * (1 - window / (2 * keys))
     matrices = 3 if isinstance(ffn, model.MoE | model.SwiGLU | model.GeGLU) else 2
-    one, rows, hidden = matrices * dim * ffn.hidden, 0, ffn.hidden
+    expert, rows, hidden = matrices * dim * ffn.hidden, 0, ffn.hidden
     if isinstance(ffn, model.MoE):
         rows, hidden = ffn.experts_per_token, ffn.shared.hidden if ffn.shared else 0
     return _Sizes(
-        active=attention + matrices * dim * hidden,
-        experts=ffn.experts * one if rows else 0,
-        routed=rows * one,
+        dense=attention + matrices * dim * hidden,
+        experts=ffn.experts * expert if rows else 0,
+        routed=rows * expert,
         rows=rows,
         heads=heads,
         head_dim=a.head_dim,
@@ -273,21 +282,21 @@ def _sizes(e: Experiment, block: model.Block) -> _Sizes:
     )
 
 
-def _again(place: Place) -> tuple[float, float]:
-    """Forward passes of products, and of attention, that the backward pass repeats."""
+def _recomputed(place: Place) -> tuple[float, float]:
+    """Fractions of the forward pass that are recomputed: (weight matmuls, attention)."""
     if isinstance(place.remat, str) and place.remat != "attention":
-        return FORWARDS[place.remat]
+        return RECOMPUTE[place.remat]
     return 1.0, 0.0 if "attention" in place.remat else 1.0
 
 
-def _saved(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> float:
-    """Bytes kept for the backward pass. A pipeline keeps them of every iteration."""
+def _activations(e: Experiment, place: Place, layers: list[_Sizes], tokens: float) -> float:
+    """Bytes saved for the backward pass. A pipeline saves them in every iteration."""
     size, tensor, dim = (2 if _half(e) else 4), place.mesh.tensor, e.model.dim
     stream = dim / (tensor if place.mesh.pipe == 1 else 1)
-    given = 0 if "layers" in place.offload else stream  # what enters a layer
+    layer_input = 0 if "layers" in place.offload else stream
 
     def width(layer: _Sizes, remat: str | tuple[str, ...]) -> float:
-        # What the names of lm.parallel.mesh.KEPT stand for; the log of each softmax is left out.
+        # The names of lm.parallel.mesh.SAVED, without the log-sum-exp of attention.
         named = {
             "attention": layer.heads / tensor,
             "qkv": (layer.heads + 2 * layer.kv) / tensor,
@@ -295,91 +304,94 @@ def _saved(e: Experiment, place: Place, layers: list[_Sizes], part: float) -> fl
             "ffn_hidden": 2 * layer.hidden / tensor,
         }
         if not isinstance(remat, str):
-            return given + sum(named[name] for name in remat)
+            return layer_input + sum(named[name] for name in remat)
         if remat == "attention":
-            return given + named["attention"]
-        kept = given
+            return layer_input + named["attention"]
+        saved = layer_input
         if remat in ("dots", "none"):
-            kept += sum(named.values())
+            saved += sum(named.values())
         if remat == "none":
-            kept += (layer.heads + layer.hidden) / tensor + 2 * stream + layer.rows * dim
-            kept += 3 * layer.chosen / tensor if place.mesh.expert == 1 else 0
-        return kept
+            saved += (layer.heads + layer.hidden) / tensor + 2 * stream + layer.rows * dim
+            saved += 3 * layer.chosen / tensor if place.mesh.expert == 1 else 0
+        return saved
 
-    total = size * part * sum(width(layer, place.remat) for layer in layers)
+    total = size * tokens * sum(width(layer, place.remat) for layer in layers)
     schedule = e.pipeline_at(place)
     if schedule is None:
         return total
     if place.remat != "stage":
         return total * schedule.depth * schedule.iterations / schedule.layers
-    # The input of a group in each iteration, and for a while all of one group's layers.
+    # The input of a group in each iteration, and temporarily everything of one group's layers.
     group = max(width(layer, "none") for layer in layers) * schedule.depth
-    return size * part * (stream * schedule.iterations + group)
+    return size * tokens * (stream * schedule.iterations + group)
 
 
 def _links(
     e: Experiment,
     place: Place,
-    where: Slice,
+    tpu_slice: Slice,
     layers: list[_Sizes],
-    part: float,
-    again: float,
+    tokens: float,
+    recomputed: float,
     gradients: int,
 ) -> tuple[float, float]:
-    """(seconds of all collectives, those of them that products wait for)."""
+    """(seconds of all collectives, those of them that matmuls wait for)."""
     mesh, size = place.mesh, 2 if _half(e) else 4
-    torus = _Torus(place, where)
+    torus = _Torus(place, tpu_slice)
     total = exposed = 0.0
     for layer in layers:
-        # Gathered forward and backward, and their gradients summed.
-        weights = size * (layer.active + layer.experts / mesh.expert) / mesh.tensor / mesh.pipe
+        # FSDP: all-gather forward and backward, reduce-scatter of gradients.
+        weights = size * (layer.dense + layer.experts / mesh.expert) / mesh.tensor / mesh.pipe
         total += 3 * place.microbatches * torus.gather("fsdp", weights)
-        stream = size * part * e.model.dim * place.microbatches / mesh.pipe
-        tensor = (4 + 2 * again) * 2 * torus.gather("tensor", stream)
-        # To the experts and back; backward there, with gradients, and those back.
+        stream = size * tokens * e.model.dim * place.microbatches / mesh.pipe
+        tensor = (4 + 2 * recomputed) * 2 * torus.gather("tensor", stream)
+        # Forward: rows to experts and back. Backward: rows and gradients to experts, gradients
+        # back.
         expert = 5 * torus.exchange("expert", stream * layer.rows)
-        # Keys and values go round, and backward with their gradients.
-        keys = size * part * 2 * layer.kv / mesh.tensor * place.microbatches / mesh.pipe
-        context = (3 + again) * torus.gather("context", keys * mesh.context)
+        # Ring attention: keys and values, in the backward pass with their gradients.
+        keys = size * tokens * 2 * layer.kv / mesh.tensor * place.microbatches / mesh.pipe
+        context = (3 + recomputed) * torus.gather("context", keys * mesh.context)
         total += tensor + expert + context
         exposed += tensor + expert + context / 2
     if schedule := e.pipeline_at(place):
-        # Forward and backward, what passes to the next stage and what waits; the first is awaited.
-        packets = 2 * schedule.iterations * torus.permute("pipe", size * part * e.model.dim)
+        # Forward and backward: activations to the next stage (exposed), and waiting micro-batches.
+        packets = 2 * schedule.iterations * torus.permute("pipe", size * tokens * e.model.dim)
         total, exposed = total + 2 * packets, exposed + packets
     total += 2 * torus.gather("data", gradients)
     return total + (links.HOP * len(layers) if mesh.size > 1 else 0), exposed
 
 
 class _Torus:
-    """How fast the axes of a mesh are. The dimensions of a slice's torus are shared out over them
-    by the logarithm of their sizes, as a mesh is laid over a torus, but an axis has one at least;
-    what lies between slices goes through the network."""
+    """Communication speed of mesh axes.
 
-    def __init__(self, place: Place, where: Slice):
-        chip, across = where.chip, place.mesh.across(where.count)
+    An axis gets a number of torus dimensions in proportion to the logarithm of its size, at least
+    one. Communication between slices goes through the network.
+    """
+
+    def __init__(self, place: Place, tpu_slice: Slice):
+        chip, across = tpu_slice.chip, place.mesh.across(tpu_slice.count)
         self._across = dict(zip(AXES, across, strict=True))
         self._within = {a: getattr(place.mesh, a) // self._across[a] for a in AXES}
         bits = math.log2(math.prod(self._within.values())) or 1
         self._dims = {a: max(chip.dims * math.log2(n) / bits, 1) for a, n in self._within.items()}
-        link, rings = chip.link / chip.devices, all(where.rings())
+        link, rings = chip.link / chip.devices, all(tpu_slice.rings())
         self._network = chip.network / chip.devices
         self._link = {a: (2 if rings else 1) * dims * link for a, dims in self._dims.items()}
         self._middle = (8 if rings else 4) * link
 
     def gather(self, axis: str, nbytes: float) -> float:
-        """Seconds until every device along the axis has all of an array, or its sum in parts."""
+        """Seconds of an all-gather or reduce-scatter of an array of `nbytes` along the axis."""
         n, slices = self._within[axis], self._across[axis]
         between = nbytes / n * (slices - 1) / slices / self._network
         return nbytes * (n - 1) / n / self._link[axis] + between
 
     def exchange(self, axis: str, nbytes: float) -> float:
-        """Seconds until every device along the axis has sent an array, a part to each of them: what
-        crosses the middle of the torus takes longest."""
+        """Seconds of an all-to-all along the axis in which every device sends `nbytes`. The links
+        through the middle of the torus are the bottleneck."""
         n, slices = self._within[axis], self._across[axis]
         between = nbytes * (slices - 1) / slices / self._network
         return nbytes * (n ** (1 / self._dims[axis]) if n > 1 else 0) / self._middle + between
 
     def permute(self, axis: str, nbytes: float) -> float:
-        """Seconds to give an array to the next device along the axis."""
+        """Seconds to send an array to the next device along the axis."""
         return nbytes / (self._network if self._across[axis] > 1 else self._link[axis])

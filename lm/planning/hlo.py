@@ -1,7 +1,7 @@
-"""Reads the text of a compiled TPU program: computations, how often each runs, what they move.
+"""Parses the text of a compiled TPU program: computations, and how often each instruction runs.
 
-The text is what `compiled.as_text()` gives: scheduled, so that the order of instructions is the
-order in which they run, and with layouts, so that sizes in memory can be told.
+The text is `compiled.as_text()`: scheduled, so that instructions are in execution order, and with
+layouts, from which follow sizes in memory.
 """
 
 import functools
@@ -20,13 +20,15 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%(\S+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# Memory spaces of an array: the chip's main memory, its vector memory, the host's memory.
+HBM, VMEM, HOST = 0, 1, 5
+
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 @dataclass(frozen=True)
 class Array:
-    """One array of an instruction's result. `space` is 0 for the chip's main memory, 1 for its
-    vector memory, 5 for the host's."""
+    """One array of an instruction's result."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -34,17 +36,18 @@ class Array:
 
     @property
     def nbytes(self) -> int:
-        """Without padding: what a collective moves."""
+        """Bytes without padding, as a collective moves them."""
         return math.prod(self.shape) * _BITS.get(self.dtype, 0) // 8
 
     @property
     def space(self) -> int:
-        found = re.search(r"S\((\d+)\)", self.layout)
-        return int(found.group(1)) if found else 0
+        """Memory space: HBM, VMEM or HOST."""
+        match = re.search(r"S\((\d+)\)", self.layout)
+        return int(match.group(1)) if match else HBM
 
     @property
     def padded(self) -> int:
-        """Bytes as laid out in tiles: the last dimensions are rounded up to whole tiles."""
+        """Bytes in memory: the minor dimensions are rounded up to whole tiles."""
         order, _, tiles = self.layout.partition(":")
         first = re.match(r"T\(([\d,]+)\)", tiles)
         if not first or not self.shape:
@@ -63,7 +66,7 @@ class Array:
 
 @functools.lru_cache(maxsize=100_000)
 def arrays(shape: str) -> tuple[Array, ...]:
-    """Those of an instruction's result, tuples flattened."""
+    """Parses the shape of an instruction's result; tuples are flattened."""
     return tuple(
         Array(dtype, tuple(int(n) for n in sizes.split(",") if n), layout or "")
         for dtype, sizes, layout in _ARRAY.findall(shape)
@@ -73,7 +76,7 @@ def arrays(shape: str) -> tuple[Array, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Instruction:
-    """`operands` are names in the same computation; `rest` is all that follows them in the text."""
+    """`operands` are names in the same computation; `rest` is the text after them: attributes."""
 
     name: str
     shape: str
@@ -88,37 +91,37 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the program it comes from, as in 'jit(step)/while/body/dot_general'."""
-        found = _OP_NAME.search(self.rest)
-        return found.group(1).replace("\\'", "'") if found else ""
+        """Its origin in the program, such as 'jit(step)/while/body/dot_general'."""
+        match = _OP_NAME.search(self.rest)
+        return match.group(1).replace("\\'", "'") if match else ""
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it runs."""
+        """Names of the computations that it calls."""
         branches = _BRANCHES.search(self.rest)
         names = _NAME.findall(branches.group(1)) if branches else []
         return (*_CALLED.findall(self.rest), *names)
 
     def attribute(self, name: str) -> str | None:
-        """The text of `name=...`, braces included."""
-        found = re.search(rf"\b{name}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^\s,]+)", self.rest)
-        return found.group(1) if found else None
+        """Value of the attribute `name=...`, braces included; None without it."""
+        match = re.search(rf"\b{name}=(\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^\s,]+)", self.rest)
+        return match.group(1) if match else None
 
 
 @dataclass
 class Program:
-    """Computations by name, and the one that runs."""
+    """Computations by name, and the name of the entry computation."""
 
     computations: dict[str, list[Instruction]] = field(default_factory=dict)
     entry: str = ""
 
     @functools.cached_property
     def by_name(self) -> dict[str, dict[str, Instruction]]:
-        """computation -> name -> instruction."""
+        """{computation: {name: instruction}}."""
         return {c: {i.name: i for i in body} for c, body in self.computations.items()}
 
     def trips(self, loop: Instruction) -> int:
-        """How often the body of a while runs: the bound that its condition compares with."""
+        """Trip count of a while loop: the constant in its condition."""
         condition = re.search(r"condition=%([\w.\-]+)", loop.rest).group(1)
         bounds = [int(n) for n in self._constants(condition)]
         return max(bounds, default=1)
@@ -131,9 +134,12 @@ class Program:
                 yield from self._constants(name)
 
     def executed(self, computation: str | None = None, times: int = 1, top: bool = True):
-        """(instruction, computation, times, top) for all that runs. Loops are multiplied out; of
-        several branches the longest is taken. `top` is False inside a fusion, whose intermediate
-        results never reach memory, and in what another core of the chip does meanwhile."""
+        """Yields (instruction, computation, times, top) for every executed instruction.
+
+        `times` multiplies the trip counts of surrounding loops. Of a conditional the longest branch
+        counts. `top` is False inside a fusion, whose intermediate results stay out of memory, and
+        in computations that run asynchronously on another core of the chip.
+        """
         computation = computation or self.entry
         for each in self.computations.get(computation, []):
             yield each, computation, times, top
@@ -152,7 +158,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """The program of `compiled.as_text()`."""
+    """Parses `compiled.as_text()`."""
     program = Program()
     body: list[Instruction] = []
     for line in text.splitlines():
@@ -160,8 +166,8 @@ def parse(text: str) -> Program:
             body = program.computations.setdefault(header.group(2), [])
             if header.group(1):
                 program.entry = header.group(2)
-        elif found := _INSTRUCTION.match(line):
-            root, name, shape, op, after = found.groups()
+        elif match := _INSTRUCTION.match(line):
+            root, name, shape, op, after = match.groups()
             inside, rest = _split_at_closing(after)
             operands = () if op in ("constant", "parameter") else tuple(_NAME.findall(inside))
             rest = after if op in ("constant", "parameter") else rest
@@ -172,8 +178,8 @@ def parse(text: str) -> Program:
 def _split_at_closing(text: str) -> tuple[str, str]:
     """'a, b(c)), attributes' -> ('a, b(c)', ', attributes')."""
     depth = 1
-    for place in re.finditer(r"[()]", text):
-        depth += 1 if place.group() == "(" else -1
+    for match in re.finditer(r"[()]", text):
+        depth += 1 if match.group() == "(" else -1
         if depth == 0:
-            return text[: place.start()], text[place.end() :]
+            return text[: match.start()], text[match.end() :]
     return text, ""

@@ -1,4 +1,4 @@
-"""A plan: the facts of one place, as a dictionary for machines and as text for people."""
+"""Plan: the facts about one place, as a dictionary and as text."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from lm.planning.estimate import (
     HBM,
     MATMUL,
     Estimate,
+    attention_flops_at_peak,
     attention_of,
     estimate,
     grouped_flops,
-    in_attention,
 )
 from lm.planning.slices import Slice
 
-LARGEST = 8  # arrays that are named
+LARGEST = 8  # number of arrays that a plan lists
 
 
 class Plan(dict):
-    """The facts by name, as JSON has them; prints as text."""
+    """{name: fact}, serializable as JSON; prints as text."""
 
     def __str__(self) -> str:
         return text(self)
@@ -34,35 +34,44 @@ class Plan(dict):
 
 
 def choose(experiment: Experiment, on: str | None, mesh: Mesh | None) -> tuple[str, Place, Slice]:
-    """The place called `on` (default: the first on TPUs) and its slice; any slice with a mesh of
-    your own. Raises UserError where the two do not match."""
+    """(name, place, slice) to plan for.
+
+    Args:
+        on: name of a place (default: the first on TPUs), or of any slice if `mesh` is given.
+        mesh: replaces the mesh of the place.
+
+    Raises:
+        UserError: mesh and slice do not match, or there is no such slice.
+    """
     places = experiment.places
     if on is None:
         on = next((name for name in places if slices.NAME.fullmatch(name)), None)
         if on is None:
             raise UserError(
-                f"{experiment.name} has no place on TPUs; give one, as in "
+                f"{experiment.name} has no place on TPUs; name a slice and a mesh, as in "
                 "--on v5e-16 --mesh fsdp=16."
             )
-    where = slices.find(on)
+    tpu_slice = slices.find(on)
     if on not in places and mesh is None:
         raise UserError(
-            f"--on {on!r} is not a place of {experiment.name}; give it a mesh, as in "
-            f"--mesh fsdp={where.devices}, or --search.{nearest(on, places)}"
+            f"--on {on!r} is not a place of {experiment.name}; add a mesh, as in "
+            f"--mesh fsdp={tpu_slice.devices}, or --search.{nearest(on, places)}"
         )
     place = places.get(on, Place(mesh=Mesh(), remat="block"))
     place = place if mesh is None else dataclasses.replace(place, mesh=mesh)
-    check(experiment, on, place, where)
-    return on, place, where
+    check(experiment, on, place, tpu_slice)
+    return on, place, tpu_slice
 
 
-def check(experiment: Experiment, on: str, place: Place, where: Slice) -> None:
-    """Raises UserError where a place can't be on a slice, or the batch not on the place."""
-    if place.mesh.size != where.devices:
-        per_chip = f", {where.chip.devices} to a chip" if where.chip.devices > 1 else ""
+def check(experiment: Experiment, on: str, place: Place, tpu_slice: Slice) -> None:
+    """Raises UserError if the mesh does not match the slice, or batch or model do not divide over
+    the mesh."""
+    if place.mesh.size != tpu_slice.devices:
+        needed, per_chip = tpu_slice.devices, tpu_slice.chip.devices
+        cores = f", {per_chip} per chip" if per_chip > 1 else ""
         raise UserError(
-            f"mesh {place.mesh} has {place.mesh.size} devices and {on} ({where.topology}) has "
-            f"{where.devices}{per_chip}; make the mesh's sizes multiply to {where.devices}."
+            f"mesh {place.mesh} has {place.mesh.size} devices and {on} ({tpu_slice.topology}) has "
+            f"{needed}{cores}; choose mesh sizes whose product is {needed}."
         )
     experiment.check_place(place)
 
@@ -75,39 +84,42 @@ def plan(
     price: float | None = None,
     compile: bool = True,
 ) -> Plan:
-    """The plan of an experiment at a place.
+    """Plans an experiment at a place.
 
     Args:
-        on: one of its places, or any slice together with a mesh.
-        price: of a chip for an hour, in a currency of your choice.
-        compile: False leaves out what needs libtpu, as happens where it is not installed.
+        on: name of one of its places (default: the first on TPUs), or of any slice if `mesh` is
+        given. mesh: replaces the mesh of the place. price: price of a chip-hour, in any currency.
+        compile: False estimates without libtpu, as happens where it is not installed.
+
+    Raises:
+        UserError: mesh, slice and batch do not match, or the compiler does not support the mesh.
     """
-    name, place, where = choose(experiment, on, mesh)
-    return facts(experiment, name, place, where, price=price, compile=compile)
+    name, place, tpu_slice = choose(experiment, on, mesh)
+    return facts(experiment, name, place, tpu_slice, price=price, compile=compile)
 
 
 def facts(
     experiment: Experiment,
     name: str,
     place: Place,
-    where: Slice,
+    tpu_slice: Slice,
     *,
     price: float | None = None,
     compile: bool = True,
     attention: tuple[float, float] | None = None,
 ) -> Plan:
-    """The plan of a place that has been checked; `attention` as in `estimate`."""
-    e, chip = experiment, where.chip
-    guess = estimate(e, place, where, attention=attention)
+    """Plans a checked place; `attention` as in `estimate`."""
+    e, chip = experiment, tpu_slice.chip
+    estimated = estimate(e, place, tpu_slice, attention=attention)
     schedule = e.schedule.resolve(e.batch)
     tokens = e.batch.sequences * e.batch.length
-    told = Plan(
+    result = Plan(
         experiment=e.name,
         place=name,
-        slices=where.count,
-        topology=where.topology,
-        chips=where.chips,
-        devices=where.devices,
+        slices=tpu_slice.count,
+        topology=tpu_slice.topology,
+        chips=tpu_slice.chips,
+        devices=tpu_slice.devices,
         mesh=str(place.mesh),
         microbatches=place.microbatches,
         remat=place.remat,
@@ -116,59 +128,60 @@ def facts(
         parameter_count=model.parameter_count(e.model).total,
         model_flops_per_step=model.train_flops(e.model, e.batch.length) * tokens,
         capacity_bytes_per_device=int(chip.hbm),
-        parameter_bytes_per_device=guess.parameters,
-        optimizer_bytes_per_device=guess.optimizer,
-        gradient_bytes_per_device=guess.gradients,
-        state_bytes_per_device=guess.state,
-        pipeline_bubble=guess.bubble,
-        estimate=_estimated(guess, int(chip.hbm)),
+        parameter_bytes_per_device=estimated.parameters,
+        optimizer_bytes_per_device=estimated.optimizer,
+        gradient_bytes_per_device=estimated.gradients,
+        state_bytes_per_device=estimated.state,
+        pipeline_bubble=estimated.bubble,
+        estimate=_estimated(estimated, int(chip.hbm)),
         compiled=compile and compiled.available(),
     )
-    if told["compiled"]:
-        told.update(_compiled(e, name, place, where, attention or ATTENTION[where.generation]))
+    if result["compiled"]:
+        fractions = attention or ATTENTION[tpu_slice.generation]
+        result.update(_compiled(e, name, place, tpu_slice, fractions))
     else:
-        told.update(_uncompiled(guess, int(chip.hbm)))
-    told.update(_course(told, chip.flops, e.batch.tokens_before(schedule.steps), price))
-    return told
+        result.update(_uncompiled(estimated, int(chip.hbm)))
+    result.update(_schedule(result, chip.flops, e.batch.tokens_before(schedule.steps), price))
+    return result
 
 
-def _estimated(guess: Estimate, capacity: int) -> dict[str, Any]:
+def _estimated(estimated: Estimate, capacity: int) -> dict[str, Any]:
     return {
-        "peak_bytes_per_device": guess.peak,
-        "activation_bytes_per_device": guess.activations,
-        "working_bytes_per_device": guess.working,
-        "fits": guess.peak <= capacity,
-        "compute_seconds": guess.compute,
-        "link_seconds": guess.links,
-        "exposed_link_seconds": guess.exposed,
-        "step_seconds": guess.seconds,
+        "peak_bytes_per_device": estimated.peak,
+        "activation_bytes_per_device": estimated.activations,
+        "working_bytes_per_device": estimated.working,
+        "fits": estimated.peak <= capacity,
+        "compute_seconds": estimated.compute,
+        "link_seconds": estimated.links,
+        "exposed_link_seconds": estimated.exposed,
+        "step_seconds": estimated.seconds,
         "assumptions": {"share_of_matmul_peak": MATMUL, "share_of_hbm_bandwidth": HBM},
     }
 
 
-def _uncompiled(guess: Estimate, capacity: int) -> dict[str, Any]:
-    """What stands in for the compiler's word without it."""
+def _uncompiled(estimated: Estimate, capacity: int) -> dict[str, Any]:
+    """The estimate in place of facts from the compiler."""
     return {
-        "peak_bytes_per_device": guess.peak,
-        "temp_bytes_per_device": guess.peak - guess.state,
-        "fits": guess.peak <= capacity,
+        "peak_bytes_per_device": estimated.peak,
+        "temp_bytes_per_device": estimated.peak - estimated.state,
+        "fits": estimated.peak <= capacity,
         "collectives": None,
         "compile_seconds": None,
-        "step_seconds": guess.seconds,
+        "step_seconds": estimated.seconds,
     }
 
 
 def _compiled(
-    e: Experiment, name: str, place: Place, where: Slice, attention: tuple[float, float]
+    e: Experiment, name: str, place: Place, tpu_slice: Slice, attention: tuple[float, float]
 ) -> dict[str, Any]:
-    """The compiler's word, and a roofline over its program."""
+    """Facts from the compiler, and a roofline of the compiled program."""
     terminal.note(
         f"compiling {e.name} for {name}: mesh {place.mesh}, {place.microbatches} micro-batch(es), "
-        f"remat {place.remat!r}; a minute or several ..."
+        f"remat {place.remat!r}; takes one to several minutes ..."
     )
-    result = compiled.step(e, name, place, where)
-    chip = where.chip
-    told: dict[str, Any] = {
+    result = compiled.step(e, name, place, tpu_slice)
+    chip = tpu_slice.chip
+    memory: dict[str, Any] = {
         "fits": result.fits,
         "peak_bytes_per_device": result.peak,
         "argument_bytes_per_device": result.arguments,
@@ -176,79 +189,79 @@ def _compiled(
         "temp_slot_bytes_per_device": result.slots,
         "host_bytes_per_device": result.host,
         "largest_arrays": [live._asdict() for live in result.live[:LARGEST]],
-        "activation_bytes_at_peak_per_device": _made_forward(result.live),
+        "activation_bytes_at_peak_per_device": _activation_bytes(result.live),
         "compile_seconds": result.seconds,
     }
     if result.program is None:
-        return told | {"collectives": None, "step_seconds": None}
+        return memory | {"collectives": None, "step_seconds": None}
     rates = MATMUL * chip.flops / chip.devices, HBM * chip.hbm_bandwidth / chip.devices
-    done = compute.work(result.program, *rates)
-    across = place.mesh.across(where.count)
-    layout = links.Layout(result.mesh.devices, AXES, where, across)
+    work = compute.work(result.program, *rates)
+    across = place.mesh.across(tpu_slice.count)
+    layout = links.Layout(result.mesh.devices, AXES, tpu_slice, across)
     rows = links.collectives(result.program, layout)
     on_links, hidden = sum(row.seconds for row in rows), sum(row.hidden for row in rows)
-    in_kernels = _in_kernels(e, place, where, done.kernels, attention)
-    on_chip = done.seconds + in_kernels.seconds
-    return told | {
-        "flops_per_device_per_step": done.flops + in_kernels.flops,
-        "bytes_per_device_per_step": done.nbytes,
-        "kernels": done.kernels,
+    kernels = _kernel_work(e, place, tpu_slice, work.kernels, attention)
+    on_chip = work.seconds + kernels.seconds
+    return memory | {
+        "flops_per_device_per_step": work.flops + kernels.flops,
+        "bytes_per_device_per_step": work.nbytes,
+        "kernels": work.kernels,
         "compute_seconds": on_chip,
         "link_seconds": on_links,
         "collectives": [row._asdict() for row in rows],
         "step_seconds_overlapped": max(on_chip, on_links),
         "step_seconds_in_a_row": on_chip + on_links,
-        # What the compiler starts early runs behind the work, the rest is waited for.
+        # Asynchronous collectives overlap with computation, the others do not.
         "step_seconds": max(on_chip, hidden) + on_links - hidden,
     }
 
 
-class _InKernels(NamedTuple):
+class _KernelWork(NamedTuple):
     flops: float
     seconds: float
 
 
-def _in_kernels(
+def _kernel_work(
     e: Experiment,
     place: Place,
-    where: Slice,
+    tpu_slice: Slice,
     kernels: dict[str, int],
-    shares: tuple[float, float],
-) -> _InKernels:
-    """Per device, of kernels whose work depends on what they are given.
+    fractions: tuple[float, float],
+) -> _KernelWork:
+    """Work per device of attention and grouped matmul kernels, which the program's text omits.
 
-    Attention: two products forward, as often as it runs, and five backward. Grouped products: those
-    of a balanced load, since rows that are nobody's are not multiplied.
+    Attention: two matmuls in each forward call, five in the backward call. Grouped matmuls: the
+    FLOPs of a balanced load, because the kernel skips padding rows.
     """
     forward, backward, grouped = (
         sum(n for name, n in kernels.items() if part in name)
         for part in ("attention_forward", "attention_backward", "grouped_matmul")
     )
     tokens = e.batch.sequences * e.batch.length / place.mesh.size
-    products = grouped * tokens * place.mesh.pipe / place.microbatches * grouped_flops(e)
-    flops, at_peak = products, products / MATMUL
+    matmuls = grouped * tokens * place.mesh.pipe / place.microbatches * grouped_flops(e)
+    flops, at_peak = matmuls, matmuls / MATMUL
     if backward:
         each, head_dim = attention_of(e)
         flops += tokens * each * (forward / backward + 2.5)
-        at_peak += in_attention(tokens * each, forward / backward, head_dim, shares)
-    return _InKernels(flops, at_peak * where.chip.devices / where.chip.flops)
+        at_peak += attention_flops_at_peak(tokens * each, forward / backward, head_dim, fractions)
+    return _KernelWork(flops, at_peak * tpu_slice.chip.devices / tpu_slice.chip.flops)
 
 
-def _made_forward(live: Sequence[compiled.Live]) -> int:
-    """Bytes alive at the fullest moment that the forward pass made."""
+def _activation_bytes(live: Sequence[compiled.Live]) -> int:
+    """Bytes at the time of peak usage that the forward pass produced."""
     return sum(x.nbytes for x in live if "jvp" in x.source and "transpose" not in x.source)
 
 
-def _course(told: Plan, peak_flops: float, tokens: int, price: float | None) -> dict[str, Any]:
-    """Speed, and the whole schedule."""
-    step = told["step_seconds"]
+def _schedule(plan: Plan, peak_flops: float, tokens: int, price: float | None) -> dict[str, Any]:
+    """Throughput, and time and cost of the whole schedule."""
+    step = plan["step_seconds"]
     if not step:
         return {"model_flops_utilization": None, "tokens_per_second": None}
-    seconds = step * told["steps"]
-    hours = seconds * told["chips"] / 3600
+    seconds = step * plan["steps"]
+    hours = seconds * plan["chips"] / 3600
     return {
-        "tokens_per_second": told["tokens_per_step"] / step,
-        "model_flops_utilization": told["model_flops_per_step"] / step / told["chips"] / peak_flops,
+        "tokens_per_second": plan["tokens_per_step"] / step,
+        "model_flops_utilization": plan["model_flops_per_step"] / step / plan["chips"] / peak_flops,
         "total_tokens": tokens,
         "total_seconds": seconds,
         "chip_hours": hours,
@@ -256,64 +269,64 @@ def _course(told: Plan, peak_flops: float, tokens: int, price: float | None) -> 
     }
 
 
-def text(told: Plan) -> str:
-    """For a person."""
+def text(plan: Plan) -> str:
+    """The plan as text."""
     size = terminal.size
-    capacity, peak = told["capacity_bytes_per_device"], told["peak_bytes_per_device"]
+    capacity, peak = plan["capacity_bytes_per_device"], plan["peak_bytes_per_device"]
     verdict = (
         f"fits, {size(capacity - peak)} to spare"
-        if told["fits"]
+        if plan["fits"]
         else f"does not fit by {size(peak - capacity)}"
     )
-    several = f"{told['slices']} x " if told["slices"] > 1 else ""
+    several = f"{plan['slices']} x " if plan["slices"] > 1 else ""
     lines = [
-        f"{told['experiment']} on {told['place']}: {told['chips']} chips "
-        f"({several}{told['topology']}), "
-        f"mesh {told['mesh']}, {told['microbatches']} micro-batch(es), remat {told['remat']!r}",
+        f"{plan['experiment']} on {plan['place']}: {plan['chips']} chips "
+        f"({several}{plan['topology']}), "
+        f"mesh {plan['mesh']}, {plan['microbatches']} micro-batch(es), remat {plan['remat']!r}",
         "",
         f"Memory      {size(peak)} of {size(capacity)} per device: {verdict}",
-        f"            parameters {size(told['parameter_bytes_per_device'])}, optimizer "
-        f"{size(told['optimizer_bytes_per_device'])}, gradients "
-        f"{size(told['gradient_bytes_per_device'])}, temporaries with these "
-        f"{size(told['temp_bytes_per_device'])}",
+        f"            parameters {size(plan['parameter_bytes_per_device'])}, optimizer "
+        f"{size(plan['optimizer_bytes_per_device'])}, gradients "
+        f"{size(plan['gradient_bytes_per_device'])}, temporaries including gradients "
+        f"{size(plan['temp_bytes_per_device'])}",
     ]
-    if not told["compiled"]:
+    if not plan["compiled"]:
         lines.append("            estimated: the step was not compiled")
         if not compiled.available():
             lines.append(
-                "            (libtpu, which would, is not installed: "
-                'pip install "jax[tpu]"; no TPU is needed)'
+                '            (compiling needs libtpu: pip install "jax[tpu]"; it needs no TPU)'
             )
-    lines += _memory_lines(told) + _work_lines(told) + _link_lines(told) + _time_lines(told)
+    lines += _memory_lines(plan) + _work_lines(plan) + _link_lines(plan) + _time_lines(plan)
     return "\n".join(lines)
 
 
-def _memory_lines(told: Plan) -> list[str]:
-    if not told.get("largest_arrays"):
+def _memory_lines(plan: Plan) -> list[str]:
+    if not plan.get("largest_arrays"):
         return []
     rows = [
         (terminal.size(each["nbytes"]), each["shape"], each["source"][-70:])
-        for each in told["largest_arrays"]
+        for each in plan["largest_arrays"]
     ]
-    head = ("at the fullest moment", "shape", "made by")
-    return ["", terminal.indent(terminal.table(head, rows), 12), ""]
+    header = ("at peak usage", "shape", "produced by")
+    return ["", terminal.indent(terminal.table(header, rows), 12), ""]
 
 
-def _work_lines(told: Plan) -> list[str]:
-    lines = [f"Model FLOPs {told['model_flops_per_step']:.4g} per step, from the declaration"]
-    if told.get("flops_per_device_per_step"):
+def _work_lines(plan: Plan) -> list[str]:
+    lines = [f"Model FLOPs {plan['model_flops_per_step']:.4g} per step, from the declaration"]
+    if plan.get("flops_per_device_per_step"):
         lines.append(
-            f"Compiled    {told['flops_per_device_per_step']:.4g} FLOPs of products and "
-            f"{terminal.size(told['bytes_per_device_per_step'])} through memory per device and step"
+            f"Compiled    {plan['flops_per_device_per_step']:.4g} FLOPs of matmuls and "
+            f"{terminal.size(plan['bytes_per_device_per_step'])} of memory traffic per device and "
+            "step"
         )
-    if told.get("kernels"):
-        counted = ", ".join(f"{name} x {n}" for name, n in told["kernels"].items())
-        lines.append(f"Kernels     {counted}")
+    if plan.get("kernels"):
+        calls = ", ".join(f"{name} x {n}" for name, n in plan["kernels"].items())
+        lines.append(f"Kernels     {calls}")
     return lines
 
 
-def _link_lines(told: Plan) -> list[str]:
-    if not told.get("collectives"):
+def _link_lines(plan: Plan) -> list[str]:
+    if not plan.get("collectives"):
         return []
     rows = [
         (
@@ -325,40 +338,40 @@ def _link_lines(told: Plan) -> list[str]:
             terminal.duration(row["seconds"]),
             f"{100 * row['hidden'] / row['seconds']:.0f} %" if row["seconds"] else "",
         )
-        for row in told["collectives"]
+        for row in plan["collectives"]
     ]
-    head = ("collective", "axes", "format", "a step", "bytes", "on the links", "started early")
-    return ["", terminal.indent(terminal.table(head, rows), 12), ""]
+    header = ("collective", "axes", "dtype", "per step", "bytes", "on links", "asynchronous")
+    return ["", terminal.indent(terminal.table(header, rows), 12), ""]
 
 
-def _time_lines(told: Plan) -> list[str]:
+def _time_lines(plan: Plan) -> list[str]:
     lines = []
-    if told["mesh"] and told["pipeline_bubble"]:
-        lines.append(f"Bubble      {100 * told['pipeline_bubble']:.1f} % of a step")
-    guess = told["estimate"]
-    if told["compiled"] and told["step_seconds"]:
+    if plan["mesh"] and plan["pipeline_bubble"]:
+        lines.append(f"Bubble      {100 * plan['pipeline_bubble']:.1f} % of a step")
+    estimated = plan["estimate"]
+    if plan["compiled"] and plan["step_seconds"]:
         lines.append(
-            f"Roofline    {terminal.duration(told['compute_seconds'])} of work, "
-            f"{terminal.duration(told['link_seconds'])} on the links; overlapped "
-            f"{terminal.duration(told['step_seconds_overlapped'])}, in a row "
-            f"{terminal.duration(told['step_seconds_in_a_row'])}"
+            f"Roofline    {terminal.duration(plan['compute_seconds'])} of computation, "
+            f"{terminal.duration(plan['link_seconds'])} of communication; with full overlap "
+            f"{terminal.duration(plan['step_seconds_overlapped'])}, without "
+            f"{terminal.duration(plan['step_seconds_in_a_row'])}"
         )
     lines.append(
-        f"Estimate    {terminal.duration(guess['step_seconds'])} a step and "
-        f"{terminal.size(guess['peak_bytes_per_device'])} per device, without the compiler"
+        f"Estimate    {terminal.duration(estimated['step_seconds'])} per step and "
+        f"{terminal.size(estimated['peak_bytes_per_device'])} per device, without the compiler"
     )
-    if told["step_seconds"]:
+    if plan["step_seconds"]:
         lines += [
-            f"Step        {terminal.duration(told['step_seconds'])}, "
-            f"{terminal.number(told['tokens_per_second'])} tokens/s, MFU "
-            f"{100 * told['model_flops_utilization']:.1f} % "
+            f"Step        {terminal.duration(plan['step_seconds'])}, "
+            f"{terminal.number(plan['tokens_per_second'])} tokens/s, MFU "
+            f"{100 * plan['model_flops_utilization']:.1f} % "
             "(model FLOPs / step / chips / bf16 peak)",
-            f"            assumes products at {100 * MATMUL:.0f} % of the peak, memory at "
-            f"{100 * HBM:.0f} % of its bandwidth, collectives alone on their links",
-            f"Schedule    {told['steps']:,} steps, {terminal.number(told['total_tokens'])} tokens: "
-            f"{terminal.duration(told['total_seconds'])}, {told['chip_hours']:,.0f} chip-hours"
-            + (f", cost {told['cost']:,.0f}" if told["cost"] is not None else ""),
+            f"            assumes matmuls at {100 * MATMUL:.0f} % of the peak, memory traffic at "
+            f"{100 * HBM:.0f} % of the bandwidth, no contention between collectives",
+            f"Schedule    {plan['steps']:,} steps, {terminal.number(plan['total_tokens'])} tokens: "
+            f"{terminal.duration(plan['total_seconds'])}, {plan['chip_hours']:,.0f} chip-hours"
+            + (f", cost {plan['cost']:,.0f}" if plan["cost"] is not None else ""),
         ]
-    if told["compile_seconds"]:
-        lines.append(f"Compiled in {terminal.duration(told['compile_seconds'])}")
+    if plan["compile_seconds"]:
+        lines.append(f"Compiled in {terminal.duration(plan['compile_seconds'])}")
     return lines

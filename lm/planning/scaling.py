@@ -1,4 +1,4 @@
-"""Weak scaling: the same work per chip on slices of growing size."""
+"""Weak scaling: constant work per chip on slices of growing size."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from lm.experiment import Experiment
 from lm.parallel.mesh import Mesh
 from lm.planning import report, slices
 
-FSDP = 256  # ways; beyond, `data` grows: no device's part of a weight should become too thin
+FSDP = 256  # largest fsdp axis: beyond it shards of a weight become too small, and `data` grows
 
 
 class Row(NamedTuple):
-    """A slice, and how much of the first one's speed per chip it keeps."""
+    """Plan of a slice. `efficiency` is its throughput per chip relative to the first slice."""
 
     plan: report.Plan
     efficiency: float
@@ -23,36 +23,41 @@ class Row(NamedTuple):
 def scaling(
     experiment: Experiment, on: Sequence[str], mesh: Mesh | None = None, *, compile: bool = True
 ) -> list[Row]:
-    """One row for each slice.
+    """Plans the experiment on each slice of `on`.
 
-    The first has the experiment's batch and its place there, or `mesh`; the others have as many
-    times the sequences as they have devices, and the mesh grows along `fsdp` up to FSDP ways, then
-    along `data`.
+    The first has the experiment's batch, and its place of this name or `mesh`. On the others the
+    number of sequences grows with the number of devices, and the mesh grows along `fsdp` up to
+    FSDP, then along `data`.
+
+    Raises:
+      UserError: a slice does not exist, or its devices are no multiple of the first one's.
     """
     name, place, first = report.choose(experiment, on[0], mesh)
     rows: list[Row] = []
     for name in on:
-        where = slices.find(name)
-        times, rest = divmod(where.devices, first.devices)
-        if rest:
+        tpu_slice = slices.find(name)
+        times, remainder = divmod(tpu_slice.devices, first.devices)
+        if remainder:
             raise UserError(
-                f"--weak {name!r} has {where.devices} devices, which is no multiple of the "
-                f"{first.devices} of {on[0]!r}; take one that is."
+                f"--weak {name!r} has {tpu_slice.devices} devices, which is not a multiple of the "
+                f"{first.devices} of {on[0]!r}; choose a slice that is."
             )
-        wider = next(n for n in range(times, 0, -1) if times % n == 0 and _fits(place.mesh, n))
+        fsdp_times = next(n for n in range(times, 0, -1) if times % n == 0 and _fits(place.mesh, n))
         grown = dataclasses.replace(
-            place.mesh, fsdp=place.mesh.fsdp * wider, data=place.mesh.data * times // wider
+            place.mesh,
+            fsdp=place.mesh.fsdp * fsdp_times,
+            data=place.mesh.data * times // fsdp_times,
         )
         sequences = experiment.batch.sequences * times
         e = dataclasses.replace(
             experiment, batch=dataclasses.replace(experiment.batch, sequences=sequences)
         )
-        there = dataclasses.replace(place, mesh=grown)
-        report.check(e, name, there, where)
-        told = report.facts(e, name, there, where, compile=compile)
-        utilization = told["model_flops_utilization"] or 0.0
+        grown_place = dataclasses.replace(place, mesh=grown)
+        report.check(e, name, grown_place, tpu_slice)
+        plan = report.facts(e, name, grown_place, tpu_slice, compile=compile)
+        utilization = plan["model_flops_utilization"] or 0.0
         base = rows[0].plan["model_flops_utilization"] if rows else utilization
-        rows.append(Row(told, utilization / base if base else 0.0))
+        rows.append(Row(plan, utilization / base if base else 0.0))
     return rows
 
 
@@ -61,22 +66,22 @@ def _fits(mesh: Mesh, times: int) -> bool:
 
 
 def text(rows: Sequence[Row]) -> str:
-    """For a person. Links bind where their share comes near the whole step."""
-    shown = []
-    for told, efficiency in rows:
-        seconds = told if told["compiled"] else told["estimate"]
+    """A table. Communication is the bottleneck where its share approaches the whole step."""
+    cells = []
+    for plan, efficiency in rows:
+        seconds = plan if plan["compiled"] else plan["estimate"]
         links = seconds.get("link_seconds")
-        step = told["step_seconds"]
-        shown.append(
+        step = plan["step_seconds"]
+        cells.append(
             (
-                f"{told['chips']:,}",
-                told["mesh"],
+                f"{plan['chips']:,}",
+                plan["mesh"],
                 terminal.duration(step) if step else "does not fit",
                 terminal.duration(links) if links else "",
                 f"{100 * links / step:.0f} %" if links and step else "",
                 f"{100 * efficiency:.1f} %",
-                "compiled" if told["compiled"] else "estimated",
+                "compiled" if plan["compiled"] else "estimated",
             )
         )
-    head = ("chips", "mesh", "step", "on the links", "of the step", "efficiency", "by")
-    return terminal.table(head, shown)
+    header = ("chips", "mesh", "step", "links", "of the step", "efficiency", "by")
+    return terminal.table(header, cells)

@@ -1,4 +1,4 @@
-"""What an experiment comes to before it runs: declaration, parameters, FLOPs, tokens, memory."""
+"""Summary of an experiment before it runs: declaration, parameters, FLOPs, tokens, memory."""
 
 import dataclasses
 import math
@@ -18,14 +18,19 @@ from lm.parallel.pipeline import Schedule
 def facts(
     experiment: Experiment, on: str | None = None, mesh: Mesh | None = None
 ) -> dict[str, Any]:
-    """As JSON. The place need not fit this machine: nothing is computed or allocated."""
+    """The summary as JSON. The place need not fit this machine: nothing is computed or allocated.
+
+    Args:
+        on: name of a place (default: the first that fits this machine, or else the first).
+        mesh: replaces the mesh of the place.
+    """
     name, place = _place(experiment, on, mesh)
     experiment.check_place(place)
     device_mesh = place.mesh.abstract()
     e = experiment
     schedule = e.schedule.resolve(e.batch)
     axes, shapes = model.axes(e.model), model.shapes(e.model)
-    rules = sharding.rules_at(place)
+    rules = sharding.rules_for(place)
     parameters = [
         {
             "path": path,
@@ -59,8 +64,8 @@ def facts(
 def _pipeline(schedule: Schedule | None) -> dict[str, Any] | None:
     if schedule is None:
         return None
-    derived = {name: getattr(schedule, name) for name in ("depth", "iterations", "bubble")}
-    return dataclasses.asdict(schedule) | derived
+    properties = {name: getattr(schedule, name) for name in ("depth", "iterations", "bubble")}
+    return dataclasses.asdict(schedule) | properties
 
 
 def _place(experiment: Experiment, on: str | None, mesh: Mesh | None) -> tuple[str, Place]:
@@ -69,11 +74,11 @@ def _place(experiment: Experiment, on: str | None, mesh: Mesh | None) -> tuple[s
     except UserError:
         if on or mesh:
             raise
-        return next(iter(experiment.places.items()))  # to look at, not to train at
+        return next(iter(experiment.places.items()))  # a place to show need not fit
 
 
 def _partition(spec: jax.sharding.PartitionSpec) -> list[str]:
-    """One entry per dimension: mesh axes joined by '+', or '' where every device has all of it."""
+    """One entry per dimension: mesh axes joined by '+', '' for a dimension that is not sharded."""
     return ["+".join(sharding.split_over(part)) for part in spec]
 
 
@@ -82,31 +87,34 @@ def memory(
     mesh: jax.sharding.AbstractMesh,
     rules: sharding.Rules | None = None,
 ) -> dict[str, int]:
-    """Of what lives from step to step, and of the gradients; activations depend on the compiler."""
+    """Bytes per device of parameters, gradients and optimizer state. Activations are not included:
+    they depend on the compiler."""
     e = experiment
     axes, shapes = model.axes(e.model), model.shapes(e.model)
-    where = sharding.weight_shardings(axes, shapes, mesh, rules)
+    shardings = sharding.weight_shardings(axes, shapes, mesh, rules)
     schedule = e.schedule.resolve(e.batch)
     transformation = e.optimizer.build(schedule.at, axes)
     state = jax.eval_shape(transformation.init, shapes)
-    state_where = optim.state_shardings(transformation, shapes, where, mesh)
+    state_shardings = optim.state_shardings(transformation, shapes, shardings, mesh)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, e.precision.params), shapes)
     return {
-        "parameters": _bytes_per_device(params, where),
-        "gradients": _bytes_per_device(shapes, where),
-        "optimizer": _bytes_per_device(state, state_where),
+        "parameters": _bytes_per_device(params, shardings),
+        "gradients": _bytes_per_device(shapes, shardings),
+        "optimizer": _bytes_per_device(state, state_shardings),
     }
 
 
-def _bytes_per_device(tree: Any, where: Any) -> int:
+def _bytes_per_device(tree: Any, shardings: Any) -> int:
     parts = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize, tree, where
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize,
+        tree,
+        shardings,
     )
     return sum(jax.tree.leaves(parts))
 
 
 def text(shown: dict[str, Any]) -> str:
-    """For a person."""
+    """The summary as text."""
     counts, memory = shown["parameter_count"], shown["memory_bytes_per_device"]
     place = shown["place"]
     rows = [
@@ -121,9 +129,9 @@ def text(shown: dict[str, Any]) -> str:
     ]
     pipeline = shown["pipeline"]
     stages = pipeline and (
-        f"Pipeline    {pipeline['stages']} stages of {pipeline['circular_repeats']} x {pipeline['depth']} "
-        f"layers, {pipeline['microbatches']} micro-batches: {pipeline['iterations']} iterations, "
-        f"bubble {pipeline['bubble']:.1%}"
+        f"Pipeline    {pipeline['stages']} stages of {pipeline['circular_repeats']} x "
+        f"{pipeline['depth']} layers, {pipeline['microbatches']} micro-batches: "
+        f"{pipeline['iterations']} iterations, bubble {pipeline['bubble']:.1%}"
     )
     sizes = ", ".join(f"{what} {terminal.size(nbytes)}" for what, nbytes in memory.items())
     return "\n".join(
@@ -132,12 +140,12 @@ def text(shown: dict[str, Any]) -> str:
             "",
             terminal.table(("parameter", "shape", "axes", "sharding", "count"), rows),
             "",
-            f"Parameters  {counts['total']:,} in all, {counts['active']:,} at work on a token",
+            f"Parameters  {counts['total']:,} total, {counts['active']:,} active per token",
             f"FLOPs       {terminal.number(shown['flops_per_token'])} per token, forward and "
-            f"backward; {shown['flops']:.3g} in all",
+            f"backward; {shown['flops']:.3g} total",
             f"Tokens      {shown['tokens']:,} in {shown['steps']:,} steps",
             f"Place       {place['name']}: mesh {place['mesh']}, {place['devices']} device(s)",
             *([stages] if stages else []),
-            f"Memory      per device: {sizes}; activations come on top",
+            f"Memory      per device: {sizes}; without activations",
         ]
     )

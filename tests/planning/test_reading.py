@@ -1,11 +1,12 @@
-"""Compiled text is read rightly: loops multiplied out, groups of devices, products, bytes."""
+"""Parsing of compiled programs: trip counts, replica groups, FLOPs, bytes, collectives."""
 
 import numpy as np
 import pytest
 
 from lm.planning import compute, hlo, links
 
-# A loop of five turns around a product of [8, 16] and [16, 4], and a sum over pairs of devices.
+# A loop of five iterations with a matmul of [8, 16] and [16, 4] and an all-reduce over pairs of
+# devices.
 TEXT = """
 HloModule jit_f, is_scheduled=true
 
@@ -34,19 +35,19 @@ ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
 """
 
 
-def test_a_loop_is_multiplied_out():
+def test_instructions_of_a_loop_are_counted_per_iteration():
     program = hlo.parse(TEXT)
     times = {each.name: times for each, _, times, _ in program.executed()}
     assert times["dot"] == times["sum"] == 5
     assert times["loop"] == 1
 
 
-def test_products_are_counted():
+def test_flops_of_matmuls():
     work = compute.work(hlo.parse(TEXT), flops_rate=1.0, bytes_rate=1e9)
     assert work.flops == 5 * 2 * 8 * 16 * 4
 
 
-def test_sizes_are_those_in_memory():
+def test_sizes_of_arrays():
     (array,) = hlo.arrays("f32[3,100]{1,0:T(8,128)}")
     assert (array.nbytes, array.padded) == (3 * 100 * 4, 8 * 128 * 4)
     (vector,) = hlo.arrays("bf16[64]{0:T(128)(2,1)S(1)}")
@@ -54,7 +55,7 @@ def test_sizes_are_those_in_memory():
 
 
 @pytest.mark.parametrize(
-    ("written", "groups"),
+    ("attributes", "groups"),
     [
         ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
         ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
@@ -68,13 +69,13 @@ def test_sizes_are_those_in_memory():
         ("channel_id=1", [[0, 1, 2, 3]]),
     ],
 )
-def test_every_way_to_write_groups_is_read(written, groups):
-    assert links.replica_groups(written, 4).tolist() == groups
+def test_every_notation_of_replica_groups(attributes, groups):
+    assert links.replica_groups(attributes, 4).tolist() == groups
 
 
-def test_a_product_of_a_batch_counts_only_what_meets():
-    # [B, T, D] x [B, D, F]: TPUs write the batch as a window of its size with gaps of its size
-    # less one, in which one place of each window meets an element.
+def test_flops_of_a_batched_matmul():
+    # [B, T, D] x [B, D, F]: on TPUs a convolution with a window of B elements over an input with
+    # gaps of B - 1, so that each window overlaps one element.
     text = (
         "  %y = bf16[4,8,16]{2,1,0} convolution(%a, %b), window={size=4 stride=3 pad=0_0 "
         "lhs_dilate=4}, dim_labels=0bf_0io->0bf"
@@ -84,58 +85,58 @@ def test_a_product_of_a_batch_counts_only_what_meets():
     assert flops == 4 * 2 * 8 * 32 * 16
 
 
-def test_links_take_what_the_torus_gives():
+def test_time_on_links_depends_on_the_torus():
     nbytes, link = 1 << 30, 100e9
     ring, line = [(4, True)], [(4, False)]
-    gathered = links.seconds("all-gather", nbytes, ring, link)
-    assert links.seconds("all-gather", nbytes, line, link) > 1.9 * gathered
-    assert links.seconds("all-reduce", nbytes, ring, link) == pytest.approx(2 * gathered)
+    all_gather = links.seconds("all-gather", nbytes, ring, link)
+    assert links.seconds("all-gather", nbytes, line, link) > 1.9 * all_gather
+    assert links.seconds("all-reduce", nbytes, ring, link) == pytest.approx(2 * all_gather)
     # Two dimensions have twice the links of one.
     both = links.seconds("all-gather", nbytes, [(4, True), (4, True)], link)
-    assert both < 0.7 * gathered
+    assert both < 0.7 * all_gather
     assert links.seconds("all-gather", nbytes, [], link) == 0
 
 
-def test_the_axes_that_a_group_crosses_are_named():
+def test_mesh_axes_of_a_group():
     class Device:
         def __init__(self, x, y):
             self.coords = (x, y, 0)
 
-    class Where:
+    class FakeSlice:
         shape, chip = (2, 2), None
 
         def rings(self):
             return (False, False)
 
     grid = np.array([Device(x, y) for x in range(2) for y in range(2)]).reshape(2, 2)
-    layout = links.Layout(grid, ("data", "fsdp"), Where())
+    layout = links.Layout(grid, ("data", "fsdp"), FakeSlice())
     assert layout.crossed(np.array([[0, 1], [2, 3]])) == "fsdp"
     assert layout.crossed(np.array([[0, 2], [1, 3]])) == "data"
     assert layout.crossed(np.array([[0, 1, 2, 3]])) == "data+fsdp"
     assert layout.route(np.array([[0, 3]])) == (2, 1)
 
 
-def test_ways_that_meet_in_a_link_share_it():
+def test_paths_through_one_link_share_it():
     class Device:
         def __init__(self, x):
             self.coords = (x, 0, 0)
 
-    class Where:
+    class FakeSlice:
         shape, chip = (8,), None
 
         def __init__(self, ring):
             self.rings = lambda: (ring,)
 
     grid = np.array([Device(x) for x in range(8)])
-    line, ring = (links.Layout(grid, ("data",), Where(closed)) for closed in (False, True))
+    line, ring = (links.Layout(grid, ("data",), FakeSlice(closed)) for closed in (False, True))
     to_next, across = (np.array([[i, (i + by) % 8] for i in range(8)]) for by in (1, 4))
-    # On a line the last one's way back is long, but goes against the others'.
+    # On a line the path back from the last to the first is long, but in the other direction.
     assert line.route(to_next) == (7, 1) and ring.route(to_next) == (1, 1)
     assert line.route(across) == (4, 4) and ring.route(across) == (4, 4)
 
 
-def test_of_what_a_fusion_slices_only_the_slices_are_read():
-    # The stack of all layers' inputs is sliced under another name, in a fusion inside the fusion.
+def test_a_fusion_that_slices_an_operand_reads_the_slice_only():
+    # The stacked inputs of all layers are sliced through a bitcast, in a fusion inside the fusion.
     text = """
 %inner (p0: bf16[80,16,128]) -> bf16[16,128] {
   %p0 = bf16[80,16,128]{2,1,0} parameter(0)
@@ -160,19 +161,19 @@ ENTRY %main (stack: bf16[80,16,128], x: bf16[16,128]) -> bf16[16,128] {
     assert work.nbytes == 3 * 2 * 16 * 128
 
 
-def test_what_sparse_cores_gather_is_found_and_early():
+def test_an_all_gather_on_sparse_cores_is_asynchronous():
     text = """
-%meanwhile (p: bf16[64,128]) -> bf16[256,128] {
+%on_sparse_core (p: bf16[64,128]) -> bf16[256,128] {
   %p = bf16[64,128]{1,0} parameter(0)
   ROOT %gathered = bf16[256,128]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
 }, execution_thread="sparsecore"
 
 ENTRY %main (a: bf16[64,128]) -> bf16[256,128] {
   %a = bf16[64,128]{1,0} parameter(0)
-  %s = ((bf16[64,128]{1,0}), bf16[256,128]{1,0}) call-start(%a), to_apply=%meanwhile
+  %s = ((bf16[64,128]{1,0}), bf16[256,128]{1,0}) call-start(%a), to_apply=%on_sparse_core
   ROOT %d = bf16[256,128]{1,0} call-done(%s)
 }
 """
-    found = list(links._executed(hlo.parse(text)))
-    assert [(kind, times, early) for kind, _, times, early in found] == [("all-gather", 1, True)]
+    executed = list(links._executed(hlo.parse(text)))
+    assert [(kind, times, early) for kind, _, times, early in executed] == [("all-gather", 1, True)]
     assert compute.work(hlo.parse(text), flops_rate=1.0, bytes_rate=1.0).nbytes == 0

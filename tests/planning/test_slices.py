@@ -1,4 +1,4 @@
-"""Names of slices are Google Cloud's, and each is a real torus."""
+"""Slices have Google Cloud's names and shapes."""
 
 import pytest
 
@@ -23,28 +23,28 @@ from lm.planning import slices
     ],
 )
 def test_a_name_is_a_torus(name, topology, chips, devices):
-    found = slices.find(name)
-    assert (found.topology, found.chips, found.devices) == (topology, chips, devices)
+    tpu_slice = slices.find(name)
+    assert (tpu_slice.topology, tpu_slice.chips, tpu_slice.devices) == (topology, chips, devices)
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("v5p-63", "The nearest is v5p-64."),
         ("0xv5p-64", "there is no such slice"),
         ("v5e-512", "The nearest is v5e-256."),
-        ("v5p-100", "cores, two to a chip"),
-        ("cpu", "name one as in v5e-256"),
-        ("v4-8", "name one as in v5e-256"),
+        ("v5p-100", "cores, two per chip"),
+        ("cpu", "is not a supported TPU slice; examples: v5e-256"),
+        ("v4-8", "is not a supported TPU slice; examples: v5e-256"),
     ],
 )
-def test_others_are_refused_in_one_sentence(name, says):
-    with pytest.raises(UserError) as refusal:
+def test_other_names_are_errors_of_one_line(name, message):
+    with pytest.raises(UserError) as error:
         slices.find(name)
-    assert says in str(refusal.value) and "\n" not in str(refusal.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_rings_close_where_google_closes_them():
+def test_rings_follow_google_cloud():
     assert slices.find("v5p-128").rings() == (True, True, True)
     assert slices.find("v5p-64").rings() == (False, True, True)
     assert slices.find("v5e-256").rings() == (True, True)
