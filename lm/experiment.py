@@ -55,7 +55,8 @@ class Experiment:
       name: of the run's folder.
       seed: of the initial weights, the order of the data and dropout.
       start: initial weights: a run folder, a Hugging Face folder, or a stage of the same recipe.
-      data, tokenizer: the text, and how it becomes tokens.
+      data, tokenizer: the text, and how it becomes tokens; `tokenizer=Stage(...)` takes that of an
+        earlier stage of the recipe.
       batch: sequences per step and their length.
       objective, optimizer, schedule, precision: the training step.
       trainable: patterns of the paths of the weights that train, such as "blocks/*/attention/**";
@@ -70,7 +71,7 @@ class Experiment:
     start: str | Stage | None = None
     model: model.Config
     data: Source | Mixture | Shards
-    tokenizer: TokenizerConfig
+    tokenizer: TokenizerConfig | Stage
     batch: BatchShape
     objective: Objective = NextToken()
     optimizer: Optimizer

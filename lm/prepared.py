@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from lm import data, terminal
-from lm.experiment import Experiment
+from lm.experiment import Experiment, Stage
 from lm.parallel import distributed
 from lm.program import cache_folder
 
@@ -18,12 +18,15 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike = "runs") -> data
     the same shards, byte for byte.
     """
     parent = cache_folder() / "data" if "://" in str(workdir) else Path(workdir) / "data"
-    recipe = json.dumps(data.recipe(experiment.data, experiment.tokenizer), sort_keys=True)
+    tokenizer = experiment.tokenizer
+    if isinstance(tokenizer, Stage):
+        tokenizer = data.TokenizerFile(path=os.path.join(workdir, tokenizer.name))
+    recipe = json.dumps(data.recipe(experiment.data, tokenizer), sort_keys=True)
     folder = parent / hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
     def make() -> data.Prepared:
         progress = terminal.progress if distributed.is_main() else None
-        return data.prepare(experiment.data, experiment.tokenizer, folder, progress=progress)
+        return data.prepare(experiment.data, tokenizer, folder, progress=progress)
 
     if distributed.is_main():
         prepared = make()

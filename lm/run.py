@@ -19,12 +19,13 @@ from lm.parallel import distributed, hardware
 from lm.parallel.mesh import Mesh
 from lm.prepared import prepare
 from lm.program import Program, assemble, use_compilation_cache
+from lm.recipe import Recipe
 from lm.runs import Run, RunFolder
 from lm.start import Start
 
 
 def train(
-    experiment: Experiment,
+    experiment: Experiment | Recipe,
     *,
     on: str | None = None,
     mesh: Mesh | None = None,
@@ -32,12 +33,17 @@ def train(
 ) -> Run:
     """Trains into WORKDIR/NAME/, or resumes where an earlier call was stopped or killed.
 
+    Trains the stages of a recipe one after another, into WORKDIR/NAME/STAGE/, beginning with the
+    first that is not finished; returns the last run.
+
     Args:
         on: one of the experiment's places; None: the first that fits this machine.
         mesh: replaces the mesh of that place.
 
     Raises UserError for what the user can fix, before anything is compiled if possible.
     """
+    if isinstance(experiment, Recipe):
+        return _train_stages(experiment, on, mesh, epath.Path(workdir) / experiment.name)
     _check_declared(experiment)
     distributed.initialize()
     use_compilation_cache()
@@ -53,6 +59,8 @@ def train(
             return _complete(folder, program, store)
         prepared = prepare(experiment, workdir)
         folder.check_same_text(prepared)
+        if start:
+            start.check_tokenizer(prepared.tokenizer)
         folder.write(program, prepared, start.folder.origin if start else folder.origin)
         state, frozen = _first_state(program, folder, store, start)
         outcome, stopped = _play(program, prepared, store, folder, state, frozen)
@@ -67,6 +75,18 @@ def train(
         mesh=program.mesh,
     )
     summary.finish(run, prepared)
+    return run
+
+
+def _train_stages(recipe: Recipe, on: str | None, mesh: Mesh | None, workdir: epath.Path) -> Run:
+    """Trains the stages of a recipe; stops early if one of them was stopped."""
+    distributed.initialize()
+    for number, stage in enumerate(recipe.stages, start=1):
+        if distributed.is_main():
+            terminal.note(f"Stage {number} of {len(recipe.stages)}: {stage.name}")
+        run = train(stage, on=on, mesh=mesh, workdir=workdir)
+        if run.stopped is not None:
+            return run
     return run
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from lm import checkpoint, model, trees
+from lm import checkpoint, data, model, trees
 from lm.errors import UserError
 from lm.experiment import Experiment, Stage
 from lm.program import Program
@@ -43,6 +43,16 @@ class Start:
             opened = cls(RunFolder.existing(start))
         opened._check_fits(experiment)
         return opened
+
+    def check_tokenizer(self, tokenizer: data.Tokenizer) -> None:
+        """Raises UserError if the weights were trained with another tokenizer."""
+        own = self.folder.tokenizer()
+        if own is not None and own.checksum != tokenizer.checksum:
+            path = str(self.folder.path)
+            raise UserError(
+                f"start={path!r} was trained with another tokenizer than the one declared; set "
+                f"tokenizer=data.TokenizerFile(path={path!r}), or in a recipe tokenizer=Stage(...)."
+            )
 
     def state(self, program: Program) -> tuple[State, Any]:
         """(state before the first step, frozen weights) of the new run."""

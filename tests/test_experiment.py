@@ -14,6 +14,7 @@ from lm.declaration import text
 from lm.errors import UserError
 from lm.experiment import (
     LONGEST_NAME,
+    MAY_CHANGE,
     NAME,
     Experiment,
     describe,
@@ -26,6 +27,7 @@ from lm.experiment import (
 )
 from lm.parallel.mesh import Mesh, Place
 from lm.precision import BF16
+from lm.recipe import stages_of
 
 BASE = Experiment(
     name="small",
@@ -79,7 +81,7 @@ def changed(*written, base=BASE):
         ({"evals": evals.Perplexity()}, "must be a list of Perplexity"),
         ({"seed": "0"}, "seed='0' must be a whole number"),
         ({"places": {"single": Mesh()}}, "places.single=Mesh\\(\\) must be Place"),
-        ({"optimizer": optim.WSD}, "optimizer=.* must be AdamW"),
+        ({"optimizer": optim.WSD}, "optimizer=.* must be .*AdamW"),
         (
             {"schedule": optim.WSD(peak=1, warmup=90, decay=optim.Tokens(1e4), steps=100)},
             "comes to .* steps, more than schedule.steps=100",
@@ -144,7 +146,7 @@ CHANGES = {
     ),
     "model.ffn=SwiGLU(hidden=128)": lambda e: e.model.ffn.hidden == 128,
     "model.ffn=model.GeGLU(hidden=12)": lambda e: e.model.ffn == model.GeGLU(hidden=12),
-    "model.norm=LayerNorm()": lambda e: e.model.norm == model.LayerNorm(),
+    "model.norm=LayerNormConfig()": lambda e: e.model.norm == model.LayerNormConfig(),
     "model.tied=true": lambda e: e.model.tied is True,
     "model.logit_softcap=30": lambda e: e.model.logit_softcap == 30.0,
     "data.path=books/*.txt": lambda e: e.data.path == "books/*.txt",
@@ -172,11 +174,15 @@ CHANGES = {
 
 @pytest.mark.parametrize("written", CHANGES)
 def test_a_change_is_made_and_becomes_part_of_the_name(written):
+    """What may change when a run is resumed stays out of the name."""
     got = changed(written)
     assert CHANGES[written](got)
-    assert got.name.startswith("small+")
-    assert NAME.fullmatch(got.name)
     path = written.split("=")[0]
+    if path.split(".")[0] in MAY_CHANGE:
+        assert got.name == "small"
+    else:
+        assert got.name.startswith("small+")
+    assert NAME.fullmatch(got.name)
     assert all(line.startswith((path, "name: ")) for line in differences(BASE, got))
 
 
@@ -225,8 +231,8 @@ def test_the_name_says_what_differs_in_any_order():
 
 
 def test_names_stay_folder_names_and_differ():
-    written = ["data.path=a/*.txt", "data.path=a-*.txt", "data.path=a?.txt", "sample=a b"]
-    written += ["data.path=" + "y" * 300, "data.path=" + "y" * 301, "sample=a  b"]
+    written = ["data.path=a/*.txt", "data.path=a-*.txt", "data.path=a?.txt", "start=a b"]
+    written += ["data.path=" + "y" * 300, "data.path=" + "y" * 301, "start=a  b"]
     written += ["model.ffn=SwiGLU(hidden=128)", "optimizer=Lion(b1=0.5)", "optimizer=Lion(b1=0.6)"]
     names = [changed(each).name for each in written]
     assert len(set(names)) == len(names)
@@ -337,7 +343,7 @@ FILES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_experiments_of_the_house(name):
-    declared = importlib.import_module(f"experiments.{name}").experiment()
-    assert through_json(declared) == declared
-    for place in declared.places.values():
-        declared.check_place(place)
+    for declared in stages_of(importlib.import_module(f"experiments.{name}").experiment()):
+        assert through_json(declared) == declared
+        for place in declared.places.values():
+            declared.check_place(place)

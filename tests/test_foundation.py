@@ -145,13 +145,13 @@ def test_a_place_checks_its_fields():
         UserError, match="place.offload='optimiser' is not known. Did you mean 'opt"
     ):
         Place(offload=("optimiser",))
-    with pytest.raises(UserError, match="moves no layers' inputs with mesh.pipe=2"):
+    with pytest.raises(UserError, match="'layers' is not supported with mesh.pipe=2"):
         Place(mesh=Mesh(pipe=2), microbatches=2, offload=("layers",))
     with pytest.raises(UserError, match="place.accumulate='float16' is not known"):
         Place(microbatches=2, accumulate="float16")
-    with pytest.raises(UserError, match="place.accumulate='bfloat16' has nothing to sum"):
+    with pytest.raises(UserError, match="place.accumulate='bfloat16' has no effect"):
         Place(accumulate="bfloat16")
-    with pytest.raises(UserError, match=r"place.remat=\(\) names nothing to keep; use 'block'"):
+    with pytest.raises(UserError, match=r"place.remat=\(\) names nothing to save; use 'block'"):
         Place(remat=())
 
 
@@ -215,7 +215,7 @@ def test_few_key_value_heads_are_copied_where_they_cannot_be_split():
         (("embde",), (8,), "w has the unknown logical axis 'embde'. Did you mean 'embed'"),
         (("embed",), (8, 8), r"w has shape \(8, 8\) but axes \('embed',\)"),
         (("embed", "mlp"), (8, 7), "w: mlp of size 7 does not divide over mesh tensor=2; .* of 2"),
-        (("heads", "mlp"), (8, 8), "axes 'heads' and 'mlp' both lie on mesh axis 'tensor'"),
+        (("heads", "mlp"), (8, 8), "axes 'heads' and 'mlp' are both sharded over mesh axis 'tensor'"),
     ],
 )
 def test_what_cannot_be_split_is_refused(axes, shape, sentence):
@@ -338,7 +338,7 @@ def _initialize(environment, monkeypatch):
         if value is not None:
             monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a: calls.append(a))
-    monkeypatch.setattr(distributed, "_watch_the_others", lambda: None)  # there are none
+    monkeypatch.setattr(distributed, "_watch_peers", lambda: None)  # there are none
     distributed.initialize()
     return calls
 

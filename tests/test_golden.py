@@ -16,6 +16,7 @@ import pytest
 
 from lm.parallel.mesh import Mesh
 from lm.planning import show
+from lm.recipe import stages_of
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,13 +29,15 @@ def names() -> list[str]:
 
 
 def golden(name: str) -> str:
-    """The text of `show` at the experiment's first place, then on eight devices."""
-    experiment = importlib.import_module(f"experiments.{name}").experiment()
-    place = next(iter(experiment.places))
-    first = show.facts(experiment, on=place)
-    eight = show.facts(experiment, on=place, mesh=EIGHT)
-    eight["declaration"] = f"==== On mesh {EIGHT} ===="
-    return f"{show.text(first)}\n\n{show.text(eight)}\n"
+    """The text of `show` at the first place, then on eight devices; of each stage of a recipe."""
+    texts = []
+    for experiment in stages_of(importlib.import_module(f"experiments.{name}").experiment()):
+        place = next(iter(experiment.places))
+        first = show.facts(experiment, on=place)
+        eight = show.facts(experiment, on=place, mesh=EIGHT)
+        eight["declaration"] = f"==== On mesh {EIGHT} ===="
+        texts.append(f"{show.text(first)}\n\n{show.text(eight)}\n")
+    return "\n".join(texts)
 
 
 @pytest.mark.parametrize("name", names())

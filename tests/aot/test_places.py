@@ -40,7 +40,7 @@ def declared() -> list[str]:
     return [
         f"{name}:{place}"
         for name in names
-        for place in experiment(name).places
+        for place in getattr(experiment(name), "places", ())  # a recipe has stages instead
         if slices.NAME.fullmatch(place)
     ]
 
