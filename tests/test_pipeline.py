@@ -1,4 +1,4 @@
-"""The schedule of a pipeline: who does what when, counted by hand, and what is refused."""
+"""Pipeline schedule: order of groups, bubble, and errors."""
 
 import pytest
 
@@ -16,9 +16,8 @@ def schedule(layers=8, stages=2, circular_repeats=1, microbatches=4):
 @pytest.mark.parametrize("stages", [2, 4])
 @pytest.mark.parametrize("circular_repeats", [1, 2, 3])
 @pytest.mark.parametrize("turns", [1, 3])
-def test_every_microbatch_meets_every_group_in_order(stages, circular_repeats, turns):
-    """Played with integers: what each stage holds in each iteration, by the rule of the module's
-    docstring."""
+def test_every_microbatch_passes_every_group_in_order(stages, circular_repeats, turns):
+    """Simulates which group of which micro-batch each stage computes in each iteration."""
     plan = schedule(
         layers=24, stages=stages, circular_repeats=circular_repeats, microbatches=turns * stages
     )
@@ -39,12 +38,12 @@ def test_every_microbatch_meets_every_group_in_order(stages, circular_repeats, t
 def test_bubble():
     assert schedule().bubble == pytest.approx(1 / 5)  # (stages - 1) / (microbatches + stages - 1)
     assert schedule(circular_repeats=2).bubble == pytest.approx(1 / 9)
-    # Five layers on two stages take the time of six.
+    # Five layers on two stages take the time of six layers.
     assert schedule(layers=5).bubble == pytest.approx(1 - (4 / 5) * (5 / 6))
     assert schedule(layers=5).depth == 3
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_schedules_are_errors():
     with pytest.raises(UserError, match=r"microbatches=3 must be a multiple of mesh.pipe=2"):
         schedule(microbatches=3)
     with pytest.raises(

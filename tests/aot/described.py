@@ -1,4 +1,4 @@
-"""TPUs that are not there: programs are compiled for them by libtpu, where it is installed."""
+"""Ahead-of-time compilation for TPUs by libtpu. Tests are skipped where it is not installed."""
 
 import functools
 import os
@@ -11,14 +11,14 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# The smallest slice of each chip, and 16 chips.
+# The smallest slice of each chip, and a slice of 16 chips.
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SIXTEEN = "v5e:4x4"
 
 
 @functools.cache
 def devices(topology: str) -> list[Any]:
-    """The devices of a slice; skips the test where there is no libtpu."""
+    """Devices of a slice; skips the test without libtpu."""
     pytest.importorskip("libtpu")
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -32,7 +32,7 @@ def devices(topology: str) -> list[Any]:
 
 
 def on_one(chip: str, function: Callable[..., Any], *arrays: jax.ShapeDtypeStruct) -> Any:
-    """`function` compiled for one device of a chip."""
+    """Compiles `function` for one device of a chip."""
     mesh = Mesh(np.array(devices(CHIPS[chip])[:1]), ("x",))
     return _compiled(function, mesh, [PartitionSpec()] * len(arrays), arrays)
 
@@ -43,7 +43,7 @@ def on_sixteen(
     out_specs: Any,
     *arrays: jax.ShapeDtypeStruct,
 ) -> Any:
-    """`function` inside shard_map over the mesh (a=4, b=4), compiled for 16 chips."""
+    """Compiles `function` in a shard_map over the mesh (a=4, b=4) of 16 chips."""
     mesh = Mesh(
         np.array(devices(SIXTEEN)).reshape(4, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2
     )
@@ -52,8 +52,8 @@ def on_sixteen(
 
 
 def _compiled(function, mesh, specs, arrays):
-    placed = [
+    sharded = [
         jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
         for a, spec in zip(arrays, specs, strict=True)
     ]
-    return jax.jit(function).lower(*placed).compile()
+    return jax.jit(function).lower(*sharded).compile()

@@ -1,4 +1,4 @@
-"""Plans through libtpu's compiler, for slices that are not there. Skipped where it is missing."""
+"""Plans with libtpu's compiler. Skipped where it is not installed."""
 
 import dataclasses
 import json
@@ -22,41 +22,41 @@ SMALL = [
 
 
 def small(**changes):
-    """The declaration of llama3_8b with a model that compiles in seconds."""
+    """llama3_8b with a small model that compiles in seconds."""
     return dataclasses.replace(override(llama3_8b.experiment(), SMALL), **changes)
 
 
 def test_a_small_step_compiles_and_fits():
     places = {"v5p-8": Place(mesh=Mesh(fsdp=4), microbatches=2, remat="block")}
-    told = planning.plan(small(places=places), "v5p-8")
-    assert told["compiled"] and told["fits"]
-    assert told["argument_bytes_per_device"] <= told["peak_bytes_per_device"]
-    # State and batch: weights and moments in float32, and five arrays of four bytes a token.
-    state = told["state_bytes_per_device"] + 5 * 4 * 32 * 256 / 4
-    assert told["argument_bytes_per_device"] == pytest.approx(state, rel=1e-3)
-    # Products of the compiled program: the model's, and those of a second forward pass.
-    model_flops = told["model_flops_per_step"] / told["devices"]
-    assert 1.0 < told["flops_per_device_per_step"] / model_flops < 2.0
-    gathered = [row for row in told["collectives"] if row["kind"] == "all-gather"]
-    assert gathered and all(row["axes"] == "fsdp" for row in gathered)
-    assert any("state.params" in array["source"] for array in told["largest_arrays"])
-    assert json.loads(json.dumps(told)) == told
-    assert "all-gather" in str(told)
+    plan = planning.plan(small(places=places), "v5p-8")
+    assert plan["compiled"] and plan["fits"]
+    assert plan["argument_bytes_per_device"] <= plan["peak_bytes_per_device"]
+    # State (float32 weights and moments) and batch (five arrays of four bytes per token).
+    state = plan["state_bytes_per_device"] + 5 * 4 * 32 * 256 / 4
+    assert plan["argument_bytes_per_device"] == pytest.approx(state, rel=1e-3)
+    # Matmuls of the compiled program: those of the model, and a recomputed forward pass.
+    model_flops = plan["model_flops_per_step"] / plan["devices"]
+    assert 1.0 < plan["flops_per_device_per_step"] / model_flops < 2.0
+    all_gathers = [row for row in plan["collectives"] if row["kind"] == "all-gather"]
+    assert all_gathers and all(row["axes"] == "fsdp" for row in all_gathers)
+    assert any("state.params" in array["source"] for array in plan["largest_arrays"])
+    assert json.loads(json.dumps(plan)) == plan
+    assert "all-gather" in str(plan)
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_told_and_by_how_much():
+def test_a_plan_that_does_not_fit_says_by_how_much():
     places = {"v5e-4": Place(mesh=Mesh(data=4), remat="block")}
-    vast = override(small(places=places), ["model.dim=8192", "model.ffn.hidden=65536"])
-    told = planning.plan(vast, "v5e-4")
-    assert not told["fits"]
-    assert told["peak_bytes_per_device"] > told["capacity_bytes_per_device"]
-    assert "does not fit by" in str(told)
+    large = override(small(places=places), ["model.dim=8192", "model.ffn.hidden=65536"])
+    plan = planning.plan(large, "v5e-4")
+    assert not plan["fits"]
+    assert plan["peak_bytes_per_device"] > plan["capacity_bytes_per_device"]
+    assert "does not fit by" in str(plan)
 
 
 @pytest.mark.slow
-def test_the_hosts_memory_takes_off_the_chips():
-    """The optimizer's state, fetched only for the update, and each layer's input."""
+def test_offload_moves_memory_to_the_host():
+    """The optimizer state, which only the update fetches, and each layer's input."""
     plans = []
     for offload in ((), ("optimizer", "layers")):
         places = {"v5p-8": Place(mesh=Mesh(fsdp=4), remat="block", offload=offload)}
@@ -66,20 +66,20 @@ def test_the_hosts_memory_takes_off_the_chips():
     optimizer = before["optimizer_bytes_per_device"]
     inputs = 8 * (32 * 256 / 4) * 1024 * 2
     assert after["host_bytes_per_device"] == pytest.approx(optimizer + inputs, rel=0.02)
-    given = [told["argument_bytes_per_device"] for told in plans]
-    assert given[0] - given[1] == pytest.approx(optimizer, rel=0.02)
-    # What the update fetches counts where it is more than what activations took.
+    arguments = [plan["argument_bytes_per_device"] for plan in plans]
+    assert arguments[0] - arguments[1] == pytest.approx(optimizer, rel=0.02)
+    # What the update fetches counts where it exceeds the activations.
     assert after["peak_bytes_per_device"] < before["peak_bytes_per_device"] - optimizer / 4
 
 
 @pytest.mark.slow
-def test_a_search_compiles_the_best_and_the_declared():
+def test_a_search_compiles_the_best_and_the_declared_place():
     declared = Place(mesh=Mesh(fsdp=4), microbatches=2, remat="block")
-    found = planning.search(small(places={"v5p-8": declared}), "v5p-8", few=1)
-    assert all(each.plan["compiled"] and each.plan["fits"] for each in found)
-    (own,) = (each for each in found if each.place == declared)
-    assert found[0].plan["step_seconds"] <= own.plan["step_seconds"]
-    assert found[0].plan["step_seconds"] <= found[-1].plan["step_seconds"]
+    candidates = planning.search(small(places={"v5p-8": declared}), "v5p-8", count=1)
+    assert all(each.plan["compiled"] and each.plan["fits"] for each in candidates)
+    (own,) = (each for each in candidates if each.place == declared)
+    assert candidates[0].plan["step_seconds"] <= own.plan["step_seconds"]
+    assert candidates[0].plan["step_seconds"] <= candidates[-1].plan["step_seconds"]
 
 
 @pytest.mark.slow
@@ -91,23 +91,23 @@ def test_the_bubble_is_that_of_the_compiled_loops():
     program = compiled.step(e, "v5e-16", place, slices.find("v5e-16")).program
     loops = [each for each, *_ in program.executed() if each.op == "while"]
     bodies = {each: re.search(r"body=%([\w.\-]+)", each.rest).group(1) for each in loops}
-    # Those through which micro-batches pass on, forward and backward.
-    passing = [
+    # The loops that send micro-batches to the next stage, forward and backward.
+    trip_counts = [
         program.trips(loop)
         for loop, body in bodies.items()
         if any(i.op.startswith("collective-permute") for i in program.computations[body])
     ]
-    assert len(passing) == 2 and len(set(passing)) == 1
+    assert len(trip_counts) == 2 and len(set(trip_counts)) == 1
     work = place.microbatches * place.circular_repeats
-    told = planning.plan(e, "v5e-16", compile=False)
-    assert told["pipeline_bubble"] == pytest.approx(1 - work / passing[0])
+    plan = planning.plan(e, "v5e-16", compile=False)
+    assert plan["pipeline_bubble"] == pytest.approx(1 - work / trip_counts[0])
 
 
 @pytest.mark.slow
-def test_what_passes_between_slices_is_counted():
+def test_collectives_between_slices_are_counted():
     mesh = Mesh(data=2, fsdp=4)
-    told = planning.plan(small(places={"2xv5p-8": Place(mesh=mesh, remat="block")}), "2xv5p-8")
-    between = [row for row in told["collectives"] if row["axes"] == "data"]
+    plan = planning.plan(small(places={"2xv5p-8": Place(mesh=mesh, remat="block")}), "2xv5p-8")
+    between = [row for row in plan["collectives"] if row["axes"] == "data"]
     assert between and all(row["kind"] == "all-reduce" for row in between)
-    # The gradients of what is split, once, in the format of the products.
-    assert sum(row["nbytes"] for row in between) >= told["gradient_bytes_per_device"] / 2
+    # The gradients of sharded weights, once, in the compute dtype.
+    assert sum(row["nbytes"] for row in between) >= plan["gradient_bytes_per_device"] / 2

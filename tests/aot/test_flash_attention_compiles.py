@@ -1,5 +1,5 @@
-"""Flash attention compiles for each chip, alone and inside shard_map, with every option, as the
-TPU's kernels. That it compiles at all says that its blocks stay inside the chip's vector memory."""
+"""Flash attention compiles to TPU kernels on each chip, alone and in shard_map, with every option.
+Compilation fails if a kernel's blocks exceed the chip's vector memory."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import flash_attention
 
-# Beside q, k and v: name of the option and whether it takes an array.
+# Options besides q, k and v. Those in ARRAYS take an array.
 OPTIONS = {
     "causal": {},
     "full": {"causal": False},
@@ -31,21 +31,21 @@ B = 4
 
 
 def shapes(t, s, n, k, h, hv, options, dtype=jnp.bfloat16):
-    """(q, k, v, *the arrays that the options ask for)."""
+    """(q, k, v, *arrays of the options)."""
     shape = {"segment_ids": (B, t), "prefix": (B,), "positions": (B, t), "sinks": (n,)}
-    made = [
+    extra = [
         jax.ShapeDtypeStruct(shape[name], jnp.float32 if name == "sinks" else jnp.int32)
         for name in ARRAYS
         if name in options
     ]
     q, key, v = (B, t, n, h), (B, s, k, h), (B, s, k, hv)
-    return *(jax.ShapeDtypeStruct(x, dtype) for x in (q, key, v)), *made
+    return *(jax.ShapeDtypeStruct(x, dtype) for x in (q, key, v)), *extra
 
 
 def step(options, q, k, v, *arrays):
     """Output, log-sum-exp and gradients."""
-    given = dict(zip([name for name in ARRAYS if name in options], arrays, strict=True))
-    attend = partial(flash_attention, return_lse=True, **{**options, **given})
+    inputs = dict(zip([name for name in ARRAYS if name in options], arrays, strict=True))
+    attend = partial(flash_attention, return_lse=True, **{**options, **inputs})
     out, pull = jax.vjp(attend, q, k, v)
     return *out, *pull(out)
 
@@ -68,14 +68,14 @@ def test_each_option_on_each_chip(chip, name):
 @pytest.mark.parametrize("chip", described.CHIPS)
 @pytest.mark.parametrize("width", [64, 80, 96, 112, 128, 192, 256])
 def test_each_head_width(chip, width):
-    """In the largest blocks."""
+    """With the largest blocks."""
     arrays = shapes(32768, 32768, 8, 2, width, 128 if width == 192 else width, {})
     assert kernels(described.on_one(chip, partial(step, {}), *arrays)) == [True, True]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", described.CHIPS)
-def test_everything_in_the_largest_blocks(chip):
+def test_all_options_with_the_largest_blocks(chip):
     options = OPTIONS["everything"]
     arrays = shapes(32768, 32768, 8, 2, 256, 256, options)
     assert kernels(described.on_one(chip, partial(step, options), *arrays)) == [True, True]
@@ -108,8 +108,7 @@ def test_float32():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_sixteen_chips(name):
-    """Rows over one axis and heads over the other, types of varying arrays checked: nothing is
-    communicated."""
+    """Batch over one axis and heads over the other, with check_vma: no collectives."""
     options = OPTIONS[name]
     arrays = shapes(256, 256, 8, 8, 128, 128, options)
     heads = P("a", None, "b", None)

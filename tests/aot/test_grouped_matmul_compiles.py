@@ -1,4 +1,4 @@
-"""The grouped product compiles for each chip, alone and inside shard_map, as the TPU's kernels."""
+"""Grouped matmul compiles to TPU kernels on each chip, alone and in shard_map."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def step(x, w, sizes):
     ids=["whole", "deep", "float32"],
 )
 def test_each_chip(chip, arrays):
-    # That it compiles at all says that its blocks stay inside the chip's vector memory.
+    # Compilation fails if blocks exceed the chip's vector memory.
     assert described.on_one(chip, step, *arrays).as_text().count("tpu_custom_call") >= 3
 
 
@@ -54,7 +54,7 @@ def test_weights_of_8_bits(chip):
 
 
 def test_sixteen_chips():
-    """Rows over one axis and columns over the other; the gradients of both are summed."""
+    """Rows over one axis, columns over the other; gradients of both are all-reduced."""
     arrays = types(2048, 512, 1024, 8, jnp.bfloat16)
 
     def loss(sizes, x, w):

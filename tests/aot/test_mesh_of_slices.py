@@ -1,5 +1,4 @@
-"""Several slices of a TPU, which only a network joins: the mesh lies across them by its slowest
-axes."""
+"""Multi-slice meshes: the first axes are split over slices, which a slow network connects."""
 
 import pytest
 from described import devices
@@ -11,7 +10,7 @@ from lm.parallel.mesh import Mesh
 
 @pytest.fixture(scope="module")
 def two_slices():
-    devices("v5e:4x4")  # skips, or sets what libtpu wants to be told
+    devices("v5e:4x4")  # skips without libtpu; sets its environment variables
     return topologies.get_topology_desc(
         platform="tpu", topology_name="v5e:4x4", num_slices=2
     ).devices
@@ -25,7 +24,7 @@ def two_slices():
         (Mesh(fsdp=32), "fsdp"),
     ],
 )
-def test_slices_are_told_apart_by_the_slowest_axis(two_slices, mesh, split):
+def test_slices_are_split_by_the_first_axis(two_slices, mesh, split):
     built = mesh.build(two_slices)
     axis = built.axis_names.index(split)
     for side in (0, 1):

@@ -1,5 +1,5 @@
-"""A model's gradients compile for 16 described chips with the attention kernels inside, on each
-device's own rows and heads, and without rematerialisation runs each of them once."""
+"""A model's gradients compile for 16 chips with attention kernels on each device's rows and heads;
+without remat each kernel runs once."""
 
 import re
 
@@ -21,7 +21,7 @@ def test_fsdp_and_tensor():
     layout = Mesh(fsdp=4, tensor=4)
     devices = np.array(described.devices("v5e:4x4")).reshape(layout.shape)
     mesh = jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    # Fewer key/value heads than tensor devices: each takes the one it reads.
+    # Fewer key/value heads than tensor devices: each device uses the one it needs.
     attention = model.GQA(heads=8, kv_heads=2, head_dim=128)
     config = model.Config(
         vocab=512, dim=512, layers=4, attention=attention, ffn=model.SwiGLU(hidden=512)
@@ -34,9 +34,9 @@ def test_fsdp_and_tensor():
             return jnp.sum(out.hidden_btd.astype(jnp.float32) ** 2)
 
     shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
-    placed = sharding.weight_shardings(model.axes(config), shapes, mesh)
+    shardings = sharding.weight_shardings(model.axes(config), shapes, mesh)
     params = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
     rows = NamedSharding(mesh, P("fsdp"))
     tokens = jax.ShapeDtypeStruct((8, 512), jnp.int32, sharding=rows)

@@ -1,5 +1,5 @@
-"""A mixture of experts on 16 chips: its products are the TPU's kernels, forward and backward, and
-rows travel to their experts by all-to-all."""
+"""Mixture of experts on 16 chips: grouped matmul kernels, forward and backward, and expert
+parallelism by all-to-all."""
 
 import described
 import jax
@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lm.model.moe import MoE
 from lm.model.initializers import He
+from lm.model.moe import MoE
 from lm.parallel import sharding
 from lm.parallel.mesh import AXES
 from lm.planning import hlo, links, slices
@@ -22,7 +22,7 @@ CONFIG = MoE(experts=8, experts_per_token=2, hidden=512, balance=None)
 
 
 def compiled(topology, where, **sizes):
-    """(text, collectives) of both gradients for 128 tokens of width 256 on each device."""
+    """(text, collectives) of both gradients, for 128 tokens of width 256 per device."""
     shape = [sizes.get(axis, 1) for axis in AXES]
     devices = np.array(described.devices(topology)).reshape(shape)
     mesh = jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -48,19 +48,19 @@ def compiled(topology, where, **sizes):
 
 def test_dropless_experts():
     text, moved = compiled(described.SIXTEEN, "v5e-16", fsdp=2, expert=4, tensor=2)
-    # Three products, and for each the gradients of its rows and of its weights.
+    # Three matmuls, each with gradients of its rows and weights.
     kernels = [line for line in text.splitlines() if "tpu_custom_call" in line]
     assert sum("grouped_matmul" in line for line in kernels) >= 8
     wide = {row.kind for row in moved if row.axes == "expert" and row.dtype == "bf16"}
     assert wide == {"all-to-all"}
-    # Forward rows go and come back; backward they go anew, their gradients go, and theirs come.
+    # Forward: rows to experts and back. Backward: rows and gradients to experts, gradients back.
     rows = 128 * CONFIG.experts_per_token
     (exchange,) = (row for row in moved if row.kind == "all-to-all" and row.dtype == "bf16")
     assert (exchange.count, exchange.nbytes) == (5, 5 * rows * 256 * 2)
 
 
-def test_rows_are_gathered_where_there_is_no_exchange():
-    """The compiler has none for larger slices of v5e, and refuses what asks for it."""
+def test_rows_are_all_gathered_without_ragged_all_to_all():
+    """The compiler does not support it on larger slices of v5e."""
     _, moved = compiled("v5e:4x8", "v5e-32", fsdp=8, expert=4)
     kinds = {row.kind for row in moved if row.axes == "expert" and row.dtype == "bf16"}
     assert "all-gather" in kinds and "all-to-all" not in kinds

@@ -1,4 +1,4 @@
-"""Paged attention compiles for each chip, alone and inside shard_map, as the TPU's kernel."""
+"""Paged attention compiles to a TPU kernel on each chip, alone and in shard_map."""
 
 from functools import partial
 
@@ -42,7 +42,7 @@ def test_each_chip(chip, arrays, options):
 
 @pytest.mark.parametrize("chip", described.CHIPS)
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "fp8"])
-def test_quantised_pages(chip, dtype):
+def test_quantized_pages(chip, dtype):
     def run(*arrays):
         return paged_attention(*arrays[:5], k_scales_pks=arrays[5], v_scales_pks=arrays[6])
 
@@ -52,7 +52,7 @@ def test_quantised_pages(chip, dtype):
 
 
 def test_sixteen_chips():
-    """Sequences over one axis, heads over the other."""
+    """Sequences over one axis, heads over the other: no collectives."""
     heads, pages = P("a", None, "b"), P("a", "b")
     specs = heads, pages, pages, P("a"), P("a")
     compiled = described.on_sixteen(paged_attention, specs, heads, *types(jnp.bfloat16))

@@ -1,5 +1,5 @@
-"""The pipeline as a TPU's compiler sees it, forward and backward, beside the plain form: layers
-vmapped over stages, and the stream rolled from stage to stage for the partitioner to split.
+"""The compiled pipeline, forward and backward, compared with a plain implementation: layers vmapped
+over stages, activations rolled from stage to stage, sharding by the partitioner.
 
 `python tests/aot/test_pipeline_compiles.py` prints both."""
 
@@ -38,7 +38,7 @@ def ours(w, x, schedule=SCHEDULE, weight=WEIGHT):
 
 
 def plain(w, x):
-    """Each device of `data` has all of its micro-batches on every stage."""
+    """Plain implementation: every stage holds all micro-batches of its `data` shard."""
     stages, microbatches = SCHEDULE.stages, SCHEDULE.microbatches
     w = w.reshape(stages, SCHEDULE.depth, *w.shape[1:])
     x = x.reshape(-1, microbatches, LENGTH, WIDTH).swapaxes(0, 1)
@@ -61,7 +61,7 @@ def plain(w, x):
 
 
 def compiled(form, weight=WEIGHT, **sizes):
-    """(collectives, bytes at the fullest moment) of one device, forward and backward."""
+    """(collectives, peak bytes) of one device, forward and backward."""
     sizes = sizes or {"data": 4, "pipe": 4}
     shape = [sizes.get(axis, 1) for axis in AXES]
     devices = np.array(described.devices(described.SIXTEEN)).reshape(shape)
@@ -79,45 +79,46 @@ def compiled(form, weight=WEIGHT, **sizes):
 
     program = jax.jit(step, out_shardings=(one, weights)).lower(w, x).compile()
     layout = links.Layout(devices, AXES, slices.find("v5e-16"))
-    found = links.collectives(hlo.parse(program.as_text()), layout)
-    return found, program.memory_analysis().peak_memory_in_bytes
+    collectives = links.collectives(hlo.parse(program.as_text()), layout)
+    return collectives, program.memory_analysis().peak_memory_in_bytes
 
 
-def test_only_the_stream_passes_and_gradients_are_summed_once():
-    found, peak = compiled(ours)
-    moved = {(row.kind, row.axes, row.dtype): row for row in found}
+def test_only_activations_are_sent_and_gradients_are_summed_once():
+    collectives, peak = compiled(ours)
+    moved = {(row.kind, row.axes, row.dtype): row for row in collectives}
     stream = moved.pop(("collective-permute", "pipe", "bf16"))
-    # What goes on and what waits, forward and backward, and what is left behind at the end.
+    # Activations and waiting micro-batches, forward and backward, and once more after the loop.
     assert stream.count == 4 * SCHEDULE.iterations + 2
     assert stream.hidden == stream.seconds
     gradients = moved.pop(("all-reduce", "data", "bf16"))
     assert (gradients.count, gradients.nbytes) == (1, SCHEDULE.depth * WIDTH * WIDTH * 2)
     loss = moved.pop(("all-reduce", "pipe+data", "f32"))
     assert (loss.count, loss.nbytes, moved) == (1, 4, {})
-    # The plain form sums them in each iteration and gathers the stream, in more memory.
-    other, most = compiled(plain)
-    assert sum(row.count for row in other) > sum(row.count for row in found)
-    assert any(row.kind == "all-gather" for row in other) and most > peak
+    # The plain implementation sums gradients in each iteration, all-gathers activations, and uses
+    # more memory.
+    plain_collectives, plain_peak = compiled(plain)
+    assert sum(row.count for row in plain_collectives) > sum(row.count for row in collectives)
+    assert any(row.kind == "all-gather" for row in plain_collectives) and plain_peak > peak
 
 
-def test_weights_of_several_rounds_travel_in_the_parts_in_which_they_are_kept():
-    """By an exchange between stages alone: nothing is gathered for it."""
+def test_weights_of_a_circular_schedule_move_by_all_to_all():
+    """Over pipe alone, without an all-gather over other axes."""
     schedule = Schedule(layers=12, stages=2, circular_repeats=2, microbatches=4)
     weight = PartitionSpec(None, ("fsdp", "pipe"), "tensor")
     form = partial(ours, schedule=schedule, weight=weight)
-    found, _ = compiled(form, weight, pipe=2, fsdp=4, tensor=2)
-    part = schedule.layers * WIDTH * WIDTH // 16 * 2  # bytes, in bfloat16
-    exchanges = [row for row in found if row.kind == "all-to-all"]
-    assert [(row.axes, row.count, row.nbytes) for row in exchanges] == [("pipe", 2, 2 * part)]
-    # Layers gather weights over fsdp and activations over tensor; over both there is nothing to.
-    gathered = {row.axes for row in found if row.kind == "all-gather"}
+    collectives, _ = compiled(form, weight, pipe=2, fsdp=4, tensor=2)
+    shard = schedule.layers * WIDTH * WIDTH // 16 * 2  # bytes, in bfloat16
+    all_to_alls = [row for row in collectives if row.kind == "all-to-all"]
+    assert [(row.axes, row.count, row.nbytes) for row in all_to_alls] == [("pipe", 2, 2 * shard)]
+    # Layers all-gather weights over fsdp and activations over tensor; nothing over both.
+    gathered = {row.axes for row in collectives if row.kind == "all-gather"}
     assert gathered <= {"fsdp", "tensor"}
 
 
 if __name__ == "__main__":
     for form in (plain, ours):
-        found, peak = compiled(form)
+        collectives, peak = compiled(form)
         print(form.__name__, "peak", terminal.size(peak))
-        for row in found:
+        for row in collectives:
             size, seconds = terminal.size(row.nbytes), terminal.duration(row.seconds)
             print("   ", row.kind, row.axes, row.dtype, f"{row.count} x, {size}, {seconds}")

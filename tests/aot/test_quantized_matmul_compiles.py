@@ -1,4 +1,4 @@
-"""Products with few bits compile for each chip, alone and in shard_map, as the TPU's kernels."""
+"""Quantized matmuls compile to TPU kernels on each chip, alone and in shard_map."""
 
 import described
 import jax
@@ -12,13 +12,13 @@ pytestmark = pytest.mark.slow
 
 
 def packed(d, f, bits, group=128):
-    """Types of the arrays of Packed, without those that are None."""
+    """Types of the arrays of Packed that are not None."""
     words = [d // 8] if bits == 4 else [d // 16, d // 32]
     low, *high = (jax.ShapeDtypeStruct((rows, f), jnp.int32) for rows in words)
     return low, *high, jax.ShapeDtypeStruct((d // group, f), jnp.float32)
 
 
-def product(x, low, *rest):
+def matmul(x, low, *rest):
     high, scales = rest if len(rest) == 2 else (None, *rest)
     return packed_matmul(x, Packed(low, high, scales))
 
@@ -28,14 +28,14 @@ def product(x, low, *rest):
 @pytest.mark.parametrize(("bits", "group"), [(4, 128), (3, 32)])
 def test_packed(chip, rows, bits, group):
     x = jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16)
-    compiled = described.on_one(chip, product, x, *packed(4096, 3000, bits, group))
+    compiled = described.on_one(chip, matmul, x, *packed(4096, 3000, bits, group))
     assert "tpu_custom_call" in compiled.as_text()
 
 
 @pytest.mark.parametrize("chip", described.CHIPS)
-def test_packed_float32_and_deep(chip):
+def test_packed_float32_with_a_large_contraction(chip):
     x = jax.ShapeDtypeStruct((600, 14336), jnp.float32)
-    compiled = described.on_one(chip, product, x, *packed(14336, 1024, 4))
+    compiled = described.on_one(chip, matmul, x, *packed(14336, 1024, 4))
     assert "tpu_custom_call" in compiled.as_text()
 
 
@@ -48,10 +48,10 @@ def test_int8(chip):
 
 
 def test_sixteen_chips():
-    """Rows over one axis and columns over the other, with the gradient of x."""
+    """Rows over one axis, columns over the other, with the gradient of x."""
 
     def both(x, *arrays):
-        y, pull = jax.vjp(lambda x: product(x, *arrays), x)
+        y, pull = jax.vjp(lambda x: matmul(x, *arrays), x)
         return pull(y)[0]
 
     arrays = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16), *packed(1024, 2048, 4)

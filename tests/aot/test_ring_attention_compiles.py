@@ -1,5 +1,5 @@
-"""Ring attention compiled for 64 chips, the context axis beside others, forward and backward: keys
-and values go round by permutes alone, and the kernels are the TPU's."""
+"""Ring attention compiled for 64 chips, forward and backward: keys and values move by
+collective-permute alone, and attention is the TPU kernel."""
 
 import re
 
@@ -20,7 +20,7 @@ ROWS = P("fsdp", "context")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal", "documents_and_window"])
-def test_keys_go_round_and_are_not_gathered(name):
+def test_keys_move_by_collective_permute_alone(name):
     grid = np.array(described.devices("v5p:4x4x4")).reshape(FSDP, CONTEXT)
     mesh = Mesh(grid, ("fsdp", "context"), axis_types=(AxisType.Auto,) * 2)
     with_documents = name == "documents_and_window"
@@ -45,13 +45,12 @@ def test_keys_go_round_and_are_not_gathered(name):
         text = lowered.compile().as_text()
     assert "flash_attention_forward" in text and "flash_attention_backward" in text
     assert not re.findall(r"all-gather|all-to-all|all-reduce|reduce-scatter", text)
-    # Each device's own part of keys and values is what goes round, and no more than that: as they
-    # are, and their gradients in float32 on the way back.
+    # Only shards of keys and values are sent: in bfloat16, and their gradients in float32.
     moved = re.findall(r"= .*collective-permute(?:-start)?\(", text)
-    part = f"[1,{LENGTH // CONTEXT},{HEADS},{WIDTH}]"
+    shard = f"[1,{LENGTH // CONTEXT},{HEADS},{WIDTH}]"
     kinds = set(re.findall(r"\b[a-z]+\d+\[[\d,]*\]", "\n".join(moved)))
-    assert {f"bf16{part}", f"f32{part}"} <= kinds
-    assert all(np.prod(_sizes(kind)) <= np.prod(_sizes(part)) for kind in kinds)
+    assert {f"bf16{shard}", f"f32{shard}"} <= kinds
+    assert all(np.prod(_sizes(kind)) <= np.prod(_sizes(shard)) for kind in kinds)
 
 
 def _sizes(kind: str) -> list[int]:
