@@ -1,5 +1,6 @@
 """Initializers of weights, and the choices of them that a config declares."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from lm.errors import check_positive
 from lm.parallel.sharding import active_mesh
 
+# Functions that return one are cached: the initializer is part of a module's pytree structure, which
+# is then equal for all modules of one declaration.
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
 
@@ -19,16 +22,19 @@ def zeros(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     return jnp.zeros(shape, dtype)
 
 
+@functools.cache
 def constant(value: float) -> Initializer:
     """All entries equal to `value`."""
     return lambda key, shape, dtype: jnp.full(shape, value, dtype)
 
 
+@functools.cache
 def normal(std: float) -> Initializer:
     """Gaussian of mean 0."""
     return _drawn(lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype))
 
 
+@functools.cache
 def truncated_normal(std: float) -> Initializer:
     """Gaussian of mean 0, truncated at three standard deviations."""
     return _drawn(

@@ -1,0 +1,156 @@
+"""Every Flax module alone, as in a notebook: built, called, differentiated, printed."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lm.model
+from lm import model, trees
+from lm.runs import Run
+
+DIM, VOCAB, B, T = 16, 40, 2, 6
+GQA = model.GQA(heads=4, kv_heads=2, head_dim=8)
+MOE = model.MoE(experts=4, experts_per_token=2, hidden=8, shared=model.Shared(hidden=8))
+CONFIG = model.Config(vocab=VOCAB, dim=DIM, layers=2, attention=GQA, ffn=model.SwiGLU(hidden=24))
+
+# name -> (the module, its argument, the shape of its first output)
+HIDDEN = (B, T, DIM)
+MODULES = {
+    "Embedding": (lambda rngs: model.Embedding(CONFIG, rngs=rngs), "tokens", HIDDEN),
+    "FeedForward": (lambda rngs: model.FeedForward(DIM, 24, rngs=rngs), "hidden", HIDDEN),
+    "GatedMLP": (lambda rngs: model.GatedMLP(DIM, 24, bias=True, rngs=rngs), "hidden", HIDDEN),
+    "GroupedQueryAttention": (
+        lambda rngs: model.GroupedQueryAttention(GQA, DIM, rngs=rngs),
+        "hidden",
+        HIDDEN,
+    ),
+    "LayerNorm": (lambda rngs: model.LayerNorm(DIM, rngs=rngs), "hidden", HIDDEN),
+    "MixtureOfExperts": (
+        lambda rngs: model.MixtureOfExperts(MOE, DIM, rngs=rngs),
+        "hidden",
+        HIDDEN,
+    ),
+    "RMSNorm": (lambda rngs: model.RMSNorm(DIM, rngs=rngs), "hidden", HIDDEN),
+    "RotaryEmbedding": (lambda rngs: model.RotaryEmbedding(model.RoPE(), 8), "heads", (B, T, 4, 8)),
+    "Transformer": (lambda rngs: model.Transformer(CONFIG, rngs=rngs), "tokens", HIDDEN),
+    "TransformerBlock": (lambda rngs: model.TransformerBlock(CONFIG, rngs=rngs), "hidden", HIDDEN),
+}
+
+
+def inputs(kind: str) -> jax.Array:
+    random = np.random.default_rng(0)
+    if kind == "tokens":
+        return jnp.asarray(random.integers(0, VOCAB, (B, T)), jnp.int32)
+    shape = (B, T, DIM) if kind == "hidden" else (B, T, 4, 8)
+    return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
+
+def first(output) -> jax.Array:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def test_every_exported_module_is_here():
+    exported = [getattr(lm.model, name) for name in lm.model.__all__]
+    modules = {
+        each.__name__ for each in exported if inspect.isclass(each) and issubclass(each, nnx.Module)
+    }
+    assert modules == MODULES.keys()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_alone(name):
+    build, kind, shape = MODULES[name]
+    module, x = build(nnx.Rngs(0)), inputs(kind)
+    assert type(module).__name__ == name
+
+    def loss(module, x):
+        y = first(module(x))
+        return jnp.sum(y**3), y
+
+    grads, y = jax.jit(jax.grad(loss, has_aux=True))(module, x)
+    assert y.shape == shape and y.dtype == jnp.float32
+    assert np.isfinite(y).all() and np.ptp(y) > 0
+
+    assert jax.tree.structure(grads) == jax.tree.structure(module)
+    weights, gradients = (jax.tree.leaves(each) for each in (module, grads))
+    assert [w.shape for w in weights] == [g.shape for g in gradients]
+    assert bool(weights) == (name != "RotaryEmbedding")
+    unused = {"Transformer": 1}.get(name, 0)  # the output matrix
+    assert sum(not np.any(g) for g in gradients) == unused
+
+    shown = repr(module)
+    assert name in shown and len(shown.splitlines()) <= 200
+
+
+def test_split_and_merge_as_flax_documents_them():
+    module, x = MODULES["GatedMLP"][0](nnx.Rngs(0)), inputs("hidden")
+    graph, state = nnx.split(module)
+
+    @jax.jit
+    def both(module, state):
+        loss = lambda module: jnp.sum(module(x) ** 3)  # noqa: E731
+        return jax.grad(loss)(module), jax.grad(lambda s: loss(nnx.merge(graph, s)))(state)
+
+    of_module, of_state = both(module, state)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, (of_module, of_state)))
+
+
+def test_modules_of_one_declaration_have_one_structure():
+    """So that jax.tree.map averages two of them, and jax.jit compiles once for both."""
+    one, two = (model.Transformer(CONFIG, rngs=nnx.Rngs(seed)) for seed in range(2))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, one, two)
+    assert jax.tree.structure(mean) == jax.tree.structure(one)
+    table = (one.embed.table.get_value() + two.embed.table.get_value()) / 2
+    np.testing.assert_array_equal(mean.embed.table.get_value(), table)
+
+
+def test_a_weight_can_be_stepped_by_hand():
+    """A step of gradient descent on the module as a pytree lowers the loss."""
+    module, x = MODULES["TransformerBlock"][0](nnx.Rngs(0)), inputs("hidden")
+
+    @jax.jit
+    def value_and_grad(module):
+        return jax.value_and_grad(lambda module: jnp.mean(module(x)[0] ** 2))(module)
+
+    before, grads = value_and_grad(module)
+    after, _ = value_and_grad(jax.tree.map(lambda w, g: w - 0.1 * g, module, grads))
+    assert after < before
+
+
+@pytest.mark.parametrize("ffn", [CONFIG.ffn, MOE], ids=["dense", "moe"])
+def test_the_module_and_the_model_value_agree(ffn):
+    """`Transformer` and `Model` with the same weights give the same logits, bit for bit."""
+    config = model.Config(vocab=VOCAB, dim=DIM, layers=2, attention=GQA, ffn=ffn)
+    module, tokens_bt = model.Transformer(config, rngs=nnx.Rngs(0)), inputs("tokens")
+    params = nested(module)
+    shapes, own = (trees.flatten(tree) for tree in (model.shapes(config), params))
+    assert {path: x.shape for path, x in shapes.items()} == {p: x.shape for p, x in own.items()}
+
+    @jax.jit
+    def logits(each, tokens_bt):
+        return each.logits(each(tokens_bt).hidden_btd)
+
+    value = model.Model(config, params)
+    expected = logits(module, tokens_bt)
+    np.testing.assert_array_equal(logits(value, tokens_bt), expected)
+    np.testing.assert_array_equal(logits(value.module(), tokens_bt), expected)
+
+
+def nested(module: nnx.Module) -> dict:
+    """The weights of a module as `model.init` returns them."""
+    flat = nnx.to_flat_state(nnx.state(module))
+    return trees.unflatten({"/".join(map(str, path)): w.get_value() for path, w in flat})
+
+
+def test_the_model_of_a_run_is_a_transformer(tiny):
+    run = lm.load(tiny.folder)
+    assert isinstance(run, Run) and type(run.model) is model.Transformer
+    tokens_bt = np.arange(12).reshape(2, 6)
+    np.testing.assert_array_equal(
+        run.model.logits(run.model(jnp.asarray(tokens_bt)).hidden_btd).argmax(-1),
+        run.logits(tokens_bt).argmax(-1),
+    )
