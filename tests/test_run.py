@@ -1,6 +1,7 @@
 """Training through `lm.training`, and what `lm.load` gives back."""
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -15,9 +16,10 @@ import pytest
 from tiny_experiments import LENGTH, STEPS, config, experiment
 
 import lm
-from lm import data, model, optim, run, trees
+from lm import data, model, optim, runs, summary, trees
 from lm.errors import UserError
 from lm.parallel.mesh import Mesh
+from lm.prepared import prepare
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def loaded(tiny):
 def test_run_folder_holds_what_the_readme_names(tiny):
     written = json.loads((tiny.folder / "experiment.json").read_text())
     assert written.keys() >= {"experiment", "data", "place", "devices", "python", "versions", "git"}
-    assert set(written["versions"]) == set(run.PACKAGES)
+    assert set(written["versions"]) == set(runs.PACKAGES)
     for name in ("tokenizer.model", "metrics.jsonl", "eval.jsonl", "plots/loss.png"):
         assert (tiny.folder / name).stat().st_size > 0, name
     assert (tiny.folder / "plots/loss.png").read_bytes().startswith(b"\x89PNG")
@@ -133,7 +135,7 @@ def test_copied_run_folder_stands_by_itself(tiny, loaded, tmp_path):
 
 
 def test_finished_run_is_not_trained_again(tiny, capsys):
-    again = lm.training(tiny.declare(), workdir=tiny.home / "runs")
+    again = lm.train(tiny.declare(), workdir=tiny.home / "runs")
     said = capsys.readouterr().out
     assert again.step == STEPS
     assert "is complete at step 8 of 8" in said
@@ -145,7 +147,7 @@ def test_next_command_is_the_one_typed_with_twice_the_steps(tiny, capsys, monkey
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     typed = ["--set", "data.path=my books/*.txt", "--set=schedule.steps=8", "--set", "name=one"]
     monkeypatch.setattr(sys, "argv", ["mine.py", *typed, "--mesh", "data=2"])
-    lm.training(tiny.declare(), workdir=tiny.home / "runs")
+    lm.train(tiny.declare(), workdir=tiny.home / "runs")
     command = "python -m experiments.mine --set 'data.path=my books/*.txt' --mesh data=2"
     assert f"{command} --set schedule.steps={2 * STEPS}\n" in capsys.readouterr().out
 
@@ -155,7 +157,7 @@ def test_plot_that_was_not_drawn_is_drawn_by_the_next_call(tiny, tmp_path):
     runs = tiny.copy(tmp_path)
     plot = runs / "tiny/plots/loss.png"
     plot.unlink()
-    lm.training(tiny.declare(), workdir=runs)
+    lm.train(tiny.declare(), workdir=runs)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -164,12 +166,12 @@ def test_another_declaration_in_the_same_folder_is_refused(tiny):
     with pytest.raises(
         UserError, match=r"another declaration \(seed: 0 -> 1\)\. .*--set name=NAME"
     ):
-        lm.training(other, workdir=tiny.home / "runs")
+        lm.train(other, workdir=tiny.home / "runs")
 
 
 def test_what_a_run_may_change_does_not_stop_it(tiny):
     other = replace(tiny.declare(), log=replace(tiny.declare().log, every=1), sample="the")
-    assert lm.training(other, workdir=tiny.home / "runs").step == STEPS
+    assert lm.train(other, workdir=tiny.home / "runs").step == STEPS
 
 
 @pytest.fixture
@@ -187,7 +189,7 @@ def test_changed_text_is_refused(tiny, changed_text, tmp_path):
     runs = tiny.copy(tmp_path)
     shutil.rmtree(runs / "tiny/checkpoints/8")  # stopped at step 4
     with pytest.raises(UserError, match=r"text has changed since .*tiny was begun"):
-        lm.training(tiny.declare(), workdir=runs)
+        lm.train(tiny.declare(), workdir=runs)
     with pytest.raises(UserError, match=r"text has changed since .*tiny was begun"):
         lm.load(runs / "tiny").evaluate()
 
@@ -196,26 +198,48 @@ def test_touched_text_is_not_changed_text(tiny, tmp_path):
     """Copied or checked out anew, files have other times and the same words."""
     texts = shutil.copytree(tiny.home / "texts", tmp_path / "texts", copy_function=shutil.copyfile)
     declared = replace(tiny.declare(), data=data.Text(path=f"{texts}/*.txt", held_out=0.1))
-    one, two = (run.prepare(e, tmp_path / "runs") for e in (tiny.declare(), declared))
+    one, two = (prepare(e, tmp_path / "runs") for e in (tiny.declare(), declared))
     assert one.fingerprint == two.fingerprint
 
 
 def test_longer_schedule_is_another_run(tiny):
     longer = replace(tiny.declare(), schedule=optim.Constant(peak=1e-3, steps=9))
     with pytest.raises(UserError, match="schedule"):
-        lm.training(longer, workdir=tiny.home / "runs")
+        lm.train(longer, workdir=tiny.home / "runs")
 
 
 def test_too_little_text_is_refused_before_anything_is_compiled(tmp_path):
     declared = experiment(data=data.Documents(texts=("a",), held_out=0.1))
     with pytest.raises(UserError, match="too small to give a held_out part"):
-        lm.training(declared, workdir=tmp_path)
+        lm.train(declared, workdir=tmp_path)
 
 
-def test_calling_the_room_trains_too():
-    """`lm.training` names the room, and what a notebook says to train."""
-    assert callable(lm.training)
-    assert lm.training.NextToken is type(experiment().objective)
+def test_the_doors_are_plain_functions():
+    assert all(inspect.isfunction(door) for door in (lm.train, lm.load, lm.plan))
+    with pytest.raises(UserError, match=r"call it, as in train\(experiment\(\)\)"):
+        lm.train(experiment)
+    with pytest.raises(UserError, match="needs an Experiment, not str"):
+        lm.train("stdlib")
+
+
+def test_a_run_gives_its_flax_module(loaded):
+    tokens_bt = np.arange(6)[None] + 10
+    module = loaded.model
+    assert isinstance(module, model.Transformer)
+    logits_btv = module.logits(module(tokens_bt).hidden_btd)
+    # One is compiled, the other is not: float32 sums in another order.
+    np.testing.assert_allclose(logits_btv, loaded.logits(tokens_bt), atol=1e-4)
+
+
+def test_a_folder_of_an_older_format_is_refused(tiny, tmp_path):
+    folder = tiny.copy(tmp_path) / "tiny"
+    facts = json.loads((folder / "experiment.json").read_text())
+    del facts["format"]
+    (folder / "experiment.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"written by another version of lm \(format 1"):
+        lm.load(folder)
+    with pytest.raises(UserError, match=r"written by another version of lm \(format 1"):
+        lm.train(tiny.declare(), workdir=tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
@@ -230,4 +254,4 @@ def test_the_next_command_keeps_what_was_typed(typed, kept, monkeypatch):
     started = SimpleNamespace(__spec__=SimpleNamespace(name="experiments.stdlib"))
     monkeypatch.setitem(sys.modules, "__main__", started)
     monkeypatch.setattr(sys, "argv", ["stdlib.py", *typed.split()])
-    assert run._this_command() == f"python -m experiments.stdlib{kept}"
+    assert summary._this_command() == f"python -m experiments.stdlib{kept}"
