@@ -1,11 +1,11 @@
-"""A training step to measure side by side with other codebases, not to train to an end.
+"""A training step to benchmark against other codebases; not meant to be trained to the end.
 
     python -m lm bench step experiments.bench_llama
 
 Llama-style: width 384, 6 layers, 6 query and 2 key/value heads of width 64, SwiGLU 1024, an untied
 vocabulary of 4096; 16 sequences of 256 tokens in float32 with AdamW and clipping at 1.0.
 
-Asks: which share of the machine's own matmul rate does a whole step reach?
+Asks: what fraction of the machine's own matmul rate does a whole step reach?
 
 Answer: 53 % on two CPU cores in float32 (2026-11-20, revision 4992cbe); LOG.md has the conditions.
 """
@@ -17,7 +17,7 @@ from lm.parallel.mesh import Mesh, Place
 
 
 def experiment() -> Experiment:
-    """The Llama-style benchmark model; its text is the standard library, should one train it."""
+    """The Llama-style benchmark model, on the text of the standard library."""
     return Experiment(
         name="bench_llama",
         seed=0,

@@ -2,9 +2,9 @@
 
     python -m experiments.llama3_70b plan --on v5p-512
 
-Asks: which meshes hold a 70B with float32 state, and what do the links cost there?
+Asks: which meshes fit a 70B with float32 state, and what does communication cost there?
 
-Answer: the plans are in README.md's table; no pod has run it yet.
+Answer: lm/planning/README.md has the plans; no pod has run it yet.
 """
 
 from lm import checkpoint, data, evals, model, objectives, optim
@@ -16,25 +16,25 @@ from lm.precision import BF16
 DIM, HIDDEN, LAYERS, VOCAB = 8192, 28_672, 80, 128_256
 HEADS, KV_HEADS = 64, 8  # of width 128
 
-# 70.6 billion weights: 2.1 in embedding and output, 80 layers of 151 million in attention and 705
-# million in the feed-forward. A layer is 1.7 GB in bfloat16: what a chip holds gathered.
+# 70.6 billion parameters: 2.1 in embedding and output, 80 layers of 151 million in attention and
+# 705 million in the feed-forward. A layer, which FSDP all-gathers, takes 1.7 GB in bfloat16.
 SEQUENCES, LENGTH = 1024, 4096  # 4.2 million tokens a step
 BUDGET = 2e12
 STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 476,837
 
-# State is 12 bytes a weight, 847 GB: 3.3 GB a device on 256. A sequence of 4096 keeps 67 MB a
-# layer under remat "block", 5.4 GB in all.
+# State is 12 bytes per parameter, 847 GB: 3.3 GB per device on 256. With remat "block" a sequence
+# of 4096 tokens saves 67 MB per layer, 5.4 GB in total.
 PLACES = {
     "v5p-512": Place(mesh=Mesh(fsdp=256), microbatches=2, remat="block"),  # 2 sequences each
     "v5e-256": Place(mesh=Mesh(fsdp=64, tensor=4), microbatches=16, remat="block"),
     "v6e-256": Place(mesh=Mesh(fsdp=256), microbatches=2, remat="block"),
     "tpu7x-512": Place(mesh=Mesh(fsdp=512), remat="block"),  # 256 chips, 2 each
-    # In three dimensions: stages on four slices that a network joins, each split over its chips.
+    # 3D parallelism: a pipeline stage per slice, FSDP and tensor parallelism within slices.
     "4xv5e-256": Place(
         mesh=Mesh(pipe=4, fsdp=64, tensor=4), microbatches=16, circular_repeats=4, remat="stage"
     ),
-    # Debugging, on the fewest chips that hold it (8): 18 GB of weights a device, 35 GB of moments
-    # in the host's memory.
+    # Debugging, on the fewest chips that fit it (8): 18 GB of weights per device, 35 GB of moments
+    # in host memory.
     "tpu7x-16": Place(mesh=Mesh(fsdp=16), microbatches=64, remat="block", offload=("optimizer",)),
 }
 

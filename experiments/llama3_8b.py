@@ -3,9 +3,10 @@
     python -m experiments.llama3_8b plan --on v5p-64
     python -m experiments.llama3_8b --on v5p-64 --workdir gs://my-bucket/runs
 
-Asks: what does an 8B take on each generation of TPU, and does the plan hold when it is run?
+Asks: what do memory, time and communication of an 8B come to on each generation of TPU, and does a
+run confirm the plan?
 
-Answer: the plans are in README.md's table; no pod has run it yet.
+Answer: lm/planning/README.md has the plans; no pod has run it yet.
 """
 
 from lm import checkpoint, data, evals, model, objectives, optim
@@ -17,21 +18,21 @@ from lm.precision import BF16
 DIM, HIDDEN, LAYERS, VOCAB = 4096, 14_336, 32, 128_256
 HEADS, KV_HEADS = 32, 8  # of width 128
 
-# 8.03 billion weights: 2 x 0.53 in embedding and output, 32 layers of 42 million in attention
+# 8.03 billion parameters: 2 x 0.53 in embedding and output, 32 layers of 42 million in attention
 # (4096 x 128 x (32 + 8 + 8 + 32)) and 176 million in the feed-forward (3 x 4096 x 14336).
 SEQUENCES, LENGTH = 1024, 4096  # 4.2 million tokens a step
 BUDGET = 1e12
 STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 238,419
 
-# State is 12 bytes a weight (float32: weight, two moments), 96 GB in all. What a layer keeps under
-# remat "block" is its input: 2 x 4096 bytes a token, so a sequence of 4096 keeps 1.1 GB in all.
-# Sequences per chip and micro-batch: 1024 / devices / microbatches.
+# State is 12 bytes per parameter (float32 weight and two moments), 96 GB in total. With remat
+# "block" a layer saves its input, 2 x 4096 bytes per token: 1.1 GB per sequence of 4096 tokens in
+# all layers. Sequences per device and micro-batch: 1024 / devices / microbatches.
 PLACES = {
     "v5p-64": Place(mesh=Mesh(fsdp=32), microbatches=8, remat="block"),  # 4 each
     "v5p-8": Place(mesh=Mesh(fsdp=4), microbatches=64, remat="block"),  # debugging: 24 GB of state
     "v5p-2048": Place(mesh=Mesh(data=4, fsdp=256), remat="dots"),  # 1 each
     "v5e-256": Place(mesh=Mesh(fsdp=256), microbatches=2, remat="block"),  # 2 each
-    "2xv5e-256": Place(mesh=Mesh(data=2, fsdp=256), remat="block"),  # 2 each; a network between
+    "2xv5e-256": Place(mesh=Mesh(data=2, fsdp=256), remat="block"),  # 2 each; two slices
     "v6e-256": Place(mesh=Mesh(fsdp=256), remat="block"),  # 4 each
     "tpu7x-128": Place(mesh=Mesh(fsdp=128), microbatches=2, remat="block"),  # 64 chips
 }

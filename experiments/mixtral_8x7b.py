@@ -2,10 +2,10 @@
 
     python -m experiments.mixtral_8x7b plan --on v5p-128
 
-Asks: do experts on an axis of their own beat plain fsdp at this size?
+Asks: is expert parallelism faster than FSDP alone at this size?
 
 Answer: by plan, on v5p-128, no: modelled MFU is 52 % on fsdp=8, expert=8 and 56 % on fsdp=64, which
-takes 64 GB a chip instead of 26 (README.md's tables). No pod has run it yet.
+takes 64 GB per chip instead of 26 (lm/planning/README.md). No pod has run it yet.
 """
 
 from lm import checkpoint, data, evals, model, objectives, optim
@@ -18,22 +18,22 @@ DIM, HIDDEN, LAYERS, VOCAB = 4096, 14_336, 32, 32_000
 EXPERTS, ACTIVE = 8, 2
 HEADS, KV_HEADS = 32, 8  # of width 128
 
-# 46.7 billion weights, 12.9 at work on a token: 32 layers of 8 x 176 million in experts and 42
+# 46.7 billion parameters, 12.9 active per token: 32 layers of 8 x 176 million in experts and 42
 # million in attention.
 SEQUENCES, LENGTH = 512, 4096  # 2.1 million tokens a step
 BUDGET = 1e12
 STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 476,837
 
-# State is 12 bytes a weight, 560 GB: 8.8 GB a device on 64. Experts over their own axis are
-# gathered from fewer devices: over fsdp=8 of 64, not over 64.
+# State is 12 bytes per parameter, 560 GB: 8.8 GB per device on 64. With expert parallelism the
+# experts are all-gathered over fewer devices: over fsdp=8 of 64, not over 64.
 PLACES = {
     "v5p-128": Place(mesh=Mesh(fsdp=8, expert=8), microbatches=4, remat="block"),  # 2 each
     "v5e-256": Place(
         mesh=Mesh(fsdp=256), microbatches=2, remat="block"
-    ),  # no exchange of rows there
+    ),  # no ragged all-to-all on v5e-256
     "v6e-256": Place(mesh=Mesh(fsdp=32, expert=8), microbatches=2, remat="block"),
     "tpu7x-128": Place(mesh=Mesh(fsdp=16, expert=8), microbatches=4, remat="block"),
-    # Debugging, on 8 chips, and on 4 with 47 GB of moments a device in the host's memory.
+    # Debugging, on 8 chips, and on 4 with 47 GB of moments per device in host memory.
     "tpu7x-16": Place(mesh=Mesh(fsdp=8, expert=2), microbatches=32, remat="block"),
     "tpu7x-8": Place(
         mesh=Mesh(fsdp=4, expert=2),

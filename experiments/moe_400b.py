@@ -1,11 +1,11 @@
-"""A mixture of 400 billion weights with fine-grained and shared experts, as in DeepSeek-V3
-(arXiv:2412.19437), 18 billion of them at work on a token.
+"""A mixture of experts with fine-grained and shared experts, as in DeepSeek-V3 (arXiv:2412.19437):
+400 billion parameters, 18 billion active per token.
 
     python -m experiments.moe_400b plan --on v5p-512
 
-Asks: what does a model of this kind need, with attention of the ordinary grouped kind?
+Asks: what do memory, time and communication of such a model come to, with grouped-query attention?
 
-Answer: the plans are in README.md's table; no pod has run it yet.
+Answer: lm/planning/README.md has the plans; no pod has run it yet.
 """
 
 from lm import checkpoint, data, evals, model, objectives, optim
@@ -15,32 +15,33 @@ from lm.parallel.mesh import Mesh, Place
 from lm.precision import BF16
 
 DIM, LAYERS, DENSE, VOCAB = 5120, 60, 2, 128_256
-EXPERTS, ACTIVE, HIDDEN = 256, 8, 1664  # a routed expert is 25.6 million weights
+EXPERTS, ACTIVE, HIDDEN = 256, 8, 1664  # a routed expert has 25.6 million parameters
 HEADS, KV_HEADS = 40, 8  # of width 128
-# The first layers are dense, as wide as all that a token meets later: 8 routed and one shared.
+# The first layers are dense, as wide as the 8 routed and one shared experts of a token later.
 DENSE_HIDDEN = (ACTIVE + 1) * HIDDEN  # 14,976
 
-# 58 layers of 256 x 25.6 million are 380 billion; attention, shared experts, embeddings add 7.
+# 58 layers of 256 x 25.6 million are 380 billion; attention, shared experts and embeddings add 7.
 SEQUENCES, LENGTH = 2048, 4096  # 8.4 million tokens a step
 BUDGET = 5e12
 STEPS = round(BUDGET / (SEQUENCES * LENGTH))  # 596,046
 
-# State with a bfloat16 first moment is 10 bytes a weight, 3.9 TB: 15 GB a device on 256. A layer's
-# experts are 13 GB in bfloat16, which every device gathers, but for what the expert axis splits; on
-# that axis each row travels twice. A row is 10 KB, there are 8 for each token: with 8,192 tokens a
-# device 0.7 GB go out and come back for a layer, so that a wide axis costs more than it saves.
+# State with a bfloat16 first moment is 10 bytes per parameter, 3.9 TB: 15 GB per device on 256. The
+# experts of a layer take 13 GB in bfloat16. Every device all-gathers them, divided by the expert
+# axis, over which each row is sent twice. A row is 10 KB, and a token has 8: with 8,192 tokens per
+# device, 0.7 GB per layer are sent and returned, so that a large axis costs more than it saves.
 PLACES = {
     "v5p-512": Place(mesh=Mesh(fsdp=128, expert=2), remat="block"),  # 8 sequences each
     "v5p-2048": Place(mesh=Mesh(fsdp=256, expert=4), remat="block"),  # 2 each
     "tpu7x-256": Place(mesh=Mesh(fsdp=128, expert=2), remat="block"),  # 128 chips, 8 each
-    # It fits four slices of v6e, at 8 % by plan: rows and weights wait for the links. On v5e, with
-    # half the memory and no exchange of rows, no place was found (LOG.md, 2026-11-26).
+    # Fits four slices of v6e, at a planned MFU of 8 %: communication of rows and weights dominates.
+    # On v5e, with half the memory and no ragged all-to-all, no place was found (LOG.md,
+    # 2026-11-26).
     "4xv6e-256": Place(mesh=Mesh(fsdp=128, expert=8), microbatches=2, remat="block"),
 }
 
 
 def experiment() -> Experiment:
-    """Balanced by biases, not by a loss; no token is dropped."""
+    """Load balancing by router biases instead of an auxiliary loss; dropless."""
     return Experiment(
         name="moe_400b",
         seed=0,
