@@ -30,9 +30,6 @@ class Setting(NamedTuple):
     type: str
 
 
-# ---- Type hints
-
-
 def kinds(hint: Hint) -> tuple[Hint, ...]:
     """The alternatives of a union; of any other hint, the hint itself."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -126,9 +123,6 @@ def _classes(kind: type) -> list[type]:
     return found
 
 
-# ---- Values
-
-
 def fit(value: Any, hint: Hint, path: str, lenient: bool = False) -> Any:
     """`value` if it has the hinted type; otherwise raises UserError with the expected type.
 
@@ -219,9 +213,6 @@ def _changed(value: Any) -> list[str]:
         if field.init and getattr(value, field.name) != default:
             changed.append(field.name)
     return changed
-
-
-# ---- From text
 
 
 def parse(source: str, hint: Hint, path: str) -> Any:
@@ -347,9 +338,6 @@ def construct(cls: type, values: Mapping[str, Any], path: str) -> Any:
     return cls(**values)
 
 
-# ---- Paths and changes
-
-
 def settings(value: Any) -> list[Setting]:
     """Every path below `value`, in the order of the declaration."""
     return list(_settings(value, Any, ""))
@@ -436,9 +424,6 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         else:
             found.append(f"{where}: (absent) -> {text(below_b[key])}")
     return found
-
-
-# ---- Text
 
 
 def describe(value: Any, indent: int = 0) -> str:

@@ -1,5 +1,11 @@
 """One optimizer update: the gradient of the whole batch, accumulated over micro-batches and divided
-once, clipped, checked for finite values, applied."""
+once, clipped, checked for finite values, applied.
+
+Metrics of a step, float32 scalars: loss (what is minimized, per unit of target weight), nll and the
+auxiliary losses (per unit of target weight), grad_norm (before clipping), param_norm (after the
+update), learning_rate, weight (sum of target weights), tokens (without padding), skipped (0 or 1),
+and loss_scale with loss scaling.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -52,11 +58,6 @@ def make_step(
       place: gradient accumulation, remat, offload and the pipeline.
       seed: of dropout and sampling.
       trainable: patterns of the weights that train (see `trees.matches`).
-
-    Metrics, float32 scalars: loss (what is minimized, per unit of target weight), nll and the
-    auxiliary losses (per unit of target weight), grad_norm (before clipping), param_norm (after the
-    update), learning_rate, weight (sum of target weights), tokens (without padding), skipped (0 or
-    1), and loss_scale with loss scaling.
     """
     axes, _ = trees.partition(model.axes(config), trainable)
     transformation = optimizer.build(schedule, axes)
@@ -83,15 +84,10 @@ def make_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(loss.total)
 
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
-            # Fetched in this branch, so that it does not take memory during the backward pass.
-            if offload:
-                opt_state = _move(opt_state, jax.memory.Space.Device)
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32) * (to_mean * clip), gradient.grads)
-            params = cast(params, "float32")
-            updates, opt_state = transformation.update(grads, opt_state, params, step=state.step)
-            params = jax.tree.map(jnp.add, params, updates)
-            if offload:
-                opt_state = _move(opt_state, jax.memory.Space.Host)
+            params, opt_state = _apply(
+                *(transformation, gradient.grads, to_mean, clip),
+                *(params, opt_state, state.step, offload),
+            )
             load = jax.tree.map(lambda x: x * share, loss.load)
             return precision.to_params(model.update_balance(config, params, load)), opt_state
 
@@ -100,13 +96,10 @@ def make_step(
         params, opt_state = jax.lax.cond(
             finite, update, lambda *unchanged: unchanged, state.params, state.opt_state
         )
-        metrics = {
-            "loss": loss.total * share,
-            **{name: value * share for name, value in loss.metrics.items()},
+        metrics = _per_weight(loss, share) | {
             "grad_norm": norm,
             "param_norm": trees.global_norm(params),
             "learning_rate": schedule(state.step),
-            "weight": loss.weight,
             "tokens": objective.tokens(batch),
             "skipped": ~finite,
         }
@@ -122,6 +115,35 @@ def make_step(
         return new, {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
 
     return step
+
+
+def _apply(
+    transformation: Any,
+    grads: Any,
+    to_mean: jax.Array,
+    clip: jax.Array | float,
+    params: Any,
+    opt_state: Any,
+    step: jax.Array,
+    offload: bool,
+) -> tuple[Any, Any]:
+    """(weights in float32, optimizer state) after an update with the clipped mean gradient."""
+    # Fetched in the branch that updates, so that it takes no memory during the backward pass.
+    if offload:
+        opt_state = _move(opt_state, jax.memory.Space.Device)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) * (to_mean * clip), grads)
+    params = cast(params, "float32")
+    updates, opt_state = transformation.update(grads, opt_state, params, step=step)
+    params = jax.tree.map(jnp.add, params, updates)
+    if offload:
+        opt_state = _move(opt_state, jax.memory.Space.Host)
+    return params, opt_state
+
+
+def _per_weight(loss: Loss, share: jax.Array) -> Metrics:
+    """The loss and its metrics per unit of target weight, and that weight."""
+    means = {name: value * share for name, value in loss.metrics.items()}
+    return {"loss": loss.total * share, **means, "weight": loss.weight}
 
 
 def _move(opt_state: Any, space: jax.memory.Space) -> Any:
