@@ -142,8 +142,8 @@ def _apply(
 
 def _per_weight(loss: Loss, share: jax.Array) -> Metrics:
     """The loss and its metrics per unit of target weight, and that weight."""
-    means = {name: value * share for name, value in loss.metrics.items()}
-    return {"loss": loss.total * share, **means, "weight": loss.weight}
+    means = {"loss": loss.total} | loss.metrics
+    return {name: value * share for name, value in means.items()} | {"weight": loss.weight}
 
 
 def _move(opt_state: Any, space: jax.memory.Space) -> Any:
