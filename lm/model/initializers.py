@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from lm.errors import check_positive
 from lm.parallel.sharding import active_mesh
 
-# Functions that return one are cached: the initializer is part of a module's pytree structure, which
-# is then equal for all modules of one declaration.
+# Functions that return one are cached: the initializer is part of a module's pytree structure,
+# which is then equal for all modules of one declaration.
 Initializer = Callable[[jax.Array, Sequence[int], jnp.dtype], jax.Array]
 
 

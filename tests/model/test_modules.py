@@ -35,7 +35,11 @@ MODULES = {
         HIDDEN,
     ),
     "RMSNorm": (lambda rngs: model.RMSNorm(DIM, rngs=rngs), "hidden", HIDDEN),
-    "RotaryEmbedding": (lambda rngs: model.RotaryEmbedding(model.RoPE(), 8), "heads", (B, T, 4, 8)),
+    "RotaryEmbedding": (
+        lambda rngs: model.RotaryEmbedding(model.RoPE(), 8),
+        "heads",
+        (B, T, 4, 8),
+    ),
     "Transformer": (lambda rngs: model.Transformer(CONFIG, rngs=rngs), "tokens", HIDDEN),
     "TransformerBlock": (lambda rngs: model.TransformerBlock(CONFIG, rngs=rngs), "hidden", HIDDEN),
 }
