@@ -1,5 +1,5 @@
-"""Number formats of a run. These are the only casts of parameters; norms, softmax and losses
-reduce in float32 by themselves."""
+"""Mixed precision: the dtypes of storage and of arithmetic. All casts of weights are here; norms,
+softmax and losses compute in float32 in any case."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,9 @@ COMPUTE = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740): doubled after `growth_interval`
-    finite steps in a row, halved, and the step skipped, when a gradient is not finite."""
+    """Dynamic loss scaling (Micikevicius et al., arXiv:1710.03740). The scale is doubled after
+    `growth_interval` finite steps in a row; if a gradient is not finite, it is halved and the step
+    is skipped."""
 
     initial: float = 2.0**15
     growth_interval: int = 2_000
@@ -33,12 +34,13 @@ class LossScale:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Storage of the parameters, and arithmetic of the forward and backward pass.
+    """The dtypes of a run: `params` for storage of the weights, `compute` for the forward and
+    backward pass.
 
-    Gradients are summed, and the optimizer's state is kept, in float32 (see each optimizer's
-    `moments`). Parameters in bfloat16 save memory and lose updates smaller than 1/256 of a weight.
-    float16 arithmetic needs a `loss_scale`, since its smallest normal number is 6e-5 and gradients
-    go below it; nothing is stored in it.
+    Gradients are accumulated, and the optimizer state is stored, in float32 (see `moments` of each
+    optimizer). Weights in bfloat16 save memory and lose updates smaller than 1/256 of a weight.
+    float16 arithmetic needs a `loss_scale`, because gradients can be below its smallest normal
+    number, 6e-5; nothing is stored in float16.
     """
 
     params: str = "float32"
@@ -60,15 +62,15 @@ class Precision:
             )
 
     def to_compute(self, params: Any) -> Any:
-        """Floating leaves in the arithmetic format; the rest as they are."""
+        """Floating leaves cast to `compute`; the rest unchanged."""
         return cast(params, self.compute)
 
     def to_params(self, params: Any) -> Any:
-        """Floating leaves in the storage format; the rest as they are."""
+        """Floating leaves cast to `params`; the rest unchanged."""
         return cast(params, self.params)
 
 
-# bf16 arithmetic over f32 parameters: the default on TPUs and recent GPUs.
+# bfloat16 arithmetic with float32 weights: usual on TPUs and recent GPUs.
 BF16 = Precision(compute="bfloat16")
 FP16 = Precision(compute="float16", loss_scale=LossScale())
 

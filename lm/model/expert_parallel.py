@@ -1,14 +1,15 @@
-"""Rows to the devices that hold their experts, and back, by all-to-all over the mesh axis `expert`.
+"""Expert parallelism: sends rows to the devices that hold their experts, and back, by all-to-all
+over the mesh axis `expert`.
 
-Each of P devices has M rows sorted by expert, and G of the P * G = E experts. A device takes the
-rows of its experts from all devices, in the order (expert, source): as many at once as its buffer
-of R rows holds, the rest in further rounds. An even load is M rows: there is one round while no
-device has more than R / M times that, any other load takes more rounds, and no row is lost.
+Each of P devices has M rows sorted by expert, and G of the P * G = E experts. A device receives the
+rows of its experts from all devices in the order (expert, source), at most the R rows of its buffer
+per round. An even load is M rows. One round suffices while no device receives more than R / M times
+that; a higher load takes more rounds, and no row is dropped.
 
-So each row moves once, where gathering the tokens would move each to P - 1 devices; and memory is
-that of R rows, where the worst case would be all rows of all devices. Where the compiler has no
-ragged all-to-all (beyond 16 chips of v5e, and on all but TPUs) rows are gathered, and the numbers
-are the same.
+Each row moves once, where an all-gather of the tokens would send it to P - 1 devices. Memory is
+that of R rows instead of all rows of all devices. Where the compiler has no ragged all-to-all
+(above 16 chips of v5e, and on other platforms than TPU) rows are all-gathered; the numbers are the
+same.
 """
 
 from collections.abc import Callable
@@ -22,32 +23,33 @@ from kernels_pallas.attention.blocks import chip
 from kernels_pallas.varying import varying_alike
 
 AXIS = "expert"
-# The buffer, in even loads. Balanced routers stay below; memory grows with it, and a second round
-# costs the time to read the experts' weights once more.
+# Size of the buffer in even loads. Balanced routers stay below. Memory grows with it, and a second
+# round reads the experts' weights once more.
 SLACK = 1.5
-# Chips of v5e among which libtpu 0.0.42 compiles a ragged all-to-all: not in a slice of 4 x 8.
+# Largest v5e mesh for which libtpu 0.0.42 compiles a ragged all-to-all; it fails on 4 x 8.
 MOST_V5E = 16
 
-Rows = Any  # a pytree of arrays [M, ...] on the side of the tokens, [R, ...] on that of the experts
+Rows = Any  # a pytree of arrays, [M, ...] at the tokens and [R, ...] at the experts
 Feed = Callable[[Rows, jax.Array, Any], jax.Array]
 
 
 def buffer_rows(rows: int, most: int) -> int:
-    """R, for M `rows` of which a device could be sent at most `most`."""
+    """Size R of the buffer, for M `rows` of which one device can receive at most `most`."""
     return min(-(-int(SLACK * rows) // 8) * 8, most)
 
 
 def on_experts(feed: Feed, buffer: int, counts_e: jax.Array, rows: Rows, weights: Any) -> jax.Array:
-    """y [M, ...], in which each row is what `feed` makes of it on the device of its expert.
+    """Applies `feed` to each row on the device of its expert; returns y [M, ...].
+
+    Call it inside a shard_map over `expert`. The backward pass fetches the rows again and
+    recomputes `feed`.
 
     Args:
-        feed: feed(rows [R, ...], sizes_g, weights) -> y [R, ...]: the first sizes[0] rows are for
+        feed: feed(rows [R, ...], sizes_g, weights) -> y [R, ...]. The first sizes[0] rows are for
             this device's first expert, and so on; rows past the sum are zero.
         buffer: R.
-        counts_e: how many of this device's rows are for each expert; they lie in this order.
+        counts_e: number of this device's rows for each expert; rows are in this order.
         weights: of this device's experts.
-
-    For inside a shard_map over `expert`. The backward pass fetches and computes anew.
     """
     counts_pe = jax.lax.all_gather(counts_e, AXIS)
     leaves, structure = jax.tree.flatten((rows, weights))
@@ -60,8 +62,8 @@ def on_experts(feed: Feed, buffer: int, counts_e: jax.Array, rows: Rows, weights
 def _on_experts(feed: Feed, buffer: int, counts_pe: jax.Array, rows: Rows, weights: Any):
     def body(number, y):
         window = _window(counts_pe, number, buffer)
-        there = _fetch(window, buffer, rows)
-        return _give(window, feed(there, window.sizes_g, weights), y)
+        received = _fetch(window, buffer, rows)
+        return _return(window, feed(received, window.sizes_g, weights), y)
 
     first = jax.tree.leaves(rows)[0]
     return jax.lax.fori_loop(0, _rounds(counts_pe, buffer), body, _zeros(first, first.shape))
@@ -77,10 +79,10 @@ def _backward(feed: Feed, buffer: int, residuals: tuple[jax.Array, Rows, Any], d
     def body(number, carry):
         drows, dweights = carry
         window = _window(counts_pe, number, buffer)
-        there, dy_there = _fetch(window, buffer, (rows, dy))
-        pull = jax.vjp(lambda *a: feed(a[0], window.sizes_g, a[1]), there, weights)[1]
-        back, dw = pull(dy_there)
-        return _give(window, back, drows), jax.tree.map(jnp.add, dweights, dw)
+        received, dy_received = _fetch(window, buffer, (rows, dy))
+        pull = jax.vjp(lambda *a: feed(a[0], window.sizes_g, a[1]), received, weights)[1]
+        dreceived, dw = pull(dy_received)
+        return _return(window, dreceived, drows), jax.tree.map(jnp.add, dweights, dw)
 
     start = jax.tree.map(lambda a: _zeros(a, a.shape), (rows, weights))
     drows, dweights = jax.lax.fori_loop(0, _rounds(counts_pe, buffer), body, start)
@@ -91,8 +93,8 @@ _on_experts.defvjp(_forward, _backward)
 
 
 class _Window(NamedTuple):
-    """What moves in one round. Of the rows that source p has for expert e, `size_pe` move: from row
-    `source_pe` on its side to row `target_pe` in the buffer of the expert's device."""
+    """The rows of one round: of those that source p has for expert e, `size_pe` rows from
+    `source_pe` on, to `target_pe` in the buffer of the expert's device."""
 
     source_pe: jax.Array
     target_pe: jax.Array
@@ -105,7 +107,7 @@ class _Window(NamedTuple):
 
 
 def _places(counts_pe: jax.Array) -> jax.Array:
-    """Where the rows of (source, expert) begin among all that the expert's device will take."""
+    """Offset of the rows of (source, expert) among all rows that the expert's device receives."""
     devices = counts_pe.shape[0]
     total_dg = counts_pe.sum(0).reshape(devices, -1)
     begin_e = (jnp.cumsum(total_dg, 1) - total_dg).reshape(-1)
@@ -113,7 +115,7 @@ def _places(counts_pe: jax.Array) -> jax.Array:
 
 
 def _rounds(counts_pe: jax.Array, buffer: int) -> jax.Array:
-    """How many rounds the fullest device needs: the same number on all of them."""
+    """Number of rounds of the fullest device, the same on all devices."""
     most = counts_pe.sum(0).reshape(counts_pe.shape[0], -1).sum(1).max()
     return -(-most // buffer)
 
@@ -139,7 +141,7 @@ def _own(x_pe: jax.Array) -> jax.Array:
 
 
 def _fetch(window: _Window, buffer: int, rows: Rows) -> Rows:
-    """The buffer of this device's experts; what no row fills is zero."""
+    """The buffer of this device's experts; unused rows are zero."""
 
     def ragged(window: _Window, x: jax.Array) -> jax.Array:
         sizes = _own(window.size_pe), _mine(window.size_pe).reshape(-1)
@@ -156,8 +158,8 @@ def _fetch(window: _Window, buffer: int, rows: Rows) -> Rows:
     return jax.tree.map(lambda x: _by_platform(ragged, gathered, window, x), rows)
 
 
-def _give(window: _Window, there: Rows, into: Rows) -> Rows:
-    """The inverse: rows of the buffer, written to their places `into` what their sources hold."""
+def _return(window: _Window, rows: Rows, into: Rows) -> Rows:
+    """Inverse of `_fetch`: writes rows of the buffer to their places in `into` at their sources."""
 
     def ragged(window: _Window, x: jax.Array, into: jax.Array) -> jax.Array:
         sizes = _mine(window.size_pe).reshape(-1), _own(window.size_pe)
@@ -173,7 +175,7 @@ def _give(window: _Window, there: Rows, into: Rows) -> Rows:
         all_rows = all_rows.at[index_r].set(x, mode="drop")
         return into + jax.lax.psum_scatter(all_rows, AXIS, tiled=True)
 
-    return jax.tree.map(lambda x, y: _by_platform(ragged, gathered, window, x, y), there, into)
+    return jax.tree.map(lambda x, y: _by_platform(ragged, gathered, window, x, y), rows, into)
 
 
 def _by_platform(ragged: Callable, gathered: Callable, *arrays: Any) -> jax.Array:
@@ -183,8 +185,8 @@ def _by_platform(ragged: Callable, gathered: Callable, *arrays: Any) -> jax.Arra
 
 
 def _index(window: _Window, buffer: int, rows: int) -> jax.Array:
-    """For each row of this device's buffer its place among the P * M rows of all devices, one after
-    another; P * M where there is none."""
+    """Index of each row of this device's buffer among the concatenated P * M rows of all devices;
+    P * M for an unused row."""
     source_pg, target_pg, size_pg = map(_mine, window)
     devices = source_pg.shape[0]
     row_r = jnp.arange(buffer)

@@ -1,4 +1,4 @@
-"""Being told to stop: Ctrl-C, SIGTERM from a scheduler, a notebook's stop button."""
+"""Stopping on request: Ctrl-C, SIGTERM from a scheduler, the stop button of a notebook."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from lm.parallel import distributed
 
 
 class Stopper:
-    """`with Stopper() as stopper:` turns the first SIGINT or SIGTERM into a flag that the loop asks
-    for between two steps; a second one raises KeyboardInterrupt at once. The handlers before it are
-    put back on leaving.
+    """`with Stopper() as stopper:` turns the first SIGINT or SIGTERM into a flag that the loop
+    checks between steps; a second one raises KeyboardInterrupt. Restores the previous handlers on
+    exit.
 
-    Interrupting a notebook's cell is a SIGINT too. Outside the main thread, where Python delivers
-    no signals, `stop()` does what the signal would.
+    Interrupting a notebook cell is a SIGINT too. Outside the main thread Python delivers no
+    signals; call `stop()` there.
     """
 
     def __init__(self) -> None:
@@ -30,16 +30,16 @@ class Stopper:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            # None: a handler that was not set from Python, which cannot be put back from here.
+            # None: a handler that was not set from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
 
     def stop(self, cause: str = "asked to stop") -> None:
-        """Asks the loop to save and return after the step it is in."""
+        """Asks the loop to save and return after the current step."""
         self.cause = cause
 
     def asked(self, step: int) -> bool:
-        """Whether to stop after `step`; all processes get the same answer (distributed.agree)."""
+        """Whether to stop after `step`; the same on all processes (distributed.agree)."""
         return distributed.agree(self.cause is not None, step)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -47,6 +47,6 @@ class Stopper:
         if self.cause is not None:
             raise KeyboardInterrupt(f"{signal.Signals(number).name} after {self.cause}")
         self.cause = signal.Signals(number).name
-        # print() may not be called again from within itself, as a handler could; write() may.
+        # print() is not reentrant, and a handler can run inside it; os.write() is safe.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nStopping after this step and saving; once more stops at once.\n")
+            os.write(2, b"\nStopping after this step and saving. Interrupt again to stop at once.\n")

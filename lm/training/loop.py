@@ -1,7 +1,7 @@
-"""The loop of supervised training: everything it uses is handed to it as a value.
+"""The loop of supervised training.
 
-`step` counts completed updates, from 1: the checkpoint STEP, the line of metrics.jsonl with that
-`step` and `state` after that many updates belong together.
+`step` is the number of completed updates, from 1. The checkpoint STEP and the line of metrics.jsonl
+with that `step` belong to the state after that many updates.
 """
 
 import math
@@ -15,12 +15,12 @@ from lm.errors import UserError
 from lm.training.guard import Stopper
 from lm.training.metrics import Result, Writer
 
-# Loss scaling starts high and may skip a dozen steps before it has found its scale.
+# Loss scaling starts high and may skip a dozen steps until its scale fits.
 PATIENCE = 20
 
 
 class Checkpoints(Protocol):
-    """What the loop asks of lm.checkpoint.Store."""
+    """Interface of lm.checkpoint.Store that the loop uses."""
 
     def due(self, step: int, now: float) -> bool: ...
     def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> None: ...
@@ -29,18 +29,19 @@ class Checkpoints(Protocol):
 
 
 class Evaluation(NamedTuple):
-    """`run(step, params)` gives the results after each `every`-th update and after the last."""
+    """`run(step, params)` returns results; called after every `every`-th update and the last."""
 
     every: int
     run: Callable[[int, Any], Sequence[Result]]
 
 
 class Rates(NamedTuple):
-    """What turns seconds into rates and nats per token into bits per byte; None leaves it out.
+    """Constants that convert seconds to throughput and nats per token to bits per byte; None omits
+    the metric.
 
-    tokens_before    the tokens of all batches before a 0-based step
-    flops_per_token  of the model, forward and backward
-    peak_flops       operations per second of all devices together
+    tokens_before    number of tokens in all batches before a 0-based step
+    flops_per_token  forward and backward FLOPs of the model
+    peak_flops       FLOPs per second of all devices together
     bytes_per_token  of the training text
     """
 
@@ -51,7 +52,7 @@ class Rates(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The state after `step` updates; `stopped` if that is before the end because it was asked."""
+    """The state after `step` updates; `stopped` if it ended early on request."""
 
     state: Any
     step: int
@@ -74,19 +75,19 @@ def loop(
 ) -> Outcome:
     """Trains from `start` completed updates to `steps`, or until `stopper` is asked to stop.
 
-    `update(state, batch) -> (state, metrics)` may donate the state; `batches` begins with the one
-    of update start + 1. While the device works on an update, the host writes the metrics of the
-    one before. A checkpoint is begun only when every line up to it is written, and an evaluation
-    comes before the checkpoint of its step: killed at any moment, the run goes on from its newest
-    checkpoint with what was written later dropped, and each step is there once.
+    `update(state, batch) -> (state, metrics)` may donate the state; `batches` begins with that of
+    update start + 1. While the device computes an update, the host writes the metrics of the
+    previous one. A checkpoint begins only after every line up to it is written, and an evaluation
+    precedes the checkpoint of its step. A run that is killed at any moment resumes from its newest
+    checkpoint; later lines are dropped, so each step is logged once.
 
-    Saves when due, at the end, and when stopped. Raises UserError after PATIENCE updates in a row
-    that were skipped for gradients that are not finite, and whatever `store` cannot save.
+    Saves when due, at the end, and when stopped. Raises UserError after PATIENCE skipped updates in
+    a row, and for a checkpoint that `store` cannot save.
     """
     journal = _Journal(writers, rates, store)
     step, stopped = start, False
     for step, batch in zip(range(start + 1, steps + 1), batches, strict=False):
-        state, metrics = update(state, batch)  # returns while the device works
+        state, metrics = update(state, batch)  # asynchronous
         journal.write_pending()
         journal.pending = step, metrics
 
@@ -115,7 +116,7 @@ def loop(
 
 
 class _Journal:
-    """Turns the metrics of an update, once the device has them, into a line for the writers."""
+    """Converts the metrics of an update, once computed, to a line for the writers."""
 
     def __init__(self, writers: Sequence[Writer], rates: Rates, store: Checkpoints | None) -> None:
         self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
@@ -124,7 +125,7 @@ class _Journal:
         self.resume_clock()
 
     def resume_clock(self) -> None:
-        """What was done since the last update is not counted as the next one's time."""
+        """Restarts the clock: time since the last update does not count for the next one."""
         self._done_at = time.perf_counter()
 
     def write_pending(self) -> None:
@@ -146,7 +147,7 @@ class _Journal:
             writer.evaluation(step, results)
 
     def flush(self) -> None:
-        """All lines are on disk."""
+        """Writes all lines to disk."""
         for writer in self._writers:
             writer.flush()
 
