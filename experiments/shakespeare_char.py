@@ -1,4 +1,4 @@
-"""Characters of Shakespeare, at the size of nanoGPT's small CPU setting.
+"""A character model of Shakespeare, of the size of nanoGPT's small CPU configuration.
 
     python -m experiments.shakespeare_char --set data.path=input.txt
     python -m experiments.shakespeare_char --set 'data=Tfds(name="tiny_shakespeare")'
@@ -11,8 +11,8 @@ Asks: how far below 1.88 does a better recipe get with the same parameters and t
 
 Answer: 1.547 ± 0.007 nats per character on the last tenth of the text (2026-11-20, revision
 ee3c7d6, one seed, 797,824 parameters, 1.54 million characters; 94 s on two CPU cores). Muon, RoPE,
-SwiGLU and warm-up, stable, decay in place of AdamW, learned positions, GELU and cosine; which of
-them matters was not taken apart.
+SwiGLU and WSD (warm-up, stable, decay) replace AdamW, learned positions, GELU and cosine. There is
+no ablation of each change.
 """
 
 from lm import checkpoint, data, evals, model, objectives, optim
@@ -22,7 +22,7 @@ from lm.parallel.mesh import Mesh, Place
 
 
 def experiment() -> Experiment:
-    """Trains a character model on one text file, its last tenth held out."""
+    """Trains a character model on one text file; its last tenth is held out."""
     return Experiment(
         name="shakespeare_char",
         seed=0,

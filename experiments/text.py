@@ -2,8 +2,9 @@
 
     python -m experiments.text --set data.path='books/*.txt'
 
-`data.path` takes a file, a glob, a URL or several of them as ('a.txt','b.txt'). A share of the
-documents (of a single file, its end) is held out, and a tokenizer is trained on the rest.
+`data.path` is a file, a glob, a URL, or several of them: ('a.txt','b.txt'). A fraction of the
+documents (of a single file, its end) is held out for validation. A tokenizer is trained on the
+rest. Copy this file to start an experiment of your own.
 """
 
 from lm import checkpoint, data, evals, model, objectives, optim

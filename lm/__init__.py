@@ -1,9 +1,28 @@
 """lm: one experiment file declares model, mesh and schedule; the rest follows from it.
 
-import lm
-run = lm.train(experiment())
-run = lm.load("runs/stdlib")
-print(lm.plan(experiment(), on="v5p-64"))
+Rooms in import order:
+
+    errors, terminal, trees               user errors, output, nested dicts of arrays
+    declaration, serialization            dataclasses by path, to JSON and back
+    precision                             mixed precision, loss scaling
+    parallel                              mesh, sharding, pipeline, processes, hardware
+    data                                  sources, tokenizers, packing, batch(step)
+    model                                 Flax modules and their configs
+    hf                                    Hugging Face configs, weights, tokenizers
+    optim, objectives                     optimizers, schedules, losses
+    checkpoint, training                  Orbax checkpoints; state, step, loop
+    generate, evals                       sampling and decoding; validation
+    experiment, recipe                    a run, or stages of runs, declared
+    program, prepared, runs, start        compiled step, prepared text, run folders, first weights
+    summary, run                          results printed; trains an experiment
+    planning, exchange                    TPU slices planned; Hugging Face import and export
+    commands, main                        one file per verb; the command line
+
+In a notebook:
+
+    run = lm.train(experiment())
+    run = lm.load("runs/stdlib")
+    print(lm.plan(experiment(), on="v5p-64"))
 """
 
 from typing import Any
