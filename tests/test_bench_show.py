@@ -7,7 +7,7 @@ import pytest
 from tiny_experiments import config, experiment
 
 from lm import model
-from lm.commands import bench
+from lm.commands import measure
 from lm.errors import UserError
 from lm.main import lm_main, main
 from lm.parallel.mesh import Mesh, Place
@@ -95,23 +95,23 @@ def test_bench_prints_the_promised_numbers(tiny, capsys):
     )
     assert measured["peak_memory_bytes"] > 1e7
     assert measured["start_to_first_step_seconds"] > measured["compile_seconds"]
-    table = bench.text(measured)
+    table = measure.step_text(measured)
     for part in ("seconds per step", "tokens per second", "compile time", "peak memory", "MFU"):
         assert part in table
 
 
 def test_bench_finds_modules_and_run_folders(tiny):
-    assert bench.find(str(tiny.folder)) == tiny.declare()
-    assert bench.find("tiny_experiments") == experiment()
+    assert measure.find(str(tiny.folder)) == tiny.declare()
+    assert measure.find("tiny_experiments") == experiment()
     with pytest.raises(UserError, match="neither a run folder nor a module"):
-        bench.find("experiments.bench_lama")
+        measure.find("experiments.bench_lama")
     with pytest.raises(UserError, match="declares no experiment"):
-        bench.find("lm.errors")
+        measure.find("lm.errors")
 
 
 def test_bench_llama_is_the_model_that_was_asked_for():
     """Width, layers, heads and the rest decide what the published rates mean."""
-    declared = bench.find("experiments.bench_llama")
+    declared = measure.find("experiments.bench_llama")
     c = declared.model
     assert (c.vocab, c.dim, c.layers, c.tied, c.ffn.hidden) == (4096, 384, 6, False, 1024)
     assert (c.attention.heads, c.attention.kv_heads, c.attention.head_dim) == (6, 2, 64)
@@ -125,7 +125,7 @@ def test_batches_of_the_bench_are_full(tiny):
     from lm.program import assemble
 
     declared = experiment()
-    batch = bench._random_batch(assemble(declared))
+    batch = measure._random_batch(assemble(declared))
     assert float(batch.weights.sum()) == batch.tokens.size
     assert int(batch.segments.min()) == 1
     assert int(batch.tokens.max()) < declared.model.vocab

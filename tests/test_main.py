@@ -1,16 +1,20 @@
-"""The two doors: what they print, what they refuse and in which words, and with which exit code."""
+"""The two doors: output, error messages and exit codes."""
 
 import dataclasses
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import jax
 import pytest
 from tiny_experiments import STEPS, experiment, losses, write_texts
 
 from lm import data, run
+from lm import main as lm_module
 from lm.main import lm_main, main
 
 
@@ -53,7 +57,7 @@ def check_refused(result: tuple[int, str, str], *parts: str) -> None:
 def test_training_says_what_happens_and_what_to_do_next(tiny):
     for step in (1, 2, 4, 8):
         assert f"step {step}/8" in tiny.err
-    for word in ("reading", "tokenizer", "tokenising", "loss", "bits/byte", "lr", "grad", "MFU"):
+    for word in ("reading", "tokenizer", "tokenizing", "loss", "bits/byte", "lr", "grad", "MFU"):
         assert word in tiny.err, word
     assert "Trained tiny to step 8" in tiny.out
     assert "bits per byte" in tiny.out and "by xz -9" in tiny.out
@@ -94,7 +98,7 @@ def test_signal_saves_and_the_same_command_goes_on(tiny, door, tmp_path, monkeyp
     assert given == code
     steps = len(losses(folder))
     assert 0 < steps < STEPS
-    assert f"Stopped and saved at step {steps}: {folder}. The same command goes on" in err
+    assert f"Stopped and saved at step {steps}: {folder}. The same command resumes it" in err
     assert "Traceback" not in err and "Trained" not in out
     assert (folder / "checkpoints" / str(steps)).is_dir()
 
@@ -137,7 +141,11 @@ def test_changes_give_the_run_another_name(door, tmp_path):
         (("--on", "v5p-64"), ("--on='v5p-64' is not known",)),
         (("--stepps", "3"), ("unknown option '--stepps'",)),
         (("--sett", "a=1"), ("unknown option '--sett'", "Did you mean '--set'?")),
-        (("tran",), ("'tran'", "train", "show")),
+        (("tran",), ("unknown verb 'tran'", "Did you mean 'train'?")),
+        (("show", "--price", "3"), ("unknown option '--price'",)),
+        (("--set", "seed=1", "show"), ("unexpected argument 'show'", "the verb comes first")),
+        (("--set", "optimizer.lr=3e-4"), ("optimizer.lr is not known", "--set schedule.peak=3e-4")),
+        (("--set", "batch_size=8"), ("that setting is batch.sequences",)),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith(("-", "tran")) else "",
 )
@@ -167,9 +175,56 @@ def test_text_that_is_not_there_yet_is_named_with_its_neighbour(door, tmp_path):
     )
 
 
-def test_folder_that_cannot_be_made_is_refused(door, tmp_path):
+@pytest.mark.parametrize("below", ["", "runs/today"])
+def test_workdir_that_is_a_file_is_refused(door, tmp_path, below):
     (tmp_path / "file").write_text("in the way")
-    check_refused(door(workdir=tmp_path / "file"), str(tmp_path / "file"))
+    parts = (f"{tmp_path}/file is a file", "name a folder")
+    check_refused(door(workdir=tmp_path / "file" / below), "--workdir=", *parts)
+
+
+def test_workdir_without_permission_is_refused(door, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    check_refused(door(), "--workdir=", f"{tmp_path} is not writable", "you may write to")
+
+
+# ---- Out of memory
+
+
+@pytest.mark.parametrize(
+    ("message", "part"),
+    [
+        ("Out of memory allocating 2000000000000 bytes.", "an array needs 2 TB, "),
+        ("Out of memory while trying to allocate 71.50GiB.", "an array needs 71.50GiB, "),
+        ("Failed to allocate request for 5.2GiB (5600000000B) on device", "an array needs 5.2GiB, "),
+        ("Ran out of memory. Used 21.31G of 15.75G hbm. Exceeded", "needs 21.31G of 15.75G hbm."),
+    ],
+)
+def test_out_of_memory_is_a_sentence_and_leaves_no_folder(
+    door, tmp_path, monkeypatch, message, part
+):
+    def allocate(*args):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+
+    monkeypatch.setattr(run, "_play", allocate)
+    result = door()
+    check_refused(result, "out of memory", part, "microbatches", "remat", "batch.length")
+    assert (" of memory are free." in result[2]) == ("hbm" not in message)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["data"]
+    monkeypatch.undo()
+    assert door("--set", "schedule.steps=1", "--set", "name=tiny")[0] == 0
+
+
+def test_out_of_memory_keeps_what_was_trained(tiny, door, tmp_path, monkeypatch):
+    runs = tiny.copy(tmp_path / "trained")
+    shutil.rmtree(runs / "tiny/checkpoints/8")
+
+    def allocate(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(run, "_play", allocate)
+    check_refused(door(workdir=runs), "an array needs 9 B")
+    assert len(losses(runs / "tiny")) == STEPS
+    assert (runs / "tiny/checkpoints/4").is_dir()
 
 
 # ---- Damage
@@ -223,7 +278,7 @@ def test_damaged_checkpoint_is_refused_with_the_one_before(tiny, door, tmp_path,
     runs = tiny.copy(tmp_path / "damaged")
     checkpoint = runs / "tiny/checkpoints/8"
     harm(checkpoint)
-    parts = (f"{checkpoint} cannot be read", "Step 4 is the one before it", "delete")
+    parts = (f"{checkpoint} cannot be read", "resume from step 4, the previous", "Delete")
     check_refused(door("lm", "generate", str(runs / "tiny"), "--json"), *parts)
     check_refused(door(workdir=runs), *parts)  # complete, as far as names say
     shutil.rmtree(checkpoint)
@@ -236,7 +291,7 @@ def test_damaged_checkpoint_to_resume_from_is_refused(tiny, door, tmp_path):
     runs = tiny.copy(tmp_path / "damaged")
     shutil.rmtree(runs / "tiny/checkpoints/8")
     truncate_largest(runs / "tiny/checkpoints/4")
-    check_refused(door(workdir=runs), "checkpoints/4 cannot be read", "no older one")
+    check_refused(door(workdir=runs), "checkpoints/4 cannot be read", "no earlier checkpoint")
     assert len(losses(runs / "tiny")) == STEPS  # nothing of the run is lost
 
 
@@ -247,11 +302,18 @@ def test_damaged_checkpoint_to_resume_from_is_refused(tiny, door, tmp_path):
         ("", "is damaged"),
         ("[]", "is damaged"),
         ("{}", "is damaged"),
-        ('{"experiment": {}, "data": {}}', "not an experiment"),
-        ('{"experiment": 3, "data": {}}', "not an experiment"),
-        ('{"experiment": {"type": "lm.experiment.Experiment"}, "data": {}}', "name"),
-        ('{"experiment": {"type": "lm.experiment.Experimint"}, "data": {}}', "Experimint"),
-        ('{"experiment": {"type": "lm.model.Config", "layer": 1}, "data": {}}', "'layers'?"),
+        ('{"experiment": {}, "data": {}, "format": 2}', "not an experiment"),
+        ('{"experiment": 3, "data": {}, "format": 2}', "not an experiment"),
+        ('{"experiment": {"type": "lm.experiment.Experiment"}, "data": {}, "format": 2}', "name"),
+        (
+            '{"experiment": {"type": "lm.experiment.Experimint"}, "data": {}, "format": 2}',
+            "Experimint",
+        ),
+        ('{"experiment": {}, "data": {}}', "format 1, this one reads 2"),
+        (
+            '{"experiment": {"type": "lm.model.Config", "layer": 1}, "data": {}, "format": 2}',
+            "'layers'?",
+        ),
     ],
 )
 def test_damaged_declaration_is_refused(tiny, door, tmp_path, content, part):
@@ -330,7 +392,8 @@ def test_eval_prints_a_table_or_json(tiny, door, tmp_path):
         (("bench", "step", "nowhere"), ("'nowhere' is neither a run folder nor a module",)),
         (("bench", "step", "lm.errors"), ("lm.errors declares no experiment()",)),
         (("bench", "stepp", "RUN"), ("stepp",)),
-        (("generat", "RUN"), ("generat", "generate")),
+        (("generat", "RUN"), ("unknown verb 'generat'", "Did you mean 'generate'?")),
+        (("--prompt", "x"), ("VERB first",)),
         ((), ("VERB",)),
         (("generate",), ("run",)),
     ],
@@ -350,7 +413,29 @@ def test_run_without_a_checkpoint_says_so(tiny, door, tmp_path):
 def test_help_names_the_verbs(door):
     code, out, _ = door("lm", "--help")
     assert code == 0
-    assert all(verb in out for verb in ("generate", "eval", "bench"))
+    for verb in ("generate", "eval", "import", "export", "bench"):
+        assert f"  {verb}" in out
+    assert "Continue a prompt with a trained model." in out
+    code, out, _ = door("--help")
+    assert code == 0
+    for part in ("Train, or resume", "  show ", "  plan ", "--set PATH=VALUE", "--workdir"):
+        assert part in out
+
+
+@pytest.mark.parametrize("verbs", [lm_module.EXPERIMENT_VERBS, lm_module.RESULT_VERBS])
+def test_every_verb_and_option_has_words(verbs):
+    for verb in verbs.values():
+        assert verb.HELP.endswith(".") and not verb.OUT_OF_MEMORY.endswith(".")
+        parser = lm_module.Parser()
+        verb.add_arguments(parser)
+        assert [action.dest for action in parser._actions if not action.help] == []
+
+
+def test_typing_errors_are_answered_before_jax_is_imported():
+    program = "import sys; from lm.main import lm_main; lm_main(['generat'])"
+    program = f"import atexit, sys; atexit.register(lambda: print('jax' in sys.modules)); {program}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
 
 
 def test_bug_keeps_its_traceback(monkeypatch, door):

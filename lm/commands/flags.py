@@ -1,0 +1,102 @@
+"""Options that several verbs share: their words, and the values that they stand for."""
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lm.errors import UserError
+
+# Names that other frameworks use, and the paths of the same settings here.
+SYNONYMS = {
+    ("lr", "learning_rate"): "schedule.peak",
+    ("steps", "max_steps", "num_steps", "max_iters"): "schedule.steps",
+    ("warmup_steps", "warmup_iters"): "schedule.warmup",
+    ("batch_size", "per_device_train_batch_size"): "batch.sequences",
+    ("seq_len", "sequence_length", "max_seq_length", "block_size"): "batch.length",
+    ("accumulation_steps", "gradient_accumulation_steps"): "places.PLACE.microbatches",
+    ("gradient_checkpointing", "activation_checkpointing"): "places.PLACE.remat",
+    ("grad_clip", "max_grad_norm"): "optimizer.clip_norm",
+    ("vocab_size",): "model.vocab",
+    ("hidden_size", "d_model", "n_embd"): "model.dim",
+    ("num_layers", "num_hidden_layers", "n_layer"): "model.layers",
+}
+
+
+def add_declaration(parser: argparse.ArgumentParser) -> None:
+    """--set, --on and --mesh."""
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change a setting, as in model.layers=2; may be repeated",
+    )
+    parser.add_argument("--on", metavar="PLACE", help="one of the experiment's places")
+    parser.add_argument("--mesh", help="devices per axis instead of the place's: data=2,fsdp=4")
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """--mesh, for a model that is read."""
+    parser.add_argument("--mesh", help="devices to shard the model over, as in fsdp=2,tensor=4")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The run folder to open, and how to open it."""
+    parser.add_argument("run", help="a run folder or a Hugging Face folder")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--compute", metavar="DTYPE", help="float32 or bfloat16 arithmetic (default: as declared)"
+    )
+    add_mesh(parser)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def mesh(options: argparse.Namespace) -> Any:
+    """The Mesh of --mesh; None without it."""
+    from lm.parallel.mesh import Mesh
+
+    return Mesh.parse(options.mesh) if options.mesh else None
+
+
+def declared(declare: Callable[[], Any], options: argparse.Namespace) -> Any:
+    """The experiment or recipe of `declare()` with the changes of --set."""
+    return change(declare(), options.set)
+
+
+def change(declaration: Any, changes: Sequence[str]) -> Any:
+    """`recipe.override`, whose error for an unknown path also names the setting that is called so
+    in other frameworks."""
+    from lm import recipe
+
+    try:
+        return recipe.override(declaration, changes)
+    except UserError as error:
+        raise UserError(_with_synonym(str(error), changes)) from None
+
+
+def _with_synonym(message: str, changes: Sequence[str]) -> str:
+    for path, _, value in (each.partition("=") for each in changes):
+        last = path.rpartition(".")[2].lower()
+        known = next((to for names, to in SYNONYMS.items() if last in names), None)
+        if known and re.match(rf"(--set )?{re.escape(path)} ", message):
+            return f"{path} is not known; that setting is {known}, as in --set {known}={value}."
+    return message
+
+
+def open_run(options: argparse.Namespace) -> Any:
+    """The Run of the options of `add_run`."""
+    from lm import runs
+    from lm.parallel import distributed
+
+    distributed.initialize()
+    return runs.load(options.run, step=options.step, mesh=mesh(options), compute=options.compute)
+
+
+def under_headings(texts: Iterable[tuple[Any, str]]) -> str:
+    """The text of each stage of a recipe under its name."""
+    return "\n\n".join(f"==== stage {stage.name} ====\n{text}" for stage, text in texts)

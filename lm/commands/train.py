@@ -1,0 +1,87 @@
+"""`python -m experiments.NAME [train]`"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lm.commands import flags
+from lm.errors import UserError
+
+HELP = "Train, or resume where training stopped."
+OUT_OF_MEMORY = (
+    "Use more micro-batches (gradient accumulation: --set places.PLACE.microbatches=8), remat "
+    "(activation checkpointing: --set places.PLACE.remat=block), a shorter batch.length, or more "
+    "devices"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of train."""
+    flags.add_declaration(parser)
+    parser.add_argument(
+        "--workdir", default="runs", help="folder or bucket of the run folders (default: runs)"
+    )
+
+
+def run(declare: Callable[[], Any], options: argparse.Namespace) -> None:
+    """Trains. Exits with 128 + signal if a signal stopped the run after saving."""
+    from lm.parallel import distributed
+    from lm.run import train
+
+    distributed.initialize()
+    declared = flags.declared(declare, options)
+    mesh = flags.mesh(options)
+    _check_workdir(options.workdir)
+    new = [folder for folder in _folders(declared, options.workdir) if not folder.exists()]
+    try:
+        trained = train(declared, on=options.on, mesh=mesh, workdir=options.workdir)
+    except Exception:
+        if distributed.is_main():
+            _remove_untrained(new)
+        raise
+    if trained.stopped is not None:
+        sys.exit(128 + signal.Signals[trained.stopped])
+
+
+def _check_workdir(workdir: str) -> None:
+    """Raises UserError if run folders cannot be made in `workdir`."""
+    if "://" in workdir:
+        return
+    path = Path(workdir).absolute()
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    if not existing.is_dir():
+        raise UserError(f"--workdir={workdir}: {existing} is a file; name a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--workdir={workdir}: {existing} is not writable; name a folder that you may write to."
+        )
+
+
+def _folders(declared: Any, workdir: str) -> list[Any]:
+    """The run folders of an experiment, or of the stages of a recipe; none in a bucket."""
+    from etils import epath
+
+    from lm.recipe import Recipe
+
+    if "://" in workdir:
+        return []
+    folder = epath.Path(workdir) / declared.name
+    if isinstance(declared, Recipe):
+        return [folder / stage.name for stage in declared.stages]
+    return [folder]
+
+
+def _remove_untrained(folders: list[Any]) -> None:
+    """Removes run folders in which no step was done: their declaration would bar a changed one of
+    the same name."""
+    from lm import checkpoint, training
+
+    for folder in folders:
+        if not folder.exists() or training.read_lines(folder / "metrics.jsonl"):
+            continue
+        if checkpoint.Store(folder / "checkpoints").latest() is None:
+            folder.rmtree()
