@@ -11,6 +11,10 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """A declaration, path, file or record that cannot be used. The user sees the message as is."""
 
+    def _render_traceback_(self) -> list[str]:
+        """IPython calls this: notebooks show the sentence without a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """' Did you mean X?' for the known name closest to `name`, or the list of the known names."""

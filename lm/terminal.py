@@ -1,7 +1,7 @@
-"""What a person sees while a program works: progress bars, tables, and numbers for reading.
+"""Terminal output: progress bars, tables, and readable numbers.
 
-Progress goes to stderr and results to stdout, so that `> file` and `| jq` get results only. Where
-stderr is not a terminal (a file, a pipe, a cluster's log) a bar becomes a plain line now and then.
+Progress goes to stderr and results to stdout, so that `> file` and `| jq` get only results. If
+stderr is not a terminal (a file, a pipe, a cluster's log), a few plain lines replace a bar.
 """
 
 import contextlib
@@ -11,56 +11,73 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-PLAIN_SECONDS = 10.0  # between two plain lines: a log of hours stays readable
-_WITH_TOTAL = "{desc:<22} {percentage:3.0f}% |{bar}| {done}/{of} [{elapsed}<{remaining}]"
+PLAIN_SECONDS = 10.0  # between two plain lines, so that the log of a long run stays short
+_WITH_TOTAL = "{desc:<22} {percentage:3.0f}% |{bar}| {done}/{of} [{elapsed}, {left} left]"
 
 
 class Progress(Protocol):
     """What `progress` yields."""
 
-    def advance(self, n: int = 1) -> None:
-        """Counts `n` more as done."""
+    def advance(self, n: int = 1, seconds_left: float | None = None) -> None:
+        """Adds `n` to what is done. `seconds_left` replaces the bar's own estimate."""
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int | None = None, unit: str = "") -> Iterator[Progress]:
-    """Shows how much of `total` (None: unknown) is done, until the block ends. `unit` is "B" for
-    bytes, which print as MB or GB, and "" for counts.
+def progress(
+    description: str, total: int | None = None, unit: str = "", *, initial: int = 0
+) -> Iterator[Progress]:
+    """Shows progress until the block ends: a bar on a terminal or in a notebook, plain lines on
+    stderr elsewhere.
 
-        with progress("Tokenising", total=len(files)) as bar:
+        with progress("tokenizing", total=len(files)) as bar:
             bar.advance(1)
 
-    A bar on a terminal or in a notebook, plain lines on stderr elsewhere.
+    Args:
+        total: of what is to be done; None: unknown.
+        unit: "B" for bytes, which print as MB or GB; "" for counts, which print as 1.2k; "steps"
+            for training steps, which print with all digits; their time left comes from `advance`.
+        initial: done before, by an earlier process.
     """
     if draws_bars():
-        with _bar(description, total, unit) as bar:
+        with _bar(description, total, unit, initial) as bar:
             yield bar
     else:
-        lines = _Lines(description, total, unit)
+        lines = _Lines(description, total, unit, initial)
         yield lines
         lines.done()
 
 
 def draws_bars() -> bool:
-    """Whether somebody watches: on a terminal and in a notebook, not in a file."""
+    """Whether stderr is a terminal or a notebook."""
     return sys.stderr.isatty() or _in_notebook()
 
 
 @contextlib.contextmanager
-def _bar(description: str, total: int | None, unit: str) -> Iterator[Progress]:
-    from tqdm import tqdm  # here, since most commands draw no bar
+def _bar(description: str, total: int | None, unit: str, initial: int) -> Iterator[Progress]:
+    from tqdm import tqdm  # not at the top: most commands draw no bar
 
     amount = _amount(unit)
 
     class Bar(tqdm):
+        seconds_left: float | None = None
+
         @property
         def format_dict(self) -> dict[str, Any]:
             values = super().format_dict
-            return values | {"done": amount(values["n"]), "of": amount(values["total"] or 0)}
+            n, total = values["n"], values["total"] or 0
+            left, new = self.seconds_left, n - values["initial"]
+            if left is None and new and unit != "steps":
+                left = values["elapsed"] * max(total - n, 0) / new
+            return values | {
+                "done": amount(n),
+                "of": amount(total),
+                "left": "?" if left is None else duration(left),
+            }
 
     with Bar(
         desc=description,
         total=total,
+        initial=initial,
         ncols=100 if _in_notebook() else None,
         dynamic_ncols=not _in_notebook(),
         bar_format=_WITH_TOTAL if total else "{desc:<22} {done} [{elapsed}]",
@@ -70,35 +87,37 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Progress]:
 
 
 def _amount(unit: str) -> Callable[[float], str]:
-    return size if unit == "B" else number
+    return {"B": size, "steps": str}.get(unit, number)
 
 
 class _Bar:
     def __init__(self, bar: Any) -> None:
         self._bar = bar
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, seconds_left: float | None = None) -> None:
+        self._bar.seconds_left = seconds_left
         self._bar.update(n)
 
 
 class _Lines:
     """A plain line at most every PLAIN_SECONDS, and one at the end."""
 
-    def __init__(self, description: str, total: int | None, unit: str) -> None:
+    def __init__(self, description: str, total: int | None, unit: str, initial: int) -> None:
         self._description, self._total, self._amount = description, total, _amount(unit)
-        self._count = 0
+        self._initial = self._count = initial
         self._start = self._last = time.monotonic()
 
-    def advance(self, n: int = 1) -> None:
+    def advance(self, n: int = 1, seconds_left: float | None = None) -> None:
         self._count += n
         now = time.monotonic()
         if now - self._last >= PLAIN_SECONDS:
             self._last = now
-            self._print(f", {self._left(now)}" if self._total else "")
+            left = self._seconds_left(now) if seconds_left is None else seconds_left
+            self._print(f", {duration(left)} left" if self._total else "")
 
-    def _left(self, now: float) -> str:
-        left = (now - self._start) * (self._total - self._count) / max(self._count, 1)
-        return f"{duration(max(left, 0))} left"
+    def _seconds_left(self, now: float) -> float:
+        new = max(self._count - self._initial, 1)
+        return max((now - self._start) * ((self._total or 0) - self._count) / new, 0)
 
     def done(self) -> None:
         self._print(f" in {duration(time.monotonic() - self._start)}")
@@ -110,14 +129,14 @@ class _Lines:
 
 
 def _in_notebook() -> bool:
-    """Whether this runs in a Jupyter or Colab kernel (IPython in a terminal is a terminal)."""
+    """Whether this runs in a Jupyter or Colab kernel. IPython in a terminal is a terminal."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and hasattr(shell, "kernel")
 
 
 def note(text: str) -> None:
-    """A line for the person, on stderr, above the bars that are being drawn."""
+    """Prints a line on stderr, above progress bars."""
     tqdm = sys.modules.get("tqdm")
     if tqdm is None:
         print(text, file=sys.stderr, flush=True)
@@ -127,11 +146,11 @@ def note(text: str) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns in plain text, those of numbers set right; no trailing spaces, no last newline."""
+    """Columns in plain text, numbers aligned right; no trailing spaces, no newline at the end."""
     cells = [[str(cell) for cell in row] for row in rows]
     lines = [list(header), *cells]
     if len({len(line) for line in lines}) > 1:
-        raise ValueError("the rows of a table have the length of its header")
+        raise ValueError("rows of a table must have the length of its header")
     widths = [max(map(len, column)) for column in zip(*lines)]
     right = [bool(rows) and all(map(_is_number, column[1:])) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
@@ -145,7 +164,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def indent(text: str, columns: int = 4) -> str:
-    """Each line of `text` set in; empty lines stay empty."""
+    """Indents each line of `text`; empty lines stay empty."""
     return textwrap.indent(text, " " * columns)
 
 
@@ -154,7 +173,7 @@ def _is_number(cell: str) -> bool:
 
 
 def number(value: float) -> str:
-    """For reading: 950 -> '950', 1_300_000 -> '1.3M', 2.5e9 -> '2.5B' (a milliard)."""
+    """950 -> '950', 1_300_000 -> '1.3M', 2.5e9 -> '2.5B' (10^9)."""
     return _scaled(value, ("", "k", "M", "B", "T", "P"), join="")
 
 
@@ -170,7 +189,7 @@ def size(nbytes: float) -> str:
 
 def _scaled(value: float, units: Sequence[str], join: str = " ") -> str:
     scaled, index = float(value), 0
-    # 999.5 and above would be rounded to '1000'.
+    # 999.5 and above would round to '1000'.
     while abs(scaled) >= 999.5 and index < len(units) - 1:
         scaled, index = scaled / 1000, index + 1
     digits = f"{scaled:.1f}" if abs(scaled) < 100 or index == 0 else f"{scaled:.0f}"

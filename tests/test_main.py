@@ -195,7 +195,7 @@ def test_workdir_without_permission_is_refused(door, tmp_path, monkeypatch):
     [
         ("Out of memory allocating 2000000000000 bytes.", "an array needs 2 TB, "),
         ("Out of memory while trying to allocate 71.50GiB.", "an array needs 71.50GiB, "),
-        ("Failed to allocate request for 5.2GiB (5600000000B) on device", "an array needs 5.2GiB, "),
+        ("Failed to allocate request for 5.2GiB (5600000000B)", "an array needs 5.2GiB, "),
         ("Ran out of memory. Used 21.31G of 15.75G hbm. Exceeded", "needs 21.31G of 15.75G hbm."),
     ],
 )

@@ -105,5 +105,15 @@ def test_on_a_terminal_a_bar_is_drawn_and_notes_stand_above_it(monkeypatch, caps
     assert capsys.readouterr().out == ""
 
 
+def test_a_bar_of_steps_begins_where_the_run_does_and_shows_the_time_that_it_is_given(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(terminal.sys, "stderr", screen)
+    with terminal.progress("training", 4_000, "steps", initial=1_233) as bar:
+        assert "1233/4000" in screen.getvalue() and "? left" in screen.getvalue()
+        bar._bar.mininterval = 0
+        bar.advance(1, 134.0)
+    assert "1234/4000" in screen.getvalue() and "2m 14s left" in screen.getvalue()
+
+
 def test_indent_leaves_no_space_on_empty_lines():
     assert terminal.indent("a\n\n  b") == "    a\n\n      b"

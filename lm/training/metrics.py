@@ -1,9 +1,9 @@
-"""Numbers of a run, written as they come: metrics.jsonl and eval.jsonl always, the terminal,
-TensorBoard, Weights & Biases and an XProf trace on request.
+"""Writes metrics.jsonl, eval.jsonl and lines on the terminal; TensorBoard, Weights & Biases and an
+XProf trace on request.
 
-A line of metrics.jsonl is one update: `step` is the number of updates completed, from 1, which is
-also the name of the checkpoint holding its result. `seconds` is its share of the wall clock,
-evaluations and saves left out. A number that is not finite is null, so every line is valid JSON.
+A line of metrics.jsonl is one update: `step` is the number of completed updates, from 1, and the
+name of the checkpoint that holds its result. `seconds` is its wall-clock time without evaluations
+and checkpoints. Numbers that are not finite are written as null, so that every line is valid JSON.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ Values = Mapping[str, Any]
 
 
 class Result(Protocol):
-    """An evaluation's number: 'source/measure', its value, standard error and sample size."""
+    """A result of an evaluation: 'source/measure', its value, standard error and sample size."""
 
     name: str
     value: float
@@ -37,28 +37,28 @@ class Result(Protocol):
 
 
 class Writer(Protocol):
-    """What the loop hands its numbers to. Only process 0 has writers."""
+    """Receives the numbers of the training loop. Only process 0 has writers."""
 
     def step(self, values: Values) -> None:
         """Called once per update, in order, with a line of metrics.jsonl."""
 
     def evaluation(self, step: int, results: Sequence[Result]) -> None:
-        """Called with what an evaluation after `step` updates found."""
+        """Called with the results of an evaluation after `step` updates."""
 
     def flush(self) -> None:
-        """What was handed over is on disk when this returns: called before each checkpoint."""
+        """Called before each checkpoint: everything received is on disk when this returns."""
 
     def close(self) -> None:
-        """The run is over."""
+        """Called at the end of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """What to show beside metrics.jsonl and eval.jsonl, which are always written.
+    """Outputs besides metrics.jsonl and eval.jsonl, which are always written.
 
-    every        steps between two lines on the terminal
-    tensorboard  event files in RUN/tensorboard (needs tensorboardX)
-    wandb        the project on Weights & Biases (needs wandb; WANDB_MODE=offline is respected)
+    every        steps between lines on the terminal
+    tensorboard  writes event files in RUN/tensorboard (needs tensorboardX)
+    wandb        project on Weights & Biases (needs wandb; respects WANDB_MODE=offline)
     trace        (first, last) update of an XProf trace in RUN/trace
     """
 
@@ -72,23 +72,23 @@ class Log:
         if self.trace is not None and not 2 <= self.trace[0] <= self.trace[1]:
             raise UserError(
                 f"log.trace={self.trace!r} must be (first, last) with 2 <= first <= last; "
-                "update 1 would trace the compiler."
+                "update 1 would trace compilation."
             )
 
     def writers(
         self, folder: epath.PathLike, *, name: str, after: int, steps: int, declaration: Values
     ) -> tuple[Writer, ...]:
-        """The writers of the run `name` in `folder`, which goes on after update `after` of `steps`:
-        what was written of later ones is dropped. None on processes other than 0."""
+        """The writers of the run `name` in `folder`; none on processes other than 0.
+
+        The run continues after update `after` of `steps`; lines of later updates are dropped.
+        """
         if not distributed.is_main():
             return ()
         folder = epath.Path(folder)
         writers: list[Writer] = [
             Files(folder, after=after),
-            StepLines(every=self.every, after=after, steps=steps),
+            Terminal(every=self.every, after=after, steps=steps),
         ]
-        if terminal.draws_bars():
-            writers.append(Bar(after=after, steps=steps))
         if self.tensorboard:
             writers.append(TensorBoard(folder / "tensorboard", after=after))
         if self.wandb is not None:
@@ -99,15 +99,15 @@ class Log:
 
 
 class JsonLines:
-    """A file to which JSON objects are appended, one per line, each flushed on its own.
+    """Appends JSON objects to a file, one per line, each flushed.
 
-    A bucket cannot append: there the lines are kept and the object is written on `flush`.
+    Buckets cannot append: there the lines are kept in memory, and `flush` writes them all.
     """
 
     def __init__(self, path: epath.PathLike) -> None:
         self.path = epath.Path(path)
         self._lines: list[str] | None = None
-        with _telling(self.path):
+        with _write_errors(self.path):
             if _is_remote(path):
                 self._lines = [self.path.read_text()] if self.path.exists() else []
             else:
@@ -120,18 +120,18 @@ class JsonLines:
         if self._lines is not None:
             self._lines.append(line)
             return
-        with _telling(self.path):
+        with _write_errors(self.path):
             self._file.write(line)
             self._file.flush()
 
     def flush(self) -> None:
-        """Every line so far is in the file when this returns."""
+        """Every line is in the file when this returns."""
         if self._lines is not None:
-            with _telling(self.path):
+            with _write_errors(self.path):
                 self.path.write_text("".join(self._lines))
 
     def close(self) -> None:
-        """Flushes; no line may follow."""
+        """Flushes and closes the file."""
         self.flush()
         if self._lines is None:
             self._file.close()
@@ -140,8 +140,8 @@ class JsonLines:
 def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; none if there is no file.
 
-    A last line that was torn off by a full disk or a crash is left out. Raises UserError naming any
-    other line that is not a JSON object.
+    Leaves out a last line that a crash or a full disk cut off. Raises UserError for any other line
+    that is not a JSON object.
     """
     path = epath.Path(path)
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -155,28 +155,28 @@ def read_lines(path: epath.PathLike) -> list[dict[str, Any]]:
             values = None
         if isinstance(values, dict):
             objects.append(values)
-        elif number < len(lines):  # a whole line ends in a newline, so something follows it
-            raise UserError(f"{path} line {number} is not a JSON object; remove or mend that line.")
+        elif number < len(lines):  # a complete line ends in a newline, after which split adds ""
+            raise UserError(f"{path} line {number} is not a JSON object; remove or fix that line.")
     return objects
 
 
 def truncate_after(path: epath.PathLike, step: int) -> None:
-    """Keeps the lines whose "step" is at most `step`: those of a run that goes on from there.
+    """Drops lines whose "step" is above `step`, from which the run resumes.
 
-    Writes aside and renames, so that the file is either the old one or the new one.
+    Writes a new file and renames it, so that the file is either the old one or the new one.
     """
     path = epath.Path(path)
     if not path.exists():
         return
     kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
     aside = path.with_name(path.name + ".new")
-    with _telling(path):
+    with _write_errors(path):
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         aside.replace(path)
 
 
 class Files:
-    """metrics.jsonl and eval.jsonl of a run folder."""
+    """Writes metrics.jsonl and eval.jsonl of a run folder."""
 
     def __init__(self, folder: epath.PathLike, *, after: int) -> None:
         paths = [epath.Path(folder) / name for name in ("metrics.jsonl", "eval.jsonl")]
@@ -185,18 +185,18 @@ class Files:
         self._metrics, self._evaluations = map(JsonLines, paths)
 
     def step(self, values: Values) -> None:
-        """One line of metrics.jsonl."""
+        """Writes a line of metrics.jsonl."""
         self._metrics.write(values)
 
     def evaluation(self, step: int, results: Sequence[Result]) -> None:
-        """One line of eval.jsonl per result."""
+        """Writes a line of eval.jsonl per result."""
         for result in results:
             fields = ("name", "value", "stderr", "count")
             line = {field: getattr(result, field) for field in fields}
             self._evaluations.write({"step": step, **line})
 
     def flush(self) -> None:
-        """Both files are complete."""
+        """Flushes both files."""
         self._metrics.flush()
         self._evaluations.flush()
 
@@ -206,27 +206,49 @@ class Files:
         self._evaluations.close()
 
 
-class StepLines:
-    """A line on the terminal for the first, the last and each `every`-th update, and per result."""
+class TimeLeft:
+    """Seconds until the last update, from the mean time per update since the first of this process,
+    which is left out because it waits for compilation."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._first: tuple[int, float] | None = None
+
+    def after(self, step: int) -> float | None:
+        """Called once per update; None after the first."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+            return None
+        first, start = self._first
+        return (now - start) / (step - first) * (self._steps - step)
+
+
+class Terminal:
+    """Lines on the terminal for the first, the last and each `every`-th update and for each result;
+    below them a progress bar where one can be drawn. Both count steps of the whole run."""
 
     def __init__(self, *, every: int, after: int, steps: int) -> None:
         self._every, self._first, self._steps = every, after + 1, steps
-        self._began: float | None = None
+        self._time_left = TimeLeft(steps)
+        self._stack = contextlib.ExitStack()
+        self._bar = None
+        if terminal.draws_bars():
+            bar = terminal.progress("training", steps, "steps", initial=after)
+            self._bar = self._stack.enter_context(bar)
 
     def step(self, values: Values) -> None:
-        """Prints the line if it is its turn."""
-        step, now = values["step"], time.monotonic()
-        left = None
-        if self._began is None:
-            self._began = now
-            # The first update waited for the compiler: its rates would only mislead.
+        """Advances the bar, and prints a line if it is due."""
+        step = values["step"]
+        seconds_left = self._time_left.after(step)
+        if seconds_left is None:
+            # The first update waited for compilation: its rates would mislead.
             rates = ("tokens_per_second", "model_flops_utilization")
             values = {key: x for key, x in values.items() if key not in rates}
-        else:
-            done = step - self._first
-            left = (now - self._began) / done * (self._steps - step)
         if step in (self._first, self._steps) or step % self._every == 0:
-            terminal.note(step_line(values, self._steps, left))
+            terminal.note(step_line(values, self._steps, seconds_left))
+        if self._bar is not None:
+            self._bar.advance(1, seconds_left)
 
     def evaluation(self, step: int, results: Sequence[Result]) -> None:
         """Prints each result."""
@@ -235,38 +257,16 @@ class StepLines:
             terminal.note(f"step {step}: {result.name} {result.value:.4f}{spread}")
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """Does nothing: lines are not buffered."""
 
     def close(self) -> None:
-        """Nothing is open."""
-
-
-class Bar:
-    """A progress bar of the updates, below the lines; where none can be drawn, the lines say it."""
-
-    def __init__(self, *, after: int, steps: int) -> None:
-        self._stack = contextlib.ExitStack()
-        self._bar = self._stack.enter_context(terminal.progress("training", steps - after))
-
-    def step(self, values: Values) -> None:
-        """One more is done."""
-        del values
-        self._bar.advance(1)
-
-    def evaluation(self, step: int, results: Sequence[Result]) -> None:
-        """The bar waits."""
-
-    def flush(self) -> None:
-        """Nothing is kept back."""
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leaves the bar as it is."""
         self._stack.close()
 
 
 def step_line(values: Values, steps: int, seconds_left: float | None = None) -> str:
     """'step 120/4000  loss 3.214  1.52 bits/byte  lr 3.0e-04  grad 0.81  52k tokens/s  MFU 31 %
-    2m 14s left', of those that are there."""
+    2m 14s left'; values that are missing are left out."""
     width = len(str(steps))
     parts = [f"step {values['step']:{width}d}/{steps}"]
     for key, form in (
@@ -289,25 +289,25 @@ def step_line(values: Values, steps: int, seconds_left: float | None = None) -> 
 
 
 class TensorBoard:
-    """Event files, written by tensorboardX (which needs no TensorFlow)."""
+    """Writes event files with tensorboardX, which does not need TensorFlow."""
 
     def __init__(self, folder: epath.PathLike, *, after: int) -> None:
         tensorboardx = _import("tensorboardX", "log.tensorboard=true")
         self._writer = tensorboardx.SummaryWriter(str(folder), purge_step=after + 1)
 
     def step(self, values: Values) -> None:
-        """A scalar train/KEY for each value."""
+        """Writes a scalar train/KEY for each value."""
         for key, value in values.items():
             if key != "step" and value is not None:
                 self._writer.add_scalar(f"train/{key}", value, values["step"])
 
     def evaluation(self, step: int, results: Sequence[Result]) -> None:
-        """A scalar eval/NAME for each result."""
+        """Writes a scalar eval/NAME for each result."""
         for result in results:
             self._writer.add_scalar(f"eval/{result.name}", result.value, step)
 
     def flush(self) -> None:
-        """The event file is complete."""
+        """Flushes the event file."""
         self._writer.flush()
 
     def close(self) -> None:
@@ -316,7 +316,8 @@ class TensorBoard:
 
 
 class WandB:
-    """A run on Weights & Biases; its id comes from the folder, so that resuming goes on with it."""
+    """Logs to Weights & Biases. The run's id is a hash of the folder, so that a resumed run
+    continues it."""
 
     def __init__(
         self, project: str, name: str, folder: epath.PathLike, declaration: Values
@@ -333,18 +334,18 @@ class WandB:
         )
 
     def step(self, values: Values) -> None:
-        """train/KEY for each value."""
+        """Logs train/KEY for each value."""
         self._log(values["step"], {f"train/{k}": v for k, v in values.items() if k != "step"})
 
     def evaluation(self, step: int, results: Sequence[Result]) -> None:
-        """eval/NAME for each result."""
+        """Logs eval/NAME for each result."""
         self._log(step, {f"eval/{result.name}": result.value for result in results})
 
     def _log(self, step: int, values: Values) -> None:
         self._run.log({key: x for key, x in values.items() if x is not None}, step=step)
 
     def flush(self) -> None:
-        """wandb keeps its own journal."""
+        """Does nothing: wandb writes its own files."""
 
     def close(self) -> None:
         """Ends the upload."""
@@ -352,15 +353,15 @@ class WandB:
 
 
 class Trace:
-    """An XProf trace (open it with `xprof` or TensorBoard's profile page) from update `first` to
-    `last`."""
+    """Records an XProf trace of updates `first` to `last`. Open it with `xprof` or TensorBoard's
+    profile page."""
 
     def __init__(self, folder: epath.PathLike, first: int, last: int) -> None:
         self._folder, self._first, self._last = str(folder), first, last
         self._running = False
 
     def step(self, values: Values) -> None:
-        """Starts once the update before the first is done, while the device goes on."""
+        """Starts when the update before the first is done; the device already runs the first."""
         step = values["step"]
         if not self._running and self._first - 1 <= step < self._last:
             jax.profiler.start_trace(self._folder)
@@ -369,13 +370,13 @@ class Trace:
             self.close()
 
     def evaluation(self, step: int, results: Sequence[Result]) -> None:
-        """Evaluations show in the trace by themselves."""
+        """Does nothing: the trace contains evaluations."""
 
     def flush(self) -> None:
-        """A trace is written when it ends."""
+        """Does nothing: a trace is written when it ends."""
 
     def close(self) -> None:
-        """Ends the trace, if it runs."""
+        """Ends the trace if it is running."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
@@ -391,13 +392,13 @@ def _import(module: str, field: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _telling(path: epath.Path) -> Iterator[None]:
-    """Tells a file that cannot be written in a sentence."""
+def _write_errors(path: epath.Path) -> Iterator[None]:
+    """Re-raises an OSError of writing `path` as a UserError."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "the disk is full. Make room" if full else f"{error.strerror or error}. Mend it"
+        why = "the disk is full. Free space" if full else f"{error.strerror or error}. Fix that"
         raise UserError(
             f"{path} cannot be written: {why} and run the same command again."
         ) from error

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from lm import terminal
 from lm.errors import UserError
+from lm.training import metrics
 from lm.training.metrics import Files, JsonLines, Log, read_lines, step_line, truncate_after
 from lm.training.plot import plot_loss, smooth
 
@@ -226,21 +227,27 @@ def test_the_declaration_of_a_line_is_json(tmp_path: Path) -> None:
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "name": "x"}
 
 
-def test_a_bar_counts_the_updates_that_are_left(tmp_path, monkeypatch):
-    counted = []
+def test_a_resumed_bar_counts_steps_of_the_whole_run_and_shows_the_time_left_of_the_lines(
+    tmp_path, monkeypatch
+):
+    bar, notes = [], []
 
     @contextlib.contextmanager
-    def progress(description, total):
-        counted.append((description, total))
-        yield types.SimpleNamespace(advance=counted.append)
-        counted.append("closed")
+    def progress(description, total, unit, *, initial):
+        bar.append((description, total, unit, initial))
+        yield types.SimpleNamespace(advance=lambda *values: bar.append(values))
+        bar.append("closed")
 
+    clock = iter([100.0, 130.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(terminal, "progress", progress)
     monkeypatch.setattr(terminal, "draws_bars", lambda: True)
-    writers = Log().writers(tmp_path, name="bars", after=3, steps=5, declaration={})
+    monkeypatch.setattr(terminal, "note", notes.append)
+    writers = Log(every=1).writers(tmp_path, name="bars", after=3, steps=7, declaration={})
     for step in (4, 5):
         for writer in writers:
             writer.step({"step": step, "loss": 1.0})
     for writer in writers:
         writer.close()
-    assert counted == [("training", 2), 1, 1, "closed"]
+    assert bar == [("training", 7, "steps", 3), (1, None), (1, 60.0), "closed"]
+    assert notes == ["step 4/7  loss 1.0000", "step 5/7  loss 1.0000  1m 00s left"]
