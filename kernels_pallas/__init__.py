@@ -1,6 +1,5 @@
-"""Kernels: one folder each. A plain-JAX reference is its specification; an op chooses what runs.
-
-This package never imports lm.
+"""Kernels, one folder each: `reference.py` is the specification in plain JAX, `op.py` the public
+function, which selects the implementation for the platform. This package never imports lm.
 """
 
 from kernels_pallas.attention import flash_attention

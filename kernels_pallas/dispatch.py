@@ -1,6 +1,6 @@
-"""Which form of a kernel runs: the one of the platform that the program is lowered for.
+"""Selects the implementation of a kernel by the platform that the program is lowered for.
 
-So a program compiled ahead of time for a TPU on a machine without one holds the TPU's kernels.
+A program compiled ahead of time for TPU on a machine without one therefore contains TPU kernels.
 """
 
 import functools
@@ -24,22 +24,26 @@ def on_platform(
     cpu: Callable[..., Any] | None = None,
     hopper: Callable[..., Any] | None = None,
 ) -> Any:
-    """Calls one form with `arrays` (pytrees): the platform's, where it has none `reference`, or
-    whatever the platform the one that `implementation` names. "gpu" is CUDA; "hopper", for GPUs of
-    that generation, is no platform's own and runs only where it is named.
+    """Calls one implementation with `arrays` (pytrees).
+
+    Args:
+      implementation: "tpu", "gpu" (CUDA), "hopper" or "reference" selects one on any platform. None
+        selects the platform's, or `reference` where the platform has none; never `hopper`.
+      arrays: arguments of the implementation.
+      reference, tpu, gpu, cpu, hopper: the implementations that this kernel has.
 
     Raises:
-      ValueError: for an unknown name, or that of a form which this kernel does not have.
+      ValueError: the name is unknown, or this kernel has no such implementation.
     """
     forms = {"tpu": tpu, "gpu": gpu, "hopper": hopper, "reference": reference}
     if implementation is None:
         platforms = {"tpu": tpu, "cuda": gpu, "cpu": cpu}
-        own = {platform: form for platform, form in platforms.items() if form is not None}
-        return jax.lax.platform_dependent(*arrays, default=reference, **own)
+        available = {platform: form for platform, form in platforms.items() if form is not None}
+        return jax.lax.platform_dependent(*arrays, default=reference, **available)
     if forms.get(implementation) is None:
-        have = ", ".join(repr(name) for name in NAMES if forms[name] is not None)
+        names = ", ".join(repr(name) for name in NAMES if forms[name] is not None)
         raise ValueError(
-            f"implementation={implementation!r} is not one of {have}; None takes the platform's."
+            f"implementation={implementation!r} is not one of {names}; None selects the platform's."
         )
     return forms[implementation](*arrays)
 
@@ -52,6 +56,6 @@ def announce(
     gpu: str = "plain JAX",
     others: str = "plain JAX",
 ) -> None:
-    """Says once, in the log, which form of a kernel was chosen."""
+    """Logs once which implementation of a kernel was selected."""
     by_platform = f"on TPUs {tpu}, on GPUs {gpu}, else {others}"
     log.info("%s: %s", kernel, implementation or by_platform)

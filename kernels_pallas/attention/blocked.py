@@ -1,16 +1,16 @@
-"""Attention in blocks of queries: memory grows with the length, not with its square.
+"""Attention in plain JAX, in blocks of queries. Memory grows linearly with the length.
 
-A block of queries meets all the keys it may see at once, so its softmax is the plain one. Blocks
-are gathered in a few sections; keys that a whole section cannot see (later ones under a causal
-mask, those before a window) are never multiplied. With `by_chunks`, for accelerators, rows of
-packed documents meet their keys chunk by chunk instead, and those chunks alone that some query of
-the block sees: products and scores then grow with the documents, not with the row.
+A block of queries attends to all its visible keys at once, with an ordinary softmax. Blocks form a
+few sections; keys that no query of a section sees (later ones under a causal mask, those before a
+window) are skipped. With `by_chunks`, for accelerators, blocks of packed documents instead loop
+over the chunks of keys that some query of the block sees, so that work and scores grow with the
+documents, not with the row.
 
-The backward pass computes the scores anew from the log of the softmax's denominator
-(FlashAttention, arXiv:2205.14135), and transposed, so that each of its five products reads its
-operands as they lie: XLA on CPU would copy the large ones.
+The backward pass recomputes the scores from the log-sum-exp (FlashAttention, arXiv:2205.14135).
+They are transposed, so that each of the five matmuls reads its operands in their layout; XLA on CPU
+would copy the large ones.
 
-Shapes inside: q_bkgth with N = K * G, k_bksh, v_bksh; a block of queries is [B, K, G * block, H].
+Shapes: q_bkgth with N = K * G, k_bksh, v_bksh; a block of queries is [B, K, G * block, H].
 """
 
 import functools
@@ -24,16 +24,16 @@ from kernels_pallas.attention.ranges import HEAD, HIGH, LOW, ranges
 from kernels_pallas.attention.reference import HIDDEN
 from kernels_pallas.varying import varying_alike
 
-# Into how many sections a causal mask is cut at most: 4 leave 5/8 of the square, close to the half
-# that is needed. Each adds its code to the program, which pays where it has this many blocks.
+# Most sections of a causal mask: 4 compute 5/8 of the square, close to the half that is needed.
+# Each section adds code to the program, which pays off if it has this many blocks.
 SECTIONS, BLOCKS_OF_A_SECTION = 4, 4
-# Queries of a block, and keys of a chunk, of packed documents with `by_chunks`.
+# Queries per block and keys per chunk with `by_chunks`.
 CHUNK = 512
 F32 = jnp.float32
 
 
 class Options(NamedTuple):
-    """What is known when tracing."""
+    """Static options of a call; see `flash_attention`."""
 
     causal: bool
     window: int | None
@@ -43,24 +43,24 @@ class Options(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """The arrays that not every call has."""
+    """Optional arrays of a call; see `flash_attention`."""
 
     segments_bt: jax.Array | None
     kv_segments_bs: jax.Array | None
-    ranks_bs: jax.Array | None  # each key's place in its document; None: s
+    ranks_bs: jax.Array | None  # index of each key in its document; None: s
     positions_bt: jax.Array | None
     prefix_b: jax.Array | None
     sinks_n: jax.Array | None
     alibi_n: jax.Array | None
 
-    def anywhere(self) -> bool:
-        """Whether a query may see keys far from its own place in the row."""
+    def arbitrary_range(self) -> bool:
+        """Whether a query may attend to keys at any distance, so that no section can skip any."""
         return self.positions_bt is not None or self.prefix_b is not None
 
 
 class Section(NamedTuple):
-    """`blocks` blocks of `size` queries from `start`, which see `span` keys: the first ones, or, if
-    `moving`, those up to the end of each block."""
+    """`blocks` blocks of `size` queries from `start`, each with `span` keys: the first ones or, if
+    `moving`, the last ones up to the end of the block."""
 
     start: int
     blocks: int
@@ -70,7 +70,7 @@ class Section(NamedTuple):
 
 
 def sections(t: int, s: int, block: int, options: Options, indexed: bool) -> list[Section]:
-    """Which keys each block of queries meets; `indexed` queries may lie anywhere and meet all."""
+    """Sections of T queries and S keys. `indexed`: `Extras.arbitrary_range`."""
     blocks = -(-t // block)
     if indexed or not options.causal:
         return [Section(0, blocks, block, s, False)]
@@ -94,7 +94,7 @@ def forward(
     block: int,
     by_chunks: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_btnh, lse_bkgt); a row that sees nothing gives 0 and an lse of HIDDEN."""
+    """Returns (out_btnh, lse_bkgt); 0 and HIDDEN in rows without visible keys."""
     t, kv_heads = q_btnh.shape[1], k_bskh.shape[2]
     if by_chunks and _packed(extras, t):
         return _forward_by_chunks(q_btnh, k_bskh, v_bskh, extras, options)
@@ -103,7 +103,7 @@ def forward(
     k, v = jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2)
     extras = _padded(extras, block)
     outs, lses = [], []
-    for section in sections(t, k.shape[2], block, options, extras.anywhere()):
+    for section in sections(t, k.shape[2], block, options, extras.arbitrary_range()):
 
         def body(_, i, section=section):
             q_start = section.start + i * section.size
@@ -131,14 +131,15 @@ def backward(
     block: int,
     by_chunks: bool = False,
 ) -> tuple[Any, ...]:
-    """Gradients of q_btnh, k_bskh, v_bskh, sinks_n and alibi_n; of these two None if not given."""
+    """Returns gradients (dq_btnh, dk_bskh, dv_bskh, dsinks_n, dalibi_n); the last two are None
+    without sinks and alibi."""
     b, t, n, _ = q_btnh.shape
     by_chunks = by_chunks and _packed(extras, t)
     block = CHUNK if by_chunks else min(block, t)
     s, kv_heads = k_bskh.shape[1:3]
     groups = n // kv_heads
     delta_btn = jnp.sum(dout_btnh.astype(F32) * out_btnh.astype(F32), axis=-1)
-    # d lse / d score is the weight p as well, so the gradient of lse joins that of the denominator.
+    # d lse / d score is the weight p, as in the softmax, so both gradients are one difference.
     delta = jnp.moveaxis(delta_btn.reshape(b, t, kv_heads, groups), 1, 3) - dlse_bkgt
     dsinks_n = None
     if extras.sinks_n is not None:
@@ -158,7 +159,7 @@ def backward(
     if by_chunks:
         sums, dq = _backward_by_chunks(sums, rows, k, v, extras, padded, options)
         dqs.append(dq)
-    for section in [] if by_chunks else sections(t, s, block, options, extras.anywhere()):
+    for section in [] if by_chunks else sections(t, s, block, options, extras.arbitrary_range()):
 
         def body(sums, i, section=section):
             q_start = section.start + i * section.size
@@ -178,12 +179,12 @@ def backward(
 
 
 def _packed(extras, t):
-    """Whether ids hide keys from blocks of queries. A softmax with sinks is not met in parts."""
+    """Whether segments may hide chunks of keys. Sinks are not supported chunk by chunk."""
     return extras.segments_bt is not None and extras.sinks_n is None and t > CHUNK
 
 
 def _forward_by_chunks(q_btnh, k_bskh, v_bskh, extras, options):
-    """Each chunk gives its own softmax and log-sum-exp, by which they are merged."""
+    """Computes a softmax per chunk of keys and merges them by their log-sum-exp."""
     t, s, kv_heads = q_btnh.shape[1], *k_bskh.shape[1:3]
     q = _by_group(q_btnh, kv_heads, CHUNK)
     k, v = jnp.swapaxes(k_bskh, 1, 2), jnp.swapaxes(v_bskh, 1, 2)
@@ -195,7 +196,7 @@ def _forward_by_chunks(q_btnh, k_bskh, v_bskh, extras, options):
     nothing = tuple(varying_alike(*nothing, q)[:2])
 
     def body(_, i):
-        def meet(j, carry):
+        def step(j, carry):
             out, lse = carry
             starts = i * CHUNK, j * CHUNK
             more, more_lse = _block_forward(options, section, *starts, q, k, v, extras)
@@ -203,7 +204,7 @@ def _forward_by_chunks(q_btnh, k_bskh, v_bskh, extras, options):
             old, new = (jnp.exp(x - both)[..., None] for x in (lse, more_lse))
             return out * old + more * new, both
 
-        out, lse = jax.lax.fori_loop(low[i], high[i], meet, nothing)
+        out, lse = jax.lax.fori_loop(low[i], high[i], step, nothing)
         return None, (out.astype(q.dtype), lse)
 
     out, lse = _loop(body, None, section.blocks)[1]
@@ -211,20 +212,20 @@ def _forward_by_chunks(q_btnh, k_bskh, v_bskh, extras, options):
 
 
 def _backward_by_chunks(sums, rows, k, v, extras, padded, options):
-    """(gradients of k, v and alibi; dq_bkgth)."""
+    """Returns ((dk, dv, dalibi), dq_bkgth)."""
     q = rows[0]
     low, high = _reach(options, extras, extras.segments_bt.shape[1], extras.kv_segments_bs.shape[1])
     section = Section(0, q.shape[3] // CHUNK, CHUNK, CHUNK, False)
     nothing = varying_alike(jnp.zeros((*q.shape[:3], CHUNK, q.shape[4]), F32), q)[0]
 
     def body(sums, i):
-        def meet(j, carry):
+        def step(j, carry):
             sums, dq = carry
             starts = i * CHUNK, j * CHUNK
             sums, more = _block_backward(options, section, *starts, sums, rows, k, v, padded)
             return sums, dq + more
 
-        sums, dq = jax.lax.fori_loop(low[i], high[i], meet, (sums, nothing))
+        sums, dq = jax.lax.fori_loop(low[i], high[i], step, (sums, nothing))
         return sums, dq.astype(q.dtype)
 
     sums, dq = _loop(body, sums, section.blocks)
@@ -232,8 +233,8 @@ def _backward_by_chunks(sums, rows, k, v, extras, padded, options):
 
 
 def _reach(options, extras, t, s):
-    """[blocks] each: the first chunk of keys that a block of queries sees in any row of the batch,
-    and the one after the last."""
+    """(low, high), [blocks] each: chunks low..high-1 hold all keys visible to a block of queries in
+    any row of the batch."""
     table = jnp.asarray(ranges(options, extras, t, s, rows=CHUNK, chunk=CHUNK))
     low, high = jnp.where(table[..., HEAD] > 0, 0, table[..., LOW]), table[..., HIGH]
     low = jnp.where(low < high, low, -(-s // CHUNK))
@@ -241,16 +242,16 @@ def _reach(options, extras, t, s):
 
 
 def _in_chunks(k, v, extras):
-    """Keys and values filled up to whole chunks by those of a document that no query belongs to."""
+    """Pads keys and values to whole chunks, with a segment id that no query has."""
     short = -k.shape[2] % CHUNK
-    nobody = jnp.max(extras.segments_bt) + 1
-    ids = jnp.pad(extras.kv_segments_bs, ((0, 0), (0, short)), constant_values=nobody)
+    unused = jnp.max(extras.segments_bt) + 1
+    ids = jnp.pad(extras.kv_segments_bs, ((0, 0), (0, short)), constant_values=unused)
     ranks = None if extras.ranks_bs is None else _pad(extras.ranks_bs, 1, CHUNK)
     return _pad(k, 2, CHUNK), _pad(v, 2, CHUNK), extras._replace(kv_segments_bs=ids, ranks_bs=ranks)
 
 
 def _by_group(x_btnh, kv_heads, block):
-    """[B, T, N, H] -> [B, K, G, T up to a multiple of block, H]."""
+    """[B, T, N, H] -> [B, K, G, T padded to a multiple of block, H]."""
     b, t, n, h = x_btnh.shape
     x = jnp.transpose(x_btnh.reshape(b, t, kv_heads, n // kv_heads, h), (0, 2, 3, 1, 4))
     return _pad(x, 3, block)
@@ -262,14 +263,14 @@ def _ungroup(x_bkgth, t):
 
 
 def _pad(x, axis, block):
-    """Zeros up to a multiple of block."""
+    """x padded with zeros to a multiple of block."""
     short = -x.shape[axis] % block
     widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, widths) if short else x
 
 
 def _padded(extras, block):
-    """The extras with those that queries have filled up to whole blocks."""
+    """Extras with the arrays of queries padded to whole blocks."""
     return extras._replace(
         segments_bt=None if extras.segments_bt is None else _pad(extras.segments_bt, 1, block),
         positions_bt=None if extras.positions_bt is None else _pad(extras.positions_bt, 1, block),
@@ -277,7 +278,7 @@ def _padded(extras, block):
 
 
 def _loop(body, carry, blocks):
-    """lax.scan over the numbers 0..blocks-1, without a loop for one block."""
+    """lax.scan over 0..blocks-1; without a loop for a single block."""
     if blocks == 1:
         carry, ys = body(carry, 0)
         return carry, jax.tree.map(lambda y: y[None], ys)
@@ -291,7 +292,7 @@ def _join(y):
 
 
 def _block_forward(options, section, q_start, k_start, q, k, v, extras):
-    """(out, lse), in float32, of a block of queries and as many keys as the section has."""
+    """(out, lse) in float32 of one block of queries."""
     b, kv, g, _, h = q.shape
     q = _rows(q, q_start, section.size, 3).reshape(b, kv, -1, h)
     k = _rows(k, k_start, section.span, 2)
@@ -321,14 +322,14 @@ def _block_forward(options, section, q_start, k_start, q, k, v, extras):
     out = out.reshape(b, kv, g, section.size, -1) / total
     lse = top + jnp.log(total)
     if extras.segments_bt is not None:
-        # Only segments can hide all keys of a row: then the top is HIDDEN, each weight exp(0).
+        # Only segments can hide all keys of a row: then top is HIDDEN and each weight exp(0).
         seen = top > HIDDEN
         out, lse = jnp.where(seen, out, 0), jnp.where(seen, lse, HIDDEN)
     return out, lse[..., 0]
 
 
 def _block_backward(options, section, q_start, k_start, sums, rows, k, v, extras):
-    """Adds a block's part to the gradients of k, v and alibi, and returns its own of q, in
+    """Adds the gradients of one block to `sums`, those of k, v and alibi. Returns (sums, dq), in
     float32."""
     q, dout, delta, lse = rows
     dk, dv, dalibi = sums
@@ -372,14 +373,14 @@ def _soften(options, s):
 
 
 def _k_start(section, q_start, options, s):
-    """Index of the first key that a block meets."""
+    """Index of the first key of a block."""
     if not section.moving or section.span == s:
         return 0
     return jnp.clip(q_start + section.size - section.span, 0, s - section.span)
 
 
 def _mask(options, section, q_start, k_start, extras):
-    """(distance, visible), each [B or 1, block, span]; visible is None when everything is."""
+    """(distance, visible), each [B or 1, block, span]; visible is None if all keys are."""
     if extras.positions_bt is None:
         index = (q_start + jnp.arange(section.size))[None]
     else:
@@ -405,7 +406,7 @@ def _mask(options, section, q_start, k_start, extras):
 
 
 def _all(terms):
-    """The conjunction; None of nothing."""
+    """Logical and of the terms; None without terms."""
     return functools.reduce(jnp.logical_and, terms) if terms else None
 
 
@@ -416,7 +417,7 @@ def _rows(x, start, size, axis):
 
 
 def _add_rows(x, start, more):
-    """x with `more` added to its rows (axis 2) from `start`."""
+    """x with `more` added to its rows (axis 2) from `start` on."""
     if isinstance(start, int) and more.shape == x.shape:
         return x + more
     size = more.shape[2]

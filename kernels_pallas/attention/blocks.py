@@ -1,4 +1,4 @@
-"""How large the TPU kernels' blocks are: a table from compiled schedules, and a rule beside it."""
+"""Block sizes of the TPU attention kernels, from a table of compiled schedules."""
 
 import math
 from typing import NamedTuple
@@ -10,8 +10,14 @@ LANES = 128
 
 
 class Sizes(NamedTuple):
-    """How the arrays are cut: `rows` queries of `heads` query heads (of one key/value head) meet
-    `block` keys in memory, `wide` at a time or, where a mask cuts, `narrow`."""
+    """Block sizes of one kernel call.
+
+    rows    queries of one head in a block
+    heads   query heads in a block; they share one key/value head
+    block   keys in vector memory
+    wide    keys computed at a time where all are visible
+    narrow  keys computed at a time where a mask applies
+    """
 
     rows: int
     heads: int
@@ -21,20 +27,20 @@ class Sizes(NamedTuple):
 
     @property
     def together(self) -> int:
-        """How many heads' queries lie beside each other in one mask: those that fill lanes."""
+        """Heads whose queries share one mask: several where the rows of one do not fill lanes."""
         return self.heads if self.rows % LANES else 1
 
 
 class Cut(NamedTuple):
-    """At most `total` rows of all heads together, `rows` of one, and `wide` keys at a time."""
+    """Limits: `total` rows of all heads together, `rows` of one head, `wide` keys at a time."""
 
     total: int
     rows: int
     wide: int
 
 
-# The best of the settings tried for a chip, by head width up to so many lanes; what was tried and
-# found is in kernels_pallas/README.md. None stands for chips that have no row of their own.
+# Best settings tried, by chip and by head width rounded up to lanes; kernels_pallas/README.md
+# lists the measurements. None is the default for other chips.
 FORWARD = {
     ("v6e", 128): Cut(2048, 512, 512),
     ("v6e", 256): Cut(2048, 512, 512),
@@ -47,26 +53,26 @@ BACKWARD = {
     (None, 128): Cut(1024, 256, 512),
     (None, 256): Cut(1024, 256, 256),
 }
-# Keys that a mask may cut.
+# Keys computed at a time under a mask.
 NARROW = 256
-# Keys in memory at a time: as many as take so many bytes. With the values, and the next of both,
-# they are 32 MiB forward; backward, with the gradients, summed in float32 and on their way out, 48.
-# Few queries wait for their keys, so that those that they do not see had better not be fetched.
+# Bytes of keys in vector memory. With values and double buffering this makes 32 MiB forward;
+# backward, with float32 gradients and their output buffers, 48 MiB. With few queries, as in
+# decoding, fetching keys takes the time; a smaller limit avoids fetching invisible ones.
 FORWARD_BYTES, FEW_BYTES, BACKWARD_BYTES = 8 * 2**20, 2**20, 4 * 2**20
 KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
          "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"}  # fmt: skip
 
 
 def chip() -> str | None:
-    """The kind of TPU that is traced for, if that can be told: that of the surrounding mesh, or
-    this machine's."""
+    """Kind of TPU that is traced for: of the surrounding mesh, else of this machine. None if it is
+    not in KINDS."""
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     kind = described.device_kind if described else jax.devices()[0].device_kind
     return KINDS.get(kind)
 
 
 def forward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:
-    """For T queries, S keys, `groups` query heads to a key/value head."""
+    """Sizes for T queries, S keys, `groups` query heads per key/value head, heads `width` wide."""
     cut = _cut(FORWARD, width, dtype)
     few = t < LANES
     rows, heads = _few(t, groups, cut) if few else _rows(t, groups, cut)
@@ -75,7 +81,7 @@ def forward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> 
 
 
 def backward_sizes(t: int, s: int, groups: int, width: int, dtype: jnp.dtype) -> Sizes:
-    """As `forward_sizes`."""
+    """Sizes of the backward kernel; arguments as in `forward_sizes`."""
     cut = _cut(BACKWARD, width, dtype)
     most = BACKWARD_BYTES // _bytes(width, dtype)
     return Sizes(*_rows(t, groups, cut), *_keys(s, cut, most))
@@ -90,7 +96,7 @@ def _cut(table, width, dtype):
 
 
 def _rows(t, groups, cut):
-    """The rows and heads of `Sizes`."""
+    """(rows, heads) of `Sizes`."""
     heads = max(d for d in range(1, groups + 1) if groups % d == 0 and d * LANES <= cut.total)
     rows = cut.rows if heads > 1 else 1024
     rows = min(rows, cut.total // heads // LANES * LANES, -(-t // LANES) * LANES)
@@ -98,10 +104,10 @@ def _rows(t, groups, cut):
 
 
 def _few(t, groups, cut):
-    """The same for fewer queries than lanes, as in decoding: several heads fill them."""
+    """(rows, heads) for fewer queries than lanes, as in decoding: several heads fill the lanes."""
 
     def rows(heads):
-        # Rows of bfloat16 are packed by 16 in a tile.
+        # A tile packs 16 rows of bfloat16.
         step = LANES // math.gcd(LANES // 16, heads)
         return -(-t // step) * step
 
@@ -111,12 +117,12 @@ def _few(t, groups, cut):
 
 
 def _bytes(width, dtype):
-    """What a key takes in memory."""
+    """Bytes of one key in vector memory."""
     return -(-width // LANES) * LANES * jnp.dtype(dtype).itemsize
 
 
 def _keys(s, cut, most):
-    """The block (of at most so many keys), wide and narrow of `Sizes`."""
+    """(block, wide, narrow) of `Sizes`, with at most `most` keys in a block."""
     narrow = min(NARROW, -(-s // LANES) * LANES)
     wide = min(cut.wide, -(-s // narrow) * narrow)
     spans = -(-s // most)

@@ -1,14 +1,14 @@
-"""Attention for Hopper GPUs as three Mosaic kernels of Pallas: output, gradient of the queries,
+"""Attention for Hopper GPUs in three Pallas Mosaic kernels: output, gradient of the queries,
 gradients of keys and values.
 
-A program is ROWS rows (queries, or keys in the last), half of them to each of two warpgroups; a
-third fetches the chunks that the mask leaves (`ranges.py`), STAGES of them ahead. The softmax has a
-running maximum; the backward kernels compute weights anew from log-sum-exp, and add up in a fixed
-order (FlashAttention-2, arXiv:2307.08691). Where a product needs a chunk turned, it reads a copy
-that lies turned in memory, since Pallas' interpreter of JAX 0.10 can't turn one.
+A program computes ROWS rows (queries, or keys in the last kernel), half of them in each of two
+warpgroups. A third warpgroup prefetches the visible chunks (`ranges.py`), STAGES of them ahead. The
+softmax has a running maximum. The backward kernels recompute the weights from the log-sum-exp and
+sum in a fixed order (FlashAttention-2, arXiv:2307.08691). Matmuls that need a transposed chunk read
+a transposed copy in memory, since the Pallas interpreter of JAX 0.10 cannot transpose one.
 
-Shapes: q_btnh, k_bskh, v_bskh with T and S multiples of ROWS, turned ones k_bkhs, q_bnht; pos_bt
-the index of each query, ids_bt and kv_ids_bs the documents; table [B, blocks, 5], see ranges.py.
+Shapes: q_btnh, k_bskh, v_bskh with T and S multiples of ROWS; transposed k_bkhs, q_bnht; pos_bt
+the index of each query; ids_bt and kv_ids_bs the documents; table [B, blocks, 5], see ranges.py.
 """
 
 import functools
@@ -27,30 +27,30 @@ from kernels_pallas.attention.blocked import Options
 from kernels_pallas.attention.reference import HIDDEN
 from kernels_pallas.varying import shape_like
 
-# Warpgroups that compute, rows of each, chunks in memory at a time.
+# Computing warpgroups, rows of each, chunks in shared memory at a time.
 GROUPS, EACH, STAGES = 2, 64, 2
 ROWS = GROUPS * EACH
-# Keys of a chunk forward; keys, or queries, of one backward.
+# Keys per chunk in the forward kernel; keys or queries per chunk in the backward kernels.
 CHUNK, CHUNK_BACK = 128, 64
 F32, INT32 = jnp.float32, jnp.int32
 LOG2_E = math.log2(math.e)
-# The maximum before a row has seen a key: below every score, above what is hidden.
+# Initial running maximum: below every score, above masked scores.
 LEAST = HIDDEN / 10
 
 
 class Mask(NamedTuple):
-    """What hides keys from queries, as known when tracing."""
+    """Static options of the mask."""
 
     causal: bool
     window: int | None
     segments: bool
-    keys: int | None  # how many there are, where those that fill up the last chunk are to be hidden
+    keys: int | None  # number of keys, if the padding of the last chunk must be masked
 
     def hides(self) -> bool:
         return self.causal or self.segments or self.keys is not None
 
     def visible(self, pos, ids, key_first, kv_ids, shape, queries: int) -> jax.Array:
-        """Of `shape`, whose axis `queries` is that of pos and ids; the other is that of keys."""
+        """Boolean mask of `shape`; axis `queries` is that of pos and ids, the other of keys."""
         key = key_first + lax.broadcasted_iota(INT32, shape, 1 - queries)
         terms = []
         if self.causal:
@@ -67,7 +67,7 @@ class Mask(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Those that a block meets: `table` says which, and which of them without a mask."""
+    """Chunks that a block attends to, from its entry in the table; see ranges.py."""
 
     head: Any
     low: Any
@@ -86,25 +86,37 @@ class Chunks(NamedTuple):
     def number(self, step):
         return jnp.where(step < self.head, step, self.low + step - self.head)
 
-    def each(self, mask: Mask, meet: Callable[..., Any], carry: Any) -> Any:
-        """carry = meet(step, carry, masked=...) for every step in turn."""
+    def each(self, mask: Mask, attend: Callable[..., Any], carry: Any) -> Any:
+        """Folds carry = attend(step, carry, masked=...) over all chunks; returns the last carry."""
         if not mask.hides():
-            return lax.fori_loop(0, self.count, functools.partial(meet, masked=False), carry)
+            return lax.fori_loop(0, self.count, functools.partial(attend, masked=False), carry)
         edges = (
             *(jnp.int32(0), self.head + self.full_low - self.low),
             *(self.head + self.full_high - self.low, self.count),
         )
         for masked, (first, last) in zip((True, False, True), itertools.pairwise(edges)):
-            carry = lax.fori_loop(first, last, functools.partial(meet, masked=masked), carry)
+            carry = lax.fori_loop(first, last, functools.partial(attend, masked=masked), carry)
         return carry
+
+
+class Static(NamedTuple):
+    """Static parameters of a kernel: options, mask, number of queries, query heads per key/value
+    head, head width and dtype."""
+
+    options: Options
+    mask: Mask
+    t: int
+    per_head: int
+    h: int
+    dtype: Any
 
 
 def _slot(step):
     return lax.rem(step, jnp.int32(STAGES))
 
 
-def _feed(steps, copies, full, free) -> None:
-    """The fetching warpgroup: `copies` are pairs of what a step reads and the buffer it goes to."""
+def _prefetch(steps, copies, full, free) -> None:
+    """Body of the prefetching warpgroup; `copies` are pairs (source(step), buffer)."""
     plgpu.set_max_registers(40, action="decrease")
 
     @pl.loop(0, steps)
@@ -123,11 +135,19 @@ def _feed(steps, copies, full, free) -> None:
         plgpu.barrier_wait(free.at[_slot(step)])
 
 
-def _fetch(pairs, barrier) -> None:
-    """Copies what stays for the whole program, one after the other."""
+def _load(pairs, barrier) -> None:
+    """Copies the operands that stay for the whole program, one after the other."""
     for source, buffer in pairs:
         plgpu.copy_gmem_to_smem(source, buffer, barrier)
         plgpu.barrier_wait(barrier)
+
+
+def _store(pairs) -> None:
+    """Copies pairs (shared memory, global memory) out and waits for the copies."""
+    plgpu.commit_smem()
+    for buffer, target in pairs:
+        plgpu.copy_smem_to_gmem(buffer, target)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _product(a, b, shape) -> jax.Array:
@@ -139,16 +159,16 @@ def _product(a, b, shape) -> jax.Array:
 
 
 def _scores(options: Options, products) -> jax.Array:
-    """In units of log2."""
+    """Scores in base 2."""
     if options.softcap is None:
         return products * (options.scale * LOG2_E)
-    # The chip's own tanh is right to 11 bits only, its exp2 to 22.
+    # tanh by exp2: the hardware's tanh has 11 correct bits, its exp2 has 22.
     grown = jnp.exp2(products * (2 * LOG2_E * options.scale / options.softcap))
     return (1 - 2 / (1 + grown)) * (options.softcap * LOG2_E)
 
 
-def _down(x, shape) -> jax.Array:
-    """A number a row."""
+def _per_row(x, shape) -> jax.Array:
+    """Broadcasts one number per row."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
@@ -173,81 +193,83 @@ def _call(name: str, kernel, outs, scratch, copies: int, grid, names, *arrays):
     )(*arrays)
 
 
+def _forward_kernel(
+    static, *refs, q_sm, k_sm, v_sm, p_sm, lse_sm, pos_sm, ids_sm, kv_ids_sm, once, full, free
+):  # fmt: skip
+    """Computes out and log-sum-exp of ROWS queries of one head."""
+    options, mask, t, per_head, h, dtype = static
+    q_ref, k_ref, v_ref, pos_ref, ids_ref, kv_ids_ref, table_ref, out_ref, lse_ref = refs
+    row, head, group = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("group")
+    block = t // ROWS - 1 - lax.axis_index("block")  # the longest first, under a causal mask
+    kv_head = lax.div(head, jnp.int32(per_head))
+    chunks = Chunks.of(table_ref, row, block)
+    own_rows = pl.ds(block * ROWS + group * EACH, EACH)
+
+    @pl.when(group < GROUPS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        q_buffer = q_sm.at[group]
+        pairs = [(q_ref.at[row, own_rows, head], q_buffer)]
+        if mask.causal:
+            pairs.append((pos_ref.at[row, own_rows], pos_sm.at[group]))
+        if mask.segments:
+            pairs.append((ids_ref.at[row, own_rows], ids_sm.at[group]))
+        _load(pairs, once.at[group])
+        # The compiler rejects loads whose result is unused: they have no layout.
+        pos = pos_sm.at[group][...] if mask.causal else None
+        ids = ids_sm.at[group][...] if mask.segments else None
+
+        def attend(step, carry, masked):
+            out, top, total = carry
+            slot = _slot(step)
+            plgpu.barrier_wait(full.at[slot])
+            s = _scores(options, _product(q_buffer, k_sm.at[slot], (EACH, CHUNK)))
+            if masked:
+                kv_ids = kv_ids_sm.at[slot][...] if mask.segments else None
+                first = chunks.number(step) * CHUNK
+                seen = mask.visible(pos, ids, first, kv_ids, s.shape, queries=0)
+                s = jnp.where(seen, s, HIDDEN)
+            higher = jnp.maximum(top, jnp.max(s, axis=1))
+            p = jnp.exp2(s - _per_row(higher, s.shape))
+            shrink = jnp.exp2(top - higher)
+            total = total * shrink + jnp.sum(p, axis=1)
+            p_sm.at[group][...] = p.astype(dtype)
+            plgpu.commit_smem()
+            more = _product(p_sm.at[group], v_sm.at[slot], (EACH, h))
+            plgpu.barrier_arrive(free.at[slot])
+            return out * _per_row(shrink, out.shape) + more, higher, total
+
+        zeros = jnp.zeros((EACH,), F32)
+        start = jnp.zeros((EACH, h), F32), jnp.full((EACH,), LEAST, F32), zeros
+        out, top, total = chunks.each(mask, attend, start)
+        safe = jnp.where(total > 0, total, 1.0)
+        q_buffer[...] = (out / _per_row(safe, out.shape)).astype(dtype)
+        lse = top * (1 / LOG2_E) + jnp.log(safe)
+        lse_sm.at[group][...] = jnp.where(total > 0, lse, HIDDEN)
+        targets = out_ref.at[row, own_rows, head], lse_ref.at[row, head, own_rows]
+        _store(zip((q_buffer, lse_sm.at[group]), targets))
+
+    @pl.when(group == GROUPS)
+    def _():
+        def at(step):
+            return pl.ds(chunks.number(step) * CHUNK, CHUNK)
+
+        copies = [
+            (lambda step: k_ref.at[row, kv_head, :, at(step)], k_sm),
+            (lambda step: v_ref.at[row, at(step), kv_head], v_sm),
+        ]
+        if mask.segments:
+            copies.append((lambda step: kv_ids_ref.at[row, at(step)], kv_ids_sm))
+        _prefetch(chunks.count, copies, full, free)
+
+
 def forward(
     q_btnh, k_bkhs, v_bskh, pos_bt, ids_bt, kv_ids_bs, table, *, options, mask
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_btnh, lse_bnt), the latter in float32; HIDDEN where a query sees nothing."""
+    """Returns (out_btnh, lse_bnt); lse_bnt is float32, HIDDEN in rows without visible keys."""
     b, t, n, h = q_btnh.shape
-    kv_heads, dtype = v_bskh.shape[2], q_btnh.dtype
-
-    def kernel(
-        *refs, q_sm, k_sm, v_sm, p_sm, lse_sm, pos_sm, ids_sm, kv_ids_sm, once, full, free
-    ):  # fmt: skip
-        q_ref, k_ref, v_ref, pos_ref, ids_ref, kv_ids_ref, table_ref, out_ref, lse_ref = refs
-        row, head, group = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("group")
-        block = t // ROWS - 1 - lax.axis_index("block")  # the longest first, under a causal mask
-        kv_head = lax.div(head, jnp.int32(n // kv_heads))
-        chunks = Chunks.of(table_ref, row, block)
-        here = pl.ds(block * ROWS + group * EACH, EACH)
-
-        @pl.when(group < GROUPS)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
-            mine = q_sm.at[group]
-            pairs = [(q_ref.at[row, here, head], mine)]
-            if mask.causal:
-                pairs.append((pos_ref.at[row, here], pos_sm.at[group]))
-            if mask.segments:
-                pairs.append((ids_ref.at[row, here], ids_sm.at[group]))
-            _fetch(pairs, once.at[group])
-            # What is loaded and never read has no layout, which the compiler refuses.
-            pos = pos_sm.at[group][...] if mask.causal else None
-            ids = ids_sm.at[group][...] if mask.segments else None
-
-            def meet(step, carry, masked):
-                out, top, total = carry
-                slot = _slot(step)
-                plgpu.barrier_wait(full.at[slot])
-                s = _scores(options, _product(mine, k_sm.at[slot], (EACH, CHUNK)))
-                if masked:
-                    kv_ids = kv_ids_sm.at[slot][...] if mask.segments else None
-                    first = chunks.number(step) * CHUNK
-                    seen = mask.visible(pos, ids, first, kv_ids, s.shape, queries=0)
-                    s = jnp.where(seen, s, HIDDEN)
-                higher = jnp.maximum(top, jnp.max(s, axis=1))
-                p = jnp.exp2(s - _down(higher, s.shape))
-                shrink = jnp.exp2(top - higher)
-                total = total * shrink + jnp.sum(p, axis=1)
-                p_sm.at[group][...] = p.astype(dtype)
-                plgpu.commit_smem()
-                more = _product(p_sm.at[group], v_sm.at[slot], (EACH, h))
-                plgpu.barrier_arrive(free.at[slot])
-                return out * _down(shrink, out.shape) + more, higher, total
-
-            zeros = jnp.zeros((EACH,), F32)
-            start = jnp.zeros((EACH, h), F32), jnp.full((EACH,), LEAST, F32), zeros
-            out, top, total = chunks.each(mask, meet, start)
-            safe = jnp.where(total > 0, total, 1.0)
-            mine[...] = (out / _down(safe, out.shape)).astype(dtype)
-            lse = top * (1 / LOG2_E) + jnp.log(safe)
-            lse_sm.at[group][...] = jnp.where(total > 0, lse, HIDDEN)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(mine, out_ref.at[row, here, head])
-            plgpu.copy_smem_to_gmem(lse_sm.at[group], lse_ref.at[row, head, here])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(group == GROUPS)
-        def _():
-            def at(step):
-                return pl.ds(chunks.number(step) * CHUNK, CHUNK)
-
-            copies = [
-                (lambda step: k_ref.at[row, kv_head, :, at(step)], k_sm),
-                (lambda step: v_ref.at[row, at(step), kv_head], v_sm),
-            ]
-            if mask.segments:
-                copies.append((lambda step: kv_ids_ref.at[row, at(step)], kv_ids_sm))
-            _feed(chunks.count, copies, full, free)
+    dtype = q_btnh.dtype
+    static = Static(options, mask, t, n // v_bskh.shape[2], h, dtype)
 
     scratch = {
         "q_sm": ((GROUPS, EACH, h), dtype),
@@ -261,7 +283,7 @@ def forward(
     }
     return _call(
         "forward",
-        kernel,
+        functools.partial(_forward_kernel, static),
         [(q_btnh.shape, dtype), ((b, n, t), F32)],
         *(scratch, 2 + mask.segments, (n, t // ROWS, b), ("n", "block", "b")),
         *(q_btnh, k_bkhs, v_bskh, pos_bt, ids_bt, kv_ids_bs, table),
@@ -269,7 +291,7 @@ def forward(
 
 
 def _weights(options, mask, products, seen, lse, axis):
-    """Weights and the slope of the soft cap; `lse`, in units of log2, lies along `axis`."""
+    """(weights, slope of the soft cap or None); `lse`, in base 2, runs along `axis`."""
     s = _scores(options, products)
     slope = None
     if options.softcap is not None:
@@ -285,92 +307,95 @@ def _score_gradients(p, slope, dp, delta, axis):
     return ds if slope is None else ds * slope
 
 
+def _queries_kernel(
+    static, *refs, q_sm, dout_sm, k_sm, k_transposed_sm, v_sm, ds_sm, lse_sm, delta_sm, pos_sm,
+    ids_sm, kv_ids_sm, once, full, free,
+):  # fmt: skip
+    """Computes dq of ROWS queries of one head."""
+    options, mask, t, per_head, h, dtype = static
+    chunk = CHUNK_BACK
+    q_ref, k_ref, k_transposed_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs = refs
+    pos_ref, ids_ref, kv_ids_ref, table_ref, dq_ref = refs
+    row, head, group = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("group")
+    block = t // ROWS - 1 - lax.axis_index("block")
+    kv_head = lax.div(head, jnp.int32(per_head))
+    chunks = Chunks.of(table_ref, row, block)
+    own_rows = pl.ds(block * ROWS + group * EACH, EACH)
+
+    @pl.when(group < GROUPS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        pairs = [
+            (q_ref.at[row, own_rows, head], q_sm.at[group]),
+            (dout_ref.at[row, own_rows, head], dout_sm.at[group]),
+            (lse_ref.at[row, head, own_rows], lse_sm.at[group]),
+            (delta_ref.at[row, head, own_rows], delta_sm.at[group]),
+        ]
+        if mask.causal:
+            pairs.append((pos_ref.at[row, own_rows], pos_sm.at[group]))
+        if mask.segments:
+            pairs.append((ids_ref.at[row, own_rows], ids_sm.at[group]))
+        _load(pairs, once.at[group])
+        lse, delta = lse_sm.at[group][...], delta_sm.at[group][...]
+        pos = pos_sm.at[group][...] if mask.causal else None
+        ids = ids_sm.at[group][...] if mask.segments else None
+
+        def run(dq):
+            def attend(step, carry, masked):
+                slot = _slot(step)
+                plgpu.barrier_wait(full.at[slot])
+                shape, seen = (EACH, chunk), None
+                products = _product(q_sm.at[group], k_transposed_sm.at[slot], shape)
+                if masked:
+                    kv_ids = kv_ids_sm.at[slot][...] if mask.segments else None
+                    first = chunks.number(step) * chunk
+                    seen = mask.visible(pos, ids, first, kv_ids, shape, queries=0)
+                p, slope = _weights(options, mask, products, seen, lse, 0)
+                dp = _product(dout_sm.at[group], v_sm.at[slot], shape)
+                ds = _score_gradients(p, slope, dp, delta, 0)
+                ds_sm.at[group][...] = ds.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.wgmma(dq, ds_sm.at[group], k_sm.at[slot])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free.at[slot])
+                return carry
+
+            chunks.each(mask, attend, None)
+            return dq[...]
+
+        dq = pl.run_scoped(run, plgpu.ACC((EACH, h), F32))
+        q_sm.at[group][...] = (dq * options.scale).astype(dtype)
+        _store([(q_sm.at[group], dq_ref.at[row, own_rows, head])])
+
+    @pl.when(group == GROUPS)
+    def _():
+        def at(step):
+            return pl.ds(chunks.number(step) * chunk, chunk)
+
+        copies = [
+            (lambda step: k_ref.at[row, at(step), kv_head], k_sm),
+            (lambda step: k_transposed_ref.at[row, kv_head, :, at(step)], k_transposed_sm),
+            (lambda step: v_ref.at[row, kv_head, :, at(step)], v_sm),
+        ]
+        if mask.segments:
+            copies.append((lambda step: kv_ids_ref.at[row, at(step)], kv_ids_sm))
+        _prefetch(chunks.count, copies, full, free)
+
+
 def backward_queries(
     q_btnh, k_bskh, k_bkhs, v_bkhs, dout_btnh, lse_bnt, delta_bnt,
     pos_bt, ids_bt, kv_ids_bs, table, *, options, mask,
 ) -> jax.Array:  # fmt: skip
-    """dq_btnh; `lse_bnt` in units of log2 and 0 where a query sees nothing."""
+    """Returns dq_btnh. `lse_bnt` is in base 2, and 0 in rows without visible keys."""
     b, t, n, h = q_btnh.shape
-    kv_heads, dtype, chunk = k_bskh.shape[2], q_btnh.dtype, CHUNK_BACK
-
-    def kernel(
-        *refs, q_sm, dout_sm, k_sm, k_turned_sm, v_sm, ds_sm, lse_sm, delta_sm, pos_sm, ids_sm,
-        kv_ids_sm, once, full, free,
-    ):  # fmt: skip
-        q_ref, k_ref, k_turned_ref, v_ref, dout_ref, lse_ref, delta_ref, *refs = refs
-        pos_ref, ids_ref, kv_ids_ref, table_ref, dq_ref = refs
-        row, head, group = lax.axis_index("b"), lax.axis_index("n"), lax.axis_index("group")
-        block = t // ROWS - 1 - lax.axis_index("block")
-        kv_head = lax.div(head, jnp.int32(n // kv_heads))
-        chunks = Chunks.of(table_ref, row, block)
-        here = pl.ds(block * ROWS + group * EACH, EACH)
-
-        @pl.when(group < GROUPS)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
-            pairs = [
-                (q_ref.at[row, here, head], q_sm.at[group]),
-                (dout_ref.at[row, here, head], dout_sm.at[group]),
-                (lse_ref.at[row, head, here], lse_sm.at[group]),
-                (delta_ref.at[row, head, here], delta_sm.at[group]),
-            ]
-            if mask.causal:
-                pairs.append((pos_ref.at[row, here], pos_sm.at[group]))
-            if mask.segments:
-                pairs.append((ids_ref.at[row, here], ids_sm.at[group]))
-            _fetch(pairs, once.at[group])
-            lse, delta = lse_sm.at[group][...], delta_sm.at[group][...]
-            pos = pos_sm.at[group][...] if mask.causal else None
-            ids = ids_sm.at[group][...] if mask.segments else None
-
-            def run(dq):
-                def meet(step, carry, masked):
-                    slot = _slot(step)
-                    plgpu.barrier_wait(full.at[slot])
-                    shape, seen = (EACH, chunk), None
-                    products = _product(q_sm.at[group], k_turned_sm.at[slot], shape)
-                    if masked:
-                        kv_ids = kv_ids_sm.at[slot][...] if mask.segments else None
-                        first = chunks.number(step) * chunk
-                        seen = mask.visible(pos, ids, first, kv_ids, shape, queries=0)
-                    p, slope = _weights(options, mask, products, seen, lse, 0)
-                    dp = _product(dout_sm.at[group], v_sm.at[slot], shape)
-                    ds = _score_gradients(p, slope, dp, delta, 0)
-                    ds_sm.at[group][...] = ds.astype(dtype)
-                    plgpu.commit_smem()
-                    plgpu.wgmma(dq, ds_sm.at[group], k_sm.at[slot])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[slot])
-                    return carry
-
-                chunks.each(mask, meet, None)
-                return dq[...]
-
-            dq = pl.run_scoped(run, plgpu.ACC((EACH, h), F32))
-            q_sm.at[group][...] = (dq * options.scale).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_sm.at[group], dq_ref.at[row, here, head])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(group == GROUPS)
-        def _():
-            def at(step):
-                return pl.ds(chunks.number(step) * chunk, chunk)
-
-            copies = [
-                (lambda step: k_ref.at[row, at(step), kv_head], k_sm),
-                (lambda step: k_turned_ref.at[row, kv_head, :, at(step)], k_turned_sm),
-                (lambda step: v_ref.at[row, kv_head, :, at(step)], v_sm),
-            ]
-            if mask.segments:
-                copies.append((lambda step: kv_ids_ref.at[row, at(step)], kv_ids_sm))
-            _feed(chunks.count, copies, full, free)
+    dtype, chunk = q_btnh.dtype, CHUNK_BACK
+    static = Static(options, mask, t, n // k_bskh.shape[2], h, dtype)
 
     scratch = {
         "q_sm": ((GROUPS, EACH, h), dtype),
         "dout_sm": ((GROUPS, EACH, h), dtype),
         "k_sm": ((STAGES, chunk, h), dtype),
-        "k_turned_sm": ((STAGES, h, chunk), dtype),
+        "k_transposed_sm": ((STAGES, h, chunk), dtype),
         "v_sm": ((STAGES, h, chunk), dtype),
         "ds_sm": ((GROUPS, EACH, chunk), dtype),
         "lse_sm": ((GROUPS, EACH), F32),
@@ -381,7 +406,7 @@ def backward_queries(
     }
     return _call(
         "backward_queries",
-        kernel,
+        functools.partial(_queries_kernel, static),
         [(q_btnh.shape, dtype)],
         *(scratch, 3 + mask.segments, (n, t // ROWS, b), ("n", "block", "b")),
         *(q_btnh, k_bskh, k_bkhs, v_bkhs, dout_btnh, lse_bnt, delta_bnt),
@@ -389,109 +414,122 @@ def backward_queries(
     )[0]
 
 
+def _keys_kernel(
+    static, *refs, k_sm, v_sm, q_sm, q_transposed_sm, dout_sm, dout_transposed_sm, ds_sm, lse_sm,
+    delta_sm, pos_sm, ids_sm, kv_ids_sm, once, full, free,
+):  # fmt: skip
+    """Computes dk and dv of ROWS keys of one key/value head."""
+    options, mask, _, per_head, h, dtype = static
+    chunk = CHUNK_BACK
+    q_ref, q_transposed_ref, k_ref, v_ref, dout_ref, dout_transposed_ref, *refs = refs
+    lse_ref, delta_ref, pos_ref, ids_ref, kv_ids_ref, table_ref, dk_ref, dv_ref = refs
+    row, kv_head = lax.axis_index("b"), lax.axis_index("k")
+    block, group = lax.axis_index("block"), lax.axis_index("group")
+    chunks = Chunks.of(table_ref, row, block)
+    start = block * ROWS + group * EACH
+    own_rows = pl.ds(start, EACH)
+
+    @pl.when(group < GROUPS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        pairs = [
+            (k_ref.at[row, own_rows, kv_head], k_sm.at[group]),
+            (v_ref.at[row, own_rows, kv_head], v_sm.at[group]),
+        ]
+        if mask.segments:
+            pairs.append((kv_ids_ref.at[row, own_rows], kv_ids_sm.at[group]))
+        _load(pairs, once.at[group])
+        kv_ids = kv_ids_sm.at[group][...] if mask.segments else None
+        ds_buffer = ds_sm.at[group]
+
+        def run(dk, dv):
+            def attend(step, before, masked):
+                slot = _slot(before + step)
+                plgpu.barrier_wait(full.at[slot])
+                shape, seen = (EACH, chunk), None
+                products = _product(k_sm.at[group], q_transposed_sm.at[slot], shape)
+                if masked:
+                    pos = pos_sm.at[slot][...] if mask.causal else None
+                    ids = ids_sm.at[slot][...] if mask.segments else None
+                    seen = mask.visible(pos, ids, start, kv_ids, shape, queries=1)
+                p, slope = _weights(options, mask, products, seen, lse_sm.at[slot][...], 1)
+                ds_buffer[...] = p.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.wgmma(dv, ds_buffer, dout_sm.at[slot])
+                dp = _product(v_sm.at[group], dout_transposed_sm.at[slot], shape)
+                ds = _score_gradients(p, slope, dp, delta_sm.at[slot][...], 1)
+                plgpu.wgmma_wait(0)
+                ds_buffer[...] = ds.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.wgmma(dk, ds_buffer, q_sm.at[slot])
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free.at[slot])
+                return before
+
+            @pl.loop(0, per_head)
+            def _(i):
+                chunks.each(mask, attend, i * chunks.count)
+
+            return dk[...], dv[...]
+
+        kind = plgpu.ACC((EACH, h), F32)
+        dk, dv = pl.run_scoped(run, kind, kind)
+        k_sm.at[group][...] = (dk * options.scale).astype(dtype)
+        v_sm.at[group][...] = dv.astype(dtype)
+        targets = dk_ref.at[row, own_rows, kv_head], dv_ref.at[row, own_rows, kv_head]
+        _store(zip((k_sm.at[group], v_sm.at[group]), targets))
+
+    @pl.when(group == GROUPS)
+    def _():
+        def head(step):
+            return kv_head * per_head + lax.div(step, chunks.count)
+
+        def at(step):
+            return pl.ds(chunks.number(lax.rem(step, chunks.count)) * chunk, chunk)
+
+        refs = q_ref, q_transposed_ref, dout_ref, dout_transposed_ref, lse_ref, delta_ref
+        buffers = q_sm, q_transposed_sm, dout_sm, dout_transposed_sm, lse_sm, delta_sm
+        copies = _query_copies(
+            mask, row, head, at, (*refs, pos_ref, ids_ref), (*buffers, pos_sm, ids_sm)
+        )
+        _prefetch(per_head * chunks.count, copies, full, free)
+
+
+def _query_copies(mask, row, head, at, refs, buffers) -> list:
+    """Pairs (source(step), buffer) of a chunk of queries, for `_prefetch`."""
+    q, q_transposed, dout, dout_transposed, lse, delta, pos, ids = refs
+    sources = [
+        lambda step: q.at[row, at(step), head(step)],
+        lambda step: q_transposed.at[row, head(step), :, at(step)],
+        lambda step: dout.at[row, at(step), head(step)],
+        lambda step: dout_transposed.at[row, head(step), :, at(step)],
+        lambda step: lse.at[row, head(step), at(step)],
+        lambda step: delta.at[row, head(step), at(step)],
+        lambda step: pos.at[row, at(step)],
+        lambda step: ids.at[row, at(step)],
+    ]
+    used = [True] * 6 + [mask.causal, mask.segments]
+    return list(itertools.compress(zip(sources, buffers), used))
+
+
 def backward_keys(
     q_btnh, q_bnht, k_bskh, v_bskh, dout_btnh, dout_bnht, lse_bnt, delta_bnt,
     pos_bt, ids_bt, kv_ids_bs, table, *, options, mask,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """(dk_bskh, dv_bskh). Here a block is of keys, and what it meets are chunks of the queries of
-    every head that shares them, head by head."""
-    n, h = q_btnh.shape[2:]
+    """Returns (dk_bskh, dv_bskh). A block holds keys and loops over chunks of the queries of each
+    head that shares them, head by head."""
+    _, t, n, h = q_btnh.shape
     b, s, kv_heads, _ = k_bskh.shape
-    per_head, dtype, chunk = n // kv_heads, q_btnh.dtype, CHUNK_BACK
-
-    def kernel(
-        *refs, k_sm, v_sm, q_sm, q_turned_sm, dout_sm, dout_turned_sm, ds_sm, lse_sm, delta_sm,
-        pos_sm, ids_sm, kv_ids_sm, once, full, free,
-    ):  # fmt: skip
-        q_ref, q_turned_ref, k_ref, v_ref, dout_ref, dout_turned_ref, *refs = refs
-        lse_ref, delta_ref, pos_ref, ids_ref, kv_ids_ref, table_ref, dk_ref, dv_ref = refs
-        row, kv_head = lax.axis_index("b"), lax.axis_index("k")
-        block, group = lax.axis_index("block"), lax.axis_index("group")
-        chunks = Chunks.of(table_ref, row, block)
-        start = block * ROWS + group * EACH
-        here = pl.ds(start, EACH)
-
-        @pl.when(group < GROUPS)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
-            pairs = [
-                (k_ref.at[row, here, kv_head], k_sm.at[group]),
-                (v_ref.at[row, here, kv_head], v_sm.at[group]),
-            ]
-            if mask.segments:
-                pairs.append((kv_ids_ref.at[row, here], kv_ids_sm.at[group]))
-            _fetch(pairs, once.at[group])
-            kv_ids = kv_ids_sm.at[group][...] if mask.segments else None
-            mine = ds_sm.at[group]
-
-            def run(dk, dv):
-                def meet(step, before, masked):
-                    slot = _slot(before + step)
-                    plgpu.barrier_wait(full.at[slot])
-                    shape, seen = (EACH, chunk), None
-                    products = _product(k_sm.at[group], q_turned_sm.at[slot], shape)
-                    if masked:
-                        pos = pos_sm.at[slot][...] if mask.causal else None
-                        ids = ids_sm.at[slot][...] if mask.segments else None
-                        seen = mask.visible(pos, ids, start, kv_ids, shape, queries=1)
-                    p, slope = _weights(options, mask, products, seen, lse_sm.at[slot][...], 1)
-                    mine[...] = p.astype(dtype)
-                    plgpu.commit_smem()
-                    plgpu.wgmma(dv, mine, dout_sm.at[slot])
-                    dp = _product(v_sm.at[group], dout_turned_sm.at[slot], shape)
-                    ds = _score_gradients(p, slope, dp, delta_sm.at[slot][...], 1)
-                    plgpu.wgmma_wait(0)
-                    mine[...] = ds.astype(dtype)
-                    plgpu.commit_smem()
-                    plgpu.wgmma(dk, mine, q_sm.at[slot])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(free.at[slot])
-                    return before
-
-                @pl.loop(0, per_head)
-                def _(i):
-                    chunks.each(mask, meet, i * chunks.count)
-
-                return dk[...], dv[...]
-
-            kind = plgpu.ACC((EACH, h), F32)
-            dk, dv = pl.run_scoped(run, kind, kind)
-            k_sm.at[group][...] = (dk * options.scale).astype(dtype)
-            v_sm.at[group][...] = dv.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(k_sm.at[group], dk_ref.at[row, here, kv_head])
-            plgpu.copy_smem_to_gmem(v_sm.at[group], dv_ref.at[row, here, kv_head])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(group == GROUPS)
-        def _():
-            def head(step):
-                return kv_head * per_head + lax.div(step, chunks.count)
-
-            def at(step):
-                return pl.ds(chunks.number(lax.rem(step, chunks.count)) * chunk, chunk)
-
-            copies = [
-                (lambda step: q_ref.at[row, at(step), head(step)], q_sm),
-                (lambda step: q_turned_ref.at[row, head(step), :, at(step)], q_turned_sm),
-                (lambda step: dout_ref.at[row, at(step), head(step)], dout_sm),
-                (lambda step: dout_turned_ref.at[row, head(step), :, at(step)], dout_turned_sm),
-                (lambda step: lse_ref.at[row, head(step), at(step)], lse_sm),
-                (lambda step: delta_ref.at[row, head(step), at(step)], delta_sm),
-            ]
-            if mask.causal:
-                copies.append((lambda step: pos_ref.at[row, at(step)], pos_sm))
-            if mask.segments:
-                copies.append((lambda step: ids_ref.at[row, at(step)], ids_sm))
-            _feed(per_head * chunks.count, copies, full, free)
+    dtype, chunk = q_btnh.dtype, CHUNK_BACK
+    static = Static(options, mask, t, n // kv_heads, h, dtype)
 
     scratch = {
         "k_sm": ((GROUPS, EACH, h), dtype),
         "v_sm": ((GROUPS, EACH, h), dtype),
         "q_sm": ((STAGES, chunk, h), dtype),
-        "q_turned_sm": ((STAGES, h, chunk), dtype),
+        "q_transposed_sm": ((STAGES, h, chunk), dtype),
         "dout_sm": ((STAGES, chunk, h), dtype),
-        "dout_turned_sm": ((STAGES, h, chunk), dtype),
+        "dout_transposed_sm": ((STAGES, h, chunk), dtype),
         "ds_sm": ((GROUPS, EACH, chunk), dtype),
         "lse_sm": ((STAGES, chunk), F32),
         "delta_sm": ((STAGES, chunk), F32),
@@ -502,7 +540,7 @@ def backward_keys(
     grid, names = (kv_heads, s // ROWS, b), ("k", "block", "b")
     return _call(
         "backward_keys",
-        kernel,
+        functools.partial(_keys_kernel, static),
         [(k_bskh.shape, dtype)] * 2,
         *(scratch, 6 + mask.causal + mask.segments, grid, names),
         *(q_btnh, q_bnht, k_bskh, v_bskh, dout_btnh, dout_bnht, lse_bnt, delta_bnt),

@@ -1,5 +1,7 @@
-"""Which keys each block of queries meets, in chunks: so that what a mask empties is never loaded
-and what it leaves whole is never masked."""
+"""Ranges of key chunks that each block of queries attends to.
+
+Kernels skip chunks in which no key is visible and apply no mask to chunks that are fully visible.
+"""
 
 from typing import Any
 
@@ -7,22 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Of each block of queries: chunks 0..HEAD-1 and LOW..HIGH-1 may hold visible keys, and in those
-# from FULL_LOW to FULL_HIGH - 1 every key is visible to every query.
+# For each block of queries: chunks 0..HEAD-1 and LOW..HIGH-1 may contain visible keys; in chunks
+# FULL_LOW..FULL_HIGH-1 every key is visible to every query.
 HEAD, LOW, FULL_LOW, FULL_HIGH, HIGH = FIELDS = range(5)
 
 
 def ranges(
     options: Any, extras: Any, t: int, s: int, *, rows: int, chunk: int, by_keys: bool = False
 ) -> Any:
-    """[B or 1, blocks, 5] integers, of numpy where nothing but lengths decides.
+    """Table of the five FIELDS for each block of queries, [B or 1, blocks, 5] int32.
 
-    `rows` queries to a block, `chunk` keys to a chunk; with `by_keys` a row for each chunk of keys,
-    which says what blocks of queries see it. Ids and positions may come in any order:
-    what is said of chunks then is true, if not the tightest.
+    A numpy array if the ranges depend on lengths alone. Segment ids and positions may come in any
+    order; unsorted ones give correct but wider ranges.
+
+    Args:
+      options, extras: `Options` and `Extras` of blocked.py.
+      t, s: numbers of queries and keys.
+      rows: queries per block.
+      chunk: keys per chunk.
+      by_keys: return the transposed table: for each chunk of keys, the blocks of queries.
     """
-    given = extras.segments_bt, extras.positions_bt, extras.prefix_b
-    xp = np if all(array is None for array in given) else jnp
+    arrays = extras.segments_bt, extras.positions_bt, extras.prefix_b
+    xp = np if all(array is None for array in arrays) else jnp
     blocks, chunks = -(-t // rows), -(-s // chunk)
     key_first = np.arange(chunks) * chunk
     key_last = np.minimum(key_first + chunk, s) - 1
@@ -55,14 +63,14 @@ def ranges(
 
 
 def _extremes(x, size, xp):
-    """Least and largest of each `size` numbers along the last axis."""
+    """Minimum and maximum of each group of `size` numbers along the last axis."""
     short = -x.shape[1] % size
     x = xp.pad(x, [(0, 0), (0, short)], mode="edge").reshape(x.shape[0], -1, size)
     return x.min(-1), x.max(-1)
 
 
 def _table(some, every, xp):
-    """The five numbers of each row of chunks."""
+    """The five FIELDS from [..., chunks] flags: `some` or `every` key of a chunk is visible."""
     chunks = some.shape[-1]
     at = xp.arange(chunks)
 
@@ -83,5 +91,5 @@ def _table(some, every, xp):
 
 
 def as_table(table: Any) -> jax.Array:
-    """The numbers in one row, as scalar memory holds them best."""
+    """The table flattened to one axis, the compact layout for scalar memory."""
     return jnp.asarray(table).reshape(-1)

@@ -1,9 +1,9 @@
-"""Attention as einsums: the specification of every other form, with O(T*S) memory."""
+"""Attention in einsums: the specification of all other implementations. Takes O(T*S) memory."""
 
 import jax
 import jax.numpy as jnp
 
-# The log-sum-exp of a row that sees nothing: finite, so that differences are 0 and not NaN.
+# Log-sum-exp of a row without visible keys. Finite, so that differences are 0 instead of NaN.
 HIDDEN = -1e30
 
 
@@ -24,7 +24,7 @@ def flash_attention(
     alibi: jax.Array | None = None,
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(out_btnh, lse_btn); the arguments are those of `kernels_pallas.flash_attention`."""
+    """Returns (out_btnh, lse_btn). Arguments as in `kernels_pallas.flash_attention`."""
     b, t, n, h = q_btnh.shape
     s, k = k_bskh.shape[1:3]
     if positions is None:
@@ -55,7 +55,7 @@ def flash_attention(
         visible_bts &= segment_ids[:, :, None] == kv_segment_ids[:, None, :]
     scores_bnts = jnp.where(visible_bts[:, None], scores_bnts, -jnp.inf)
 
-    # A row that sees nothing has weights 0, not 0/0.
+    # Rows without visible keys get weights 0 instead of 0/0.
     largest = jnp.max(scores_bnts, axis=-1, keepdims=True)
     if sinks is not None:
         sinks = sinks.astype(jnp.float32)[:, None, None]
@@ -75,7 +75,7 @@ def flash_attention(
 
 
 def ranks_in_documents(segments_bs: jax.Array) -> jax.Array:
-    """Each key's place in its run of equal segment ids."""
+    """Index of each key in its run of equal segment ids, [B, S]."""
     places = jnp.arange(segments_bs.shape[1])
     starts = jnp.diff(segments_bs, axis=1, prepend=segments_bs[:, :1]) != 0
     return places - jax.lax.cummax(jnp.where(starts, places, 0), axis=1)

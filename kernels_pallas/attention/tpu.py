@@ -1,4 +1,4 @@
-"""Flash attention on TPU: arrays laid out for the kernels, and back."""
+"""Flash attention on TPU: lays out arrays for the two Mosaic kernels and converts the results."""
 
 import math
 
@@ -13,19 +13,19 @@ from kernels_pallas.attention.tpu_mask import masks_of, pad
 
 F32 = jnp.float32
 LOG2E = math.log2(math.e)
-# Scores whose size is proven to be at most this, in powers of two, need no maximum taken off before
-# the exponential: float32 holds 2**126, and their sums over a million keys.
+# If the base-2 scores are provably at most this, the softmax subtracts no maximum: float32 holds
+# 2**126, and so sums of such weights over a million keys.
 BOUND = 80.0
-# Wider heads do not fit beside their blocks.
+# Blocks of wider heads do not fit into vector memory.
 MOST_WIDTH = 256
 
 
-def lacks(q_btnh, k_bskh, v_bskh, extras: Extras) -> str | None:
-    """What these arrays ask for that the kernels have not, in words."""
+def unsupported(q_btnh, k_bskh, v_bskh, extras: Extras) -> str | None:
+    """Names the first thing that the kernels do not support, for a message; None if nothing."""
     if extras.alibi_n is not None:
         return "alibi"
     if not q_btnh.dtype == k_bskh.dtype == v_bskh.dtype:
-        return f"queries in {q_btnh.dtype} for keys in {k_bskh.dtype}, values in {v_bskh.dtype}"
+        return f"queries in {q_btnh.dtype} with keys in {k_bskh.dtype}, values in {v_bskh.dtype}"
     if q_btnh.dtype not in (jnp.bfloat16, jnp.float32):
         return str(q_btnh.dtype)
     if _width(q_btnh, v_bskh) > MOST_WIDTH:
@@ -34,7 +34,7 @@ def lacks(q_btnh, k_bskh, v_bskh, extras: Extras) -> str | None:
 
 
 def forward(q_btnh, k_bskh, v_bskh, extras: Extras, *, options: Options):
-    """(out_btnh, lse_bkgt)."""
+    """Returns (out_btnh, lse_bkgt)."""
     t, s = q_btnh.shape[1], k_bskh.shape[1]
     groups = q_btnh.shape[2] // k_bskh.shape[2]
     sizes = forward_sizes(t, s, groups, _width(q_btnh, v_bskh), q_btnh.dtype)
@@ -47,13 +47,13 @@ def forward(q_btnh, k_bskh, v_bskh, extras: Extras, *, options: Options):
 
 
 def backward(q_btnh, k_bskh, v_bskh, extras, out_btnh, lse_bkgt, dout_btnh, dlse_bkgt, *, options):
-    """Gradients of q_btnh, k_bskh, v_bskh, sinks_n and alibi_n (which the kernel has not)."""
+    """Returns (dq_btnh, dk_bskh, dv_bskh, dsinks_n or None, None); alibi is not supported."""
     b, t, n, _ = q_btnh.shape
     s, kv_heads = k_bskh.shape[1:3]
     groups = n // kv_heads
     sizes = backward_sizes(t, s, groups, _width(q_btnh, v_bskh), q_btnh.dtype)
     delta_btn = jnp.sum(dout_btnh.astype(F32) * out_btnh.astype(F32), axis=-1)
-    # d lse / d score is the weight p as well, so the gradient of lse joins that of the denominator.
+    # d lse / d score is the weight p, as in the softmax, so both gradients are one difference.
     delta = jnp.moveaxis(delta_btn.reshape(b, t, kv_heads, groups), 1, 3) - dlse_bkgt
     dsinks_n = None
     if extras.sinks_n is not None:
@@ -61,7 +61,7 @@ def backward(q_btnh, k_bskh, v_bskh, extras, out_btnh, lse_bkgt, dout_btnh, dlse
         dsinks_n = -jnp.sum(weight * delta, axis=(0, 3)).reshape(n).astype(extras.sinks_n.dtype)
     q, k, v, masks = _laid_out(q_btnh, k_bskh, v_bskh, extras, options, sizes)
     dout = _by_group(dout_btnh, kv_heads, sizes.rows)
-    # Rows beyond the last have weights exp2(0 - 1e30) = 0.
+    # Padding rows get weights exp2(0 - 1e30) = 0.
     lse = _to_blocks(lse_bkgt * LOG2E, sizes, -HIDDEN)
     delta = _to_blocks(delta, sizes, 0)
     dq, dk, dv = tpu_backward.call(q, k, v, dout, lse, delta, masks, options, sizes)
@@ -74,7 +74,7 @@ def _width(q_btnh, v_bskh):
 
 
 def _laid_out(q_btnh, k_bskh, v_bskh, extras, options, sizes):
-    """q_bkgth, k_bksh and v_bksh in whole blocks, and what masks need."""
+    """(q_bkgth, k_bksh, v_bksh, Masks), padded to whole blocks."""
     t, s, kv_heads = q_btnh.shape[1], *k_bskh.shape[1:3]
     q = _by_group(q_btnh, kv_heads, sizes.rows)
     k, v = (pad(jnp.swapaxes(x, 1, 2), 2, sizes.block) for x in (k_bskh, v_bskh))
@@ -82,8 +82,8 @@ def _laid_out(q_btnh, k_bskh, v_bskh, extras, options, sizes):
 
 
 def _bounded(q, k, sinks, options) -> jax.Array:
-    """[B * K] integers: 1 where no score can exceed BOUND, because none exceeds the product of the
-    largest norms of q and k (Cauchy and Schwarz)."""
+    """[B * K] int32: 1 where no score can exceed BOUND, by the product of the largest norms of q
+    and k (Cauchy-Schwarz)."""
     norms = [jnp.sum(jnp.square(x.astype(F32)), -1) for x in (q, k)]
     largest = jnp.sqrt(jnp.max(norms[0], (2, 3)) * jnp.max(norms[1], 2))
     bound_bk = largest * (abs(options.scale) * LOG2E)
@@ -95,7 +95,7 @@ def _bounded(q, k, sinks, options) -> jax.Array:
 
 
 def _by_group(x_btnh, kv_heads, rows):
-    """[B, T, N, H] -> [B, K, G, T up to a multiple of rows, H]."""
+    """[B, T, N, H] -> [B, K, G, T padded to a multiple of rows, H]."""
     b, t, n, h = x_btnh.shape
     x = jnp.transpose(x_btnh.reshape(b, t, kv_heads, n // kv_heads, h), (0, 2, 3, 1, 4))
     return pad(x, 3, rows)
@@ -115,7 +115,7 @@ def _to_blocks(x_bkgt: jax.Array, sizes: Sizes, fill: float) -> jax.Array:
 
 
 def _from_blocks(x: jax.Array, sizes: Sizes, groups: int) -> jax.Array:
-    """The inverse of `_to_blocks`, with queries up to whole blocks."""
+    """Inverse of `_to_blocks`; keeps the padding."""
     b, k, splits, blocks = x.shape[:4]
     x = x.reshape(b, k, splits, blocks, sizes.heads, sizes.rows)
     return jnp.swapaxes(x, 3, 4).reshape(b, k, groups, blocks * sizes.rows)

@@ -1,11 +1,10 @@
-"""The backward kernel for TPU (Mosaic): gradients of queries, keys and values in one pass.
+"""Backward kernel for TPU (Mosaic): gradients of queries, keys and values in one pass.
 
-Weights are computed anew from the log of the softmax's denominator (FlashAttention,
-arXiv:2205.14135), with scores transposed, [keys, queries], so that what belongs to queries
-broadcasts along sublanes, and of all operands only k is turned, for the gradient of q. A span of
-keys stays in memory while all queries pass, gathering its gradients; those of queries are complete
-after one span, and where there are several, they are added up in place from span to span. The order
-of all sums is fixed.
+Recomputes the weights from the log-sum-exp (FlashAttention, arXiv:2205.14135). Scores are
+transposed, [keys, queries], so that values per query broadcast along sublanes and only k is
+transposed, for the gradient of q. A span of keys stays in vector memory and accumulates its
+gradients while all queries pass. With several spans, gradients of queries accumulate in place, in
+HBM, from span to span. All sums have a fixed order, so gradients are deterministic.
 """
 
 from functools import partial
@@ -23,8 +22,8 @@ F32 = jnp.float32
 
 
 def call(q, k, v, dout, lse, delta, masks, options, sizes) -> tuple[jax.Array, ...]:
-    """(dq_bkgth, dk_bksh, dv_bksh); dq is in float32 where several spans add to it. `lse` is in
-    powers of two."""
+    """Returns (dq_bkgth, dk_bksh, dv_bksh); dq is float32 if several spans add to it. `lse` is in
+    base 2."""
     b, kv_heads, groups, t, h = q.shape
     s, hv = k.shape[2], v.shape[3]
     splits, blocks, spans = groups // sizes.heads, t // sizes.rows, s // sizes.block
@@ -147,8 +146,8 @@ def _kernel(
 
 
 def _gather(dq, dk, dv, q, dout, lse_ref, delta_ref, k, v, softcap, seen) -> None:
-    """Adds what a chunk of keys, of which `seen()` are visible, or all, has with the queries:
-    dq [h, queries], dk [keys, h], dv [keys, width of v]."""
+    """Adds the gradients of a chunk of keys, masked by `seen()` unless that is None, to dq [h,
+    queries], dk [keys, h] and dv [keys, width of v]."""
     s = dot(k, q, (1, 1))
     if softcap is not None:
         capped = jnp.tanh(s)
@@ -170,11 +169,12 @@ def _clear(ref):
 
 
 class _Running(NamedTuple):
-    """The sum in HBM of a block's dq over spans of keys, copied while blocks are computed: read
-    from when a block begins, written until the next block is done. Within a span no place comes
-    twice, and a span ends with its last write done, so none is read before it is written.
+    """Sum of dq in HBM over spans of keys. Copies overlap with compute: the read starts with the
+    block, the write ends during the next block.
 
-    `busy` is 1 while a write is under way: blocks that see nothing of a span write nothing.
+    A span visits each block once and ends after its last write, so no block is read before it is
+    written. `busy` is 1 while a write is in flight; blocks without visible keys in a span write
+    nothing.
     """
 
     place: Any
@@ -201,7 +201,7 @@ class _Running(NamedTuple):
         self.busy[0] = 1
 
     def settle(self) -> None:
-        """Waits for the write that is under way, if any: all are of one size."""
+        """Waits for the write in flight, if any. All writes have the same size."""
         pl.when(self.busy[0] == 1)(self._writing().wait)
 
     def _reading(self):

@@ -1,14 +1,14 @@
-"""The forward kernel for TPU (Mosaic).
+"""Forward kernel for TPU (Mosaic).
 
-A block of queries of all heads of a group meets the keys chunk by chunk. Scores are [keys,
-queries]: what belongs to a query is a number a lane, keys are summed over sublanes, and both
-products fill the matrix unit. They are in powers of two, their scale folded into the queries. The
-softmax is exact however it keeps its numbers in range:
+A block of queries of all heads of a group attends to the keys chunk by chunk. Scores are [keys,
+queries]: values per query take one lane each, sums over keys run along sublanes, and both matmuls
+fill the matrix unit. Scores are in base 2, with their scale folded into the queries. The softmax is
+exact; three cases keep its numbers in range:
 
-- Where `bounded` says that no score is large, weights are exp2(score).
-- Elsewhere one chunk is met with its maximum taken off, and the others with the same number, for
-  any near the largest score will do: if no sum of weights then exceeds LARGEST, no weight did.
-- If one does, the key block is met once more, now with a running maximum (Milakov and Gimelshein,
+- Where `bounded` proves that no score is large, weights are exp2(score).
+- Elsewhere the maximum of one chunk is subtracted from the scores of all chunks; any number near
+  the largest score works. If no sum of weights exceeds LARGEST, no weight overflowed.
+- Otherwise the key block is computed again with a running maximum (Milakov and Gimelshein,
   arXiv:1805.02867).
 """
 
@@ -25,18 +25,18 @@ from kernels_pallas.attention.reference import HIDDEN
 from kernels_pallas.attention.tpu_mask import LOG2E, dot
 
 F32 = jnp.float32
-# How the largest score is taken off: that of the chunks so far, or of an earlier one.
+# The subtracted maximum: of all chunks so far (RUNNING), or of an earlier chunk (FIXED).
 RUNNING, FIXED = "running", "fixed"
-# Sums of weights up to here have lost nothing in float32, which ends at 2**128.
+# Sums of weights up to this did not overflow float32, whose limit is 2**128.
 LARGEST = 2.0**100
 
 
 class Sums(NamedTuple):
-    """What a block of queries gathers, in float32.
+    """Accumulators of a block of queries, in float32.
 
-    values  [width of v, queries], weighted
-    top     [1, queries], the number taken off all scores
-    total   [8, queries], sums of weights, of every eighth key each
+    values  [width of v, queries], weighted sums of values
+    top     [1, queries], the number subtracted from all scores
+    total   [8, queries], sums of weights, each of every eighth key
     """
 
     values: Any
@@ -49,7 +49,7 @@ class Sums(NamedTuple):
 
 
 def call(q, k, v, masks, sinks, bounded, options, sizes) -> tuple[jax.Array, jax.Array]:
-    """(out_bkgth, lse[B, K, G // heads, blocks, 1, heads * rows])."""
+    """Returns (out_bkgth, lse [B, K, G // heads, blocks, 1, heads * rows])."""
     b, kv_heads, groups, t, h = q.shape
     s, hv = k.shape[2], v.shape[3]
     splits, blocks, spans = groups // sizes.heads, t // sizes.rows, s // sizes.block
@@ -104,7 +104,7 @@ def call(q, k, v, masks, sinks, bounded, options, sizes) -> tuple[jax.Array, jax
 def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_ref, *refs):
     extras = dict(zip(names, refs, strict=False))
     out_ref, lse_ref, q_scr, *scratch = refs[len(names) :]
-    sums, kept = Sums(*scratch[:3]), scratch[3:]
+    sums, saved_sums = Sums(*scratch[:3]), scratch[3:]
     b, kv, _, i, j = (pl.program_id(axis) for axis in range(5))
     blocks, spans = grid
     chunks = sizes.block // sizes.narrow
@@ -142,13 +142,13 @@ def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_
 
     @pl.when(live & ~is_bounded)
     def shifted():
-        _copy(sums, kept)
+        _copy(sums, saved_sums)
         meet(RUNNING, sizes.narrow, True, reach().last())
         run(FIXED, reach().without_last())
 
         @pl.when(~(jnp.max(sums.total[...]) < LARGEST))
         def again():
-            _copy(kept, sums) if kept else clear()
+            _copy(saved_sums, sums) if saved_sums else clear()
             part = partial(meet, RUNNING, sizes.narrow, True)
             tpu_mask.for_each_chunk(reach().all_in_part(), 1, part, part)
 
@@ -161,7 +161,7 @@ def _copy(sources, targets) -> None:
 
 
 def _clear(sums, sinks, is_bounded, sizes) -> None:
-    """Nothing has been met but a learned sink, a first key of its own logit and no value."""
+    """Resets the accumulators; a learned sink counts as a first key with its logit and no value."""
     sums.values[...] = jnp.zeros_like(sums.values)
     sums.top[...] = jnp.full_like(sums.top, HIDDEN)
     sums.total[...] = jnp.zeros_like(sums.total)
@@ -176,7 +176,7 @@ def _clear(sums, sinks, is_bounded, sizes) -> None:
 
 
 def _attend(sums, q_ref, k, v, softcap, shift, seen) -> None:
-    """Adds a chunk of keys, of which `seen()` are visible, or all."""
+    """Adds a chunk of keys, masked by `seen()` unless that is None."""
     s = dot(k, q_ref[...], (1, 1))
     if softcap is not None:
         s = jnp.tanh(s) * (softcap * LOG2E)

@@ -1,5 +1,5 @@
-"""What both TPU kernels share: the loop over the chunks of keys that a block of queries meets, and
-the mask of those that it sees in part. Scores are [keys, queries]."""
+"""Shared by both TPU kernels: the loop over the chunks of keys that a block of queries attends to,
+and the mask of partly visible chunks. Scores are [keys, queries]."""
 
 import math
 from collections.abc import Callable
@@ -27,12 +27,14 @@ LOG2E = math.log2(math.e)
 
 
 class Masks(NamedTuple):
-    """What masks are made of.
+    """Data of the masks.
 
-    table       `ranges`, flat; `by_row`: one for each row of the batch
-    keys        how many keys are real
-    q_segments  [B, blocks, 1, rows], once for each of `Sizes.together` heads; as are positions
-    k_segments  [B, chunks, 1, narrow], as are ranks
+    table       `ranges`, flattened
+    by_row      whether the table has an entry per row of the batch
+    keys        number of keys without padding
+    prefix_b    see `flash_attention`
+    q_segments, positions  [B, blocks, 1, rows], repeated for each of `Sizes.together` heads
+    k_segments, ranks      [B, chunks, 1, narrow]
     """
 
     table: jax.Array
@@ -46,11 +48,11 @@ class Masks(NamedTuple):
 
 
 def masks_of(options: Options, extras: Extras, b: int, t: int, s: int, sizes: Sizes) -> Masks:
-    """For B rows of T queries and S keys."""
+    """Masks for B rows of T queries and S keys."""
     table = ranges(options, extras, t, s, rows=sizes.rows, chunk=sizes.narrow)
     positions_bt = extras.positions_bt
     if positions_bt is None and sizes.together > 1:
-        # A lane's number does not tell its query.
+        # Heads share lanes, so the query index does not follow from the lane.
         positions_bt = jnp.broadcast_to(jnp.arange(t), (b, t))
 
     def of_queries(x_bt):
@@ -76,8 +78,10 @@ def masks_of(options: Options, extras: Extras, b: int, t: int, s: int, sizes: Si
 
 
 def operands(masks: Masks, sizes: Sizes, of_queries: Callable, of_keys: Callable) -> dict[str, Any]:
-    """What masks read beside the table: by name, each array that there is and how it is cut.
-    `of_queries` and `of_keys` give (row of the batch, block) from the grid's indices."""
+    """Kernel operands of the masks other than the table: {name: (array, BlockSpec)}.
+
+    `of_queries` and `of_keys` map grid indices to (row of the batch, block).
+    """
     at_queries = pl.BlockSpec(
         (1, 1, 1, sizes.rows * sizes.together), lambda *at: (*of_queries(*at), 0, 0)
     )
@@ -95,27 +99,28 @@ def operands(masks: Masks, sizes: Sizes, of_queries: Callable, of_keys: Callable
 
 
 def row_of(table_ref: Any, masks: Masks, b: Any, i: Any, blocks: int) -> list[Any]:
-    """The five numbers of query block i."""
+    """The five FIELDS of query block i."""
     start = ((b if masks.by_row else 0) * blocks + i) * len(FIELDS)
     return [table_ref[start + field] for field in FIELDS]
 
 
 def nearest_block(row: list[Any], j: Any, chunks: int) -> Any:
-    """Key block j if any of it is seen, else one that is: what is skipped is not loaded."""
-    # None is negative; jnp's floor division would ask for the chip's name.
+    """Key block j if any of it is visible, else the nearest that is, so that no block is loaded
+    only to be skipped."""
+    # lax.div, as no operand is negative: jnp's floor division queries the chip's name.
     low = jax.lax.div(row[LOW], chunks)
     high = jax.lax.div(jnp.maximum(row[HIGH] - 1, 0), chunks)
     return jnp.where(j * chunks < row[HEAD], j, jnp.clip(j, low, high))
 
 
 def is_live(row: list[Any], j: Any, chunks: int) -> Any:
-    """Whether any of key block j is seen."""
+    """Whether any chunk of key block j may be visible."""
     low, high = j * chunks, (j + 1) * chunks
     return (low < row[HEAD]) | (jnp.maximum(low, row[LOW]) < jnp.minimum(high, row[HIGH]))
 
 
 class Reach(NamedTuple):
-    """What a block of queries sees of one key block, in chunks from its start: `ranges`."""
+    """Ranges of visible chunks in one key block, counted from its start; see ranges.py."""
 
     head: Any
     low: Any
@@ -124,7 +129,7 @@ class Reach(NamedTuple):
     high: Any
 
     def last(self) -> Any:
-        """A chunk of which something is seen, if there is any."""
+        """The last chunk that may be visible; -1 if there is none."""
         return jnp.where(self.high > self.low, self.high, self.head) - 1
 
     def without_last(self) -> "Reach":
@@ -139,19 +144,19 @@ class Reach(NamedTuple):
         )
 
     def all_in_part(self) -> "Reach":
-        """The same with no chunk seen whole."""
+        """The same ranges with every chunk treated as partly visible."""
         return self._replace(full_low=self.low, full_high=self.low)
 
 
 def reach(row: list[Any], j: Any, chunks: int) -> Reach:
-    """What is seen of key block j."""
+    """Reach of key block j, from the five FIELDS of a block of queries."""
     fields = (HEAD, LOW, FULL_LOW, FULL_HIGH, HIGH)
     return Reach(*(jnp.clip(row[field] - j * chunks, 0, chunks) for field in fields))
 
 
 def for_each_chunk(seen: Reach, ratio: int, whole: Callable, part: Callable) -> None:
-    """whole(chunk) for each run of `ratio` chunks that are seen whole, and part(chunk) for each
-    other that may be seen."""
+    """Calls whole(chunk) for each run of `ratio` fully visible chunks, and part(chunk) for each
+    other chunk that may be visible."""
     wholes = jax.lax.div(seen.full_high - seen.full_low, ratio)
     rest = seen.full_low + wholes * ratio
     parts = seen.head + (seen.full_low - seen.low) + (seen.high - rest)
@@ -171,7 +176,7 @@ def for_each_chunk(seen: Reach, ratio: int, whole: Callable, part: Callable) -> 
 
 
 def factor(options: Options) -> float:
-    """From products of q and k to scores in powers of two, or to the argument of the soft cap."""
+    """Factor from q @ k to base-2 scores, or to the argument of the soft cap."""
     if options.softcap is None:
         return options.scale * LOG2E
     return options.scale / options.softcap
@@ -184,16 +189,18 @@ def visible(
     refs: dict[str, Any],
     i: Any,
     chunk: Any,
-    here: Any,
+    local_chunk: Any,
 ) -> jax.Array:
-    """[narrow, heads * rows]: what the queries of block i see of a chunk of keys, which is the
-    chunk `here` of those in memory. `refs` are those of `operands`."""
+    """Mask [narrow, heads * rows]: True where the queries of block i see the keys of `chunk`.
+
+    `local_chunk` is the chunk's index in the key block in memory; `refs` are those of `operands`.
+    """
 
     def of_queries(name):
         return refs[name][0, 0] if name in refs else None
 
     def of_keys(name):
-        return as_column(refs[name][0, here]) if name in refs else None
+        return as_column(refs[name][0, local_chunk]) if name in refs else None
 
     q_index = of_queries("positions")
     if q_index is None:
@@ -221,12 +228,12 @@ def visible(
 
 
 def as_column(row: jax.Array) -> jax.Array:
-    """[1, n] -> [n, 1], n a multiple of the lanes."""
+    """[1, n] -> [n, 1], for n a multiple of LANES."""
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))[:, :1]
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Product over one axis of each, in float32; of float32 at full precision."""
+    """Matmul contracting one axis of each, in float32; at full precision for float32 inputs."""
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a,
@@ -238,6 +245,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def pad(x: jax.Array, axis: int, multiple: int, fill: Any = 0) -> jax.Array:
+    """x padded along `axis` to a multiple of `multiple`."""
     short = -x.shape[axis] % multiple
     widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, widths, constant_values=fill) if short else x

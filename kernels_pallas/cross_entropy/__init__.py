@@ -1,4 +1,4 @@
-"""Next-token cross-entropy from hidden states, with the vocabulary handled in chunks."""
+"""Next-token cross-entropy from hidden states, chunked over positions and vocabulary."""
 
 from kernels_pallas.cross_entropy.op import cross_entropy, token_losses
 

@@ -1,4 +1,4 @@
-"""Cross-entropy over whole logits [B, T, V]: the specification of the chunked form."""
+"""Cross-entropy over full logits [B, T, V]: the specification of the chunked implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """(loss_sum, nll_sum); the arguments are those of `kernels_pallas.cross_entropy`."""
+    """Returns (loss_sum, nll_sum). Arguments as in `kernels_pallas.cross_entropy`."""
     z_btv = logits(x_btd, w_dv, softcap)
     lse_bt = jax.nn.logsumexp(z_btv, axis=-1)
     nll_bt = lse_bt - jnp.take_along_axis(z_btv, targets_bt[..., None], axis=-1)[..., 0]

@@ -1,4 +1,4 @@
-"""Rows sorted by group, each multiplied by its group's matrix, as dropless experts need it."""
+"""Matmul of rows sorted by group with one matrix per group, for dropless mixture of experts."""
 
 from kernels_pallas.grouped_matmul.op import grouped_matmul
 

@@ -1,4 +1,4 @@
-"""The door: checks shapes in words and chooses the form that runs."""
+"""Public grouped matmul: checks the arguments and selects the implementation."""
 
 from functools import partial
 
@@ -18,23 +18,23 @@ def grouped_matmul(
     scales_ef: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """y[m] = x[m] @ w[group of m]: the first group_sizes[0] rows are group 0, and so on.
+    """y[m] = x[m] @ w[group of m]. The first group_sizes[0] rows are group 0, and so on.
 
-    On several devices call it inside `jax.shard_map`: a kernel is not divided automatically.
+    On several devices call it inside `jax.shard_map`: XLA does not shard a kernel automatically.
 
     Args:
       x_md: [M, D] rows, sorted by group.
       w_edf: [E, D, F] one matrix per group, in x's dtype, or int8 with `scales_ef`.
-      group_sizes_e: [E] integers, at least zero, of sum at most M. Rows past the sum give zeros
-        and get no gradient.
-      scales_ef: [E, F] what each column of an int8 w counts; w and it get no gradient then.
-      implementation: "tpu" or "reference"; None takes that of the platform.
+      group_sizes_e: [E] integers >= 0, with a sum of at most M. Rows past the sum give zeros and
+        get no gradient.
+      scales_ef: [E, F] scale of each column of an int8 w. Then only x gets a gradient.
+      implementation: "tpu" or "reference"; None selects the platform's.
 
     Returns:
       [M, F] in x's dtype, summed in float32 on TPU.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit together.
+      ValueError: shapes or dtypes do not fit together.
     """
     _check(x_md, w_edf, group_sizes_e, scales_ef)
     announce("grouped_matmul", implementation, gpu="ragged_dot", others="plain JAX in tiles")
@@ -52,7 +52,7 @@ def _check(x_md, w_edf, group_sizes_e, scales_ef) -> None:
         )
     if x_md.shape[1] != w_edf.shape[1]:
         raise ValueError(
-            f"grouped_matmul: x has width {x_md.shape[1]} but w takes width {w_edf.shape[1]}."
+            f"grouped_matmul: x has width {x_md.shape[1]} but w has input width {w_edf.shape[1]}."
         )
     if w_edf.shape[0] != group_sizes_e.shape[0]:
         raise ValueError(
@@ -68,11 +68,11 @@ def _check(x_md, w_edf, group_sizes_e, scales_ef) -> None:
             raise ValueError(f"grouped_matmul: x is {x_md.dtype} but w is {w_edf.dtype}.")
         return
     if w_edf.dtype != jnp.int8:
-        raise ValueError(f"grouped_matmul: scales go with a w of int8, not {w_edf.dtype}.")
+        raise ValueError(f"grouped_matmul: scales_ef needs a w of int8, not {w_edf.dtype}.")
     if scales_ef.shape != (w_edf.shape[0], w_edf.shape[2]):
         raise ValueError(
-            f"grouped_matmul: scales has shape {scales_ef.shape}; one for each column of each "
-            f"matrix is {(w_edf.shape[0], w_edf.shape[2])}."
+            f"grouped_matmul: scales_ef has shape {scales_ef.shape}; it needs one scale per column "
+            f"of each matrix, {(w_edf.shape[0], w_edf.shape[2])}."
         )
 
 

@@ -1,4 +1,4 @@
-"""The specification of grouped_matmul in plain JAX, and its path on GPU."""
+"""Grouped matmul in plain JAX: the specification, and the implementation on GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def quantized(
     scales_ef: jax.Array,
     transposed: bool = False,
 ) -> jax.Array:
-    """With w of int8; `transposed` takes x [M, F] to [M, D], the gradient of the product."""
+    """Grouped matmul with int8 weights. `transposed` maps x [M, F] to [M, D], for the gradient."""
     ends_e = jnp.cumsum(group_sizes_e)
     group_m = jnp.searchsorted(ends_e, jnp.arange(x_md.shape[0]), side="right")
     scales_mf = scales_ef.astype(jnp.float32).at[group_m].get(mode="clip")

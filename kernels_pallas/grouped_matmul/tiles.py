@@ -1,6 +1,6 @@
-"""The path on CPU: a loop over tiles of rows of one group, which does no more work than there is.
+"""Grouped matmul on CPU: a loop over tiles of rows of one group.
 
-XLA's own form on CPU widens x to [E, M, D] and multiplies every row with every matrix.
+XLA's ragged_dot on CPU expands x to [E, M, D] and multiplies every row with every matrix.
 """
 
 import jax
@@ -8,20 +8,19 @@ import jax.numpy as jnp
 
 from kernels_pallas.varying import varying_alike
 
-ROWS = (
-    512  # per tile: enough to hide the copy of a matrix, few enough to waste little on small groups
-)
+# Rows per tile: enough to amortize copying a matrix, few enough to waste little on small groups.
+ROWS = 512
 
 
 def product(
     x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array, transposed: bool = False
 ) -> jax.Array:
-    """y [M, F]; `transposed` takes x [M, F] to y [M, D]."""
+    """Returns y [M, F]; `transposed` maps x [M, F] to y [M, D]."""
 
     def write(y, group, at, inside):
         w_df = w_edf[group].T if transposed else w_edf[group]
         tile = jax.lax.dynamic_slice_in_dim(x_md, at, inside.size) @ w_df
-        # A tile may reach into its neighbours, whose rows stay as they are.
+        # A tile may overlap its neighbours; keep their rows.
         before = jax.lax.dynamic_slice_in_dim(y, at, inside.size)
         tile = jnp.where(inside[:, None], tile, before)
         return jax.lax.dynamic_update_slice_in_dim(y, tile, at, 0)
@@ -34,7 +33,7 @@ def product(
 def weight_gradient(
     x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """dw [E, D, F], summed in float32."""
+    """Returns dw [E, D, F], summed in float32."""
 
     def add(dw_edf, group, at, inside):
         x = jax.lax.dynamic_slice_in_dim(x_md, at, inside.size)
@@ -49,7 +48,7 @@ def weight_gradient(
 
 
 def _over_tiles(step, carry: jax.Array, group_sizes_e: jax.Array, rows: int) -> jax.Array:
-    """Folds step(carry, group, first row, which rows belong to the group) over all tiles."""
+    """Folds step(carry, group, first row, mask of the group's rows) over all tiles."""
     size = min(ROWS, rows)
     ends_e = jnp.cumsum(group_sizes_e)
     tiles_e = -(-group_sizes_e // size)

@@ -1,10 +1,9 @@
-"""The path on TPU: tiles of rows, each met by the matrices of the groups that have rows in it.
+"""Grouped matmul on TPU (Mosaic): multiplies tiles of rows by the matrices of their groups.
 
-The pairs of tile and group are listed beforehand, sorted, and steer what is fetched (MegaBlocks,
-arXiv:2211.15841), so the work is that of the rows there are: a matrix is read once for all of its
-tiles, and only a tile in which two groups meet is masked.
-
-Rows past the last group are one more group, E, whose product is zero.
+A sorted list of (tile, group) pairs, computed beforehand, drives the fetches (MegaBlocks,
+arXiv:2211.15841). Work is proportional to the rows: a matrix is read once for all of its tiles, and
+only tiles shared by several groups are masked. Rows past the last group form an extra group, E,
+whose result is zero.
 """
 
 from functools import partial
@@ -18,22 +17,25 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.varying import shape_like, varying_alike
 
 F32 = jnp.float32
-# What a kernel may take of the chip's vector memory (v5p and tpu7x have 64 MiB a core).
+# Limit of vector memory for a kernel (v5p and tpu7x have 64 MiB per core).
 VMEM = 48 * 2**20
-# For numbers of 2 bytes; half as many for 4. Rows of a tile. The longest side over which a product
-# is summed at once and the most weights in a block: together they keep a group's block in place
-# for all of its rows, if it is no deeper than that. The widest block of outputs. The sides of a
-# block of the gradient of weights.
+# Block sizes for 2-byte numbers; half for 4-byte numbers.
+#   ROWS             rows of a tile
+#   DEEP             longest contracted side summed at once
+#   WEIGHTS          most weights in a block; up to a depth of DEEP, a group's block stays in place
+#                    for all of its rows
+#   WIDE             widest block of outputs
+#   BLOCK_D, BLOCK_F sides of a block of the weight gradient
 ROWS, DEEP, WEIGHTS, WIDE, BLOCK_D, BLOCK_F = 1024, 4096, 3 * 2**20, 2048, 2048, 1408
-# Rows that are multiplied at once, and in the gradient of weights summed over: those of a tile that
-# belong to other groups are left out by so many.
+# Rows multiplied at once, and summed at once in the weight gradient. Rows of other groups in a tile
+# are skipped in parts of this size.
 PART, SUM_PART = 128, 256
 LANES = 128
 
 
 class Pairs(NamedTuple):
-    """Pair i is rows tile_w[i] * size and following, of which start_w[i] to end_w[i] - 1 are those
-    of group group_w[i]. Pairs from `count` on are void."""
+    """Pairs of a tile and a group. Pair i is the tile of rows from tile_w[i] * size on and group
+    group_w[i], whose rows are start_w[i]..end_w[i]-1. Pairs from `count` on are unused."""
 
     group_w: jax.Array
     tile_w: jax.Array
@@ -43,8 +45,8 @@ class Pairs(NamedTuple):
 
 
 def pairs(group_sizes_e: jax.Array, rows: int, size: int, every_group: bool) -> Pairs:
-    """All pairs in order. `every_group` gives an empty group one pair too, and leaves out group E;
-    otherwise each row is in a pair."""
+    """All pairs, sorted. With `every_group`, empty groups get a pair too and group E gets none;
+    otherwise every row is in a pair."""
     sizes = group_sizes_e.astype(jnp.int32)
     if not every_group:
         sizes = jnp.append(sizes, rows - sizes.sum())
@@ -61,27 +63,27 @@ def pairs(group_sizes_e: jax.Array, rows: int, size: int, every_group: bool) -> 
 
 
 def block(width: int, limit: int) -> int:
-    """The width of equal blocks of at most about `limit`, whole registers wide if not all of it."""
+    """Width of equal blocks of about `limit` at most: all of `width`, or whole lanes."""
     if width <= limit:
         return width
     return pl.cdiv(pl.cdiv(width, pl.cdiv(width, limit)), LANES) * LANES
 
 
 def divided(width: int, limit: int) -> int:
-    """`block`, of which there are at least two where there can be: v5p has two cores to share them,
-    and reading the rows once more costs the others less."""
+    """As `block`, with at least two blocks where possible: v5p has two cores to share them, and on
+    other chips reading the rows once more costs less than that gains."""
     return block(width, limit if width <= LANES else min(limit, pl.cdiv(width, 2)))
 
 
 def depth(width: int, limit: int) -> int:
-    """The longest part over which a product is summed at once: all of `width`, or a divisor."""
+    """Longest contracted part summed at once: all of `width`, or a divisor in whole lanes."""
     if width <= limit:
         return width
     return max(d for d in range(LANES, limit + 1, LANES) if width % d == 0)
 
 
 def tile_rows(rows: int, part: int, limit: int) -> int:
-    """Rows of a tile, in whole parts unless they are all of one part."""
+    """Rows of a tile: whole parts, or all rows if they fit into one part."""
     return rows if rows <= part else min(limit, pl.cdiv(rows, part) * part)
 
 
@@ -92,17 +94,17 @@ def product(
     scales_ef: jax.Array | None = None,
     transposed: bool = False,
 ) -> jax.Array:
-    """y [M, F]; `transposed` takes x [M, F] to y [M, D]. Weights of 8 bits are multiplied in x's
-    dtype, and by `scales_ef` what they are multiplied with on their F side."""
+    """Returns y [M, F]; `transposed` maps x [M, F] to y [M, D]. Int8 weights are multiplied in x's
+    dtype; `scales_ef` multiplies whatever has their F axis: the result, or x if `transposed`."""
     (rows, inner), outer = x_md.shape, w_edf.shape[1 if transposed else 2]
     share = 2 / x_md.dtype.itemsize
     if inner > share * DEEP and inner % LANES:
-        x_md, w_edf, scales_ef = _filled(x_md, w_edf, scales_ef, transposed)
+        x_md, w_edf, scales_ef = _padded(x_md, w_edf, scales_ef, transposed)
         inner = x_md.shape[1]
     size, deep = tile_rows(rows, PART, int(share * ROWS)), depth(inner, int(share * DEEP))
     wide = divided(outer, min(WIDE, int(share * WEIGHTS) // deep))
     groups = w_edf.shape[0]
-    found = pairs(group_sizes_e, rows, size, every_group=False)
+    tile_pairs = pairs(group_sizes_e, rows, size, every_group=False)
     steps = inner // deep
 
     def matrix(g):
@@ -125,8 +127,8 @@ def product(
             )
         )
         arrays.append(scales_ef.astype(F32)[:, None])
-    arrays = varying_alike(*arrays, *found)
-    arrays, found = arrays[: len(in_specs)], Pairs(*arrays[len(in_specs) :])
+    arrays = varying_alike(*arrays, *tile_pairs)
+    arrays, tile_pairs = arrays[: len(in_specs)], Pairs(*arrays[len(in_specs) :])
     kernel = partial(
         _product, groups=groups, steps=steps, transposed=transposed, scaled=scales_ef is not None
     )
@@ -134,7 +136,7 @@ def product(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(pl.cdiv(outer, wide), found.count, steps),
+            grid=(pl.cdiv(outer, wide), tile_pairs.count, steps),
             in_specs=in_specs,
             out_specs=pl.BlockSpec((size, wide), lambda j, i, k, _, tile_w, *__: (tile_w[i], j)),
             scratch_shapes=[pltpu.VMEM((size, wide), F32)] if steps > 1 else [],
@@ -149,11 +151,11 @@ def product(
             transcendentals=0,
         ),
         name="grouped_matmul",
-    )(*found[:4], *arrays)
+    )(*tile_pairs[:4], *arrays)
 
 
-def _filled(x_md, w_edf, scales_ef, transposed):
-    """The arrays with zeros up to a multiple of LANES on the side that is summed over."""
+def _padded(x_md, w_edf, scales_ef, transposed):
+    """The arrays with their contracted axis zero-padded to a multiple of LANES."""
     short = -x_md.shape[1] % LANES
     sides = [(0, 0), (0, 0), (0, 0)]
     sides[2 if transposed else 1] = (0, short)
@@ -183,7 +185,7 @@ def _product(
 
         @pl.when(~whole)
         def _():
-            # Rows of other groups stay, or wait for theirs: each row is in exactly one group.
+            # Keep rows of other groups; each row belongs to exactly one group.
             before = y_ref[rows].astype(F32)
             y_ref[rows] = jnp.where(inside(y.shape), y, before).astype(y_ref.dtype)
 
@@ -217,8 +219,9 @@ def _product(
 
 
 def _over_parts(step, size, part, first, start, end):
-    """Calls step(rows, whether they are all in the group, the mask of those that are) for the parts
-    of a tile of `size` rows from `first` on that meet the group's rows, start to end."""
+    """Calls step(rows, whole, inside) for each part of the tile of `size` rows from `first` on that
+    overlaps the group's rows start..end-1. `whole`: all rows of the part are in the group;
+    inside(shape): the mask of rows that are."""
     part = min(part, size)
     low = jax.lax.div(jnp.maximum(start - first, 0), part)
     high = jax.lax.div(jnp.minimum(end - first, size) + part - 1, part)
@@ -239,20 +242,20 @@ def _over_parts(step, size, part, first, start, end):
 def weight_gradient(
     x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
-    """dw [E, D, F], summed in float32."""
+    """Returns dw [E, D, F], summed in float32."""
     (rows, d), f = x_md.shape, dy_mf.shape[1]
     share = 2 / x_md.dtype.itemsize
     size = tile_rows(rows, SUM_PART, int(share * ROWS) // 2)
     wide_d, wide_f = divided(d, int(share * BLOCK_D)), block(f, int(share * BLOCK_F))
     groups = group_sizes_e.shape[0]
-    found = pairs(group_sizes_e, rows, size, every_group=True)
-    x_md, dy_mf, *found = varying_alike(x_md, dy_mf, *found)
-    found = Pairs(*found)
+    tile_pairs = pairs(group_sizes_e, rows, size, every_group=True)
+    x_md, dy_mf, *tile_pairs = varying_alike(x_md, dy_mf, *tile_pairs)
+    tile_pairs = Pairs(*tile_pairs)
     return pl.pallas_call(
         _weight_gradient,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(pl.cdiv(d, wide_d), pl.cdiv(f, wide_f), found.count),
+            grid=(pl.cdiv(d, wide_d), pl.cdiv(f, wide_f), tile_pairs.count),
             in_specs=[
                 pl.BlockSpec((size, wide_d), lambda a, b, i, _, tile_w, *__: (tile_w[i], a)),
                 pl.BlockSpec((size, wide_f), lambda a, b, i, _, tile_w, *__: (tile_w[i], b)),
@@ -272,7 +275,7 @@ def weight_gradient(
             transcendentals=0,
         ),
         name="grouped_matmul_dw",
-    )(*found[:4], x_md, dy_mf)
+    )(*tile_pairs[:4], x_md, dy_mf)
 
 
 def _weight_gradient(group_w, tile_w, start_w, end_w, x_ref, dy_ref, dw_ref, acc_ref):
@@ -292,7 +295,7 @@ def _weight_gradient(group_w, tile_w, start_w, end_w, x_ref, dy_ref, dw_ref, acc
 
         @pl.when(~whole)
         def _():
-            # Both are cleared: what lies outside of the group, or of the arrays, may be no number.
+            # Zero both: rows outside of the group or of the arrays may hold NaN.
             x, dy = x_ref[rows].astype(F32), dy_ref[rows].astype(F32)
             x, dy = jnp.where(inside(x.shape), x, 0), jnp.where(inside(dy.shape), dy, 0)
             acc_ref[...] += _dot(x.astype(x_ref.dtype), dy.astype(dy_ref.dtype), 0, 0)
@@ -306,7 +309,7 @@ def _weight_gradient(group_w, tile_w, start_w, end_w, x_ref, dy_ref, dw_ref, acc
 
 
 def _dot(a, b, axis_a, axis_b):
-    """Sums over one axis of each, in float32; inputs of float32 are multiplied as such."""
+    """Matmul contracting one axis of each, in float32; at full precision for float32 inputs."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == F32 else None
     return jax.lax.dot_general(
         a, b, (((axis_a,), (axis_b,)), ((), ())), precision=precision, preferred_element_type=F32

@@ -1,4 +1,4 @@
-"""Attention of new tokens to the pages of a cache."""
+"""Attention of new tokens to a paged KV cache, for decoding."""
 
 from kernels_pallas.paged_attention.op import paged_attention
 

@@ -1,4 +1,4 @@
-"""The door: checks shapes in words and chooses the form that runs."""
+"""Public paged attention: checks the arguments and selects the implementation."""
 
 from functools import partial
 
@@ -26,30 +26,30 @@ def paged_attention(
     v_scales_pks: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Causal attention of the last T tokens of each sequence to all of its tokens, whose keys and
-    values lie in pages (PagedAttention, arXiv:2309.06180). For decoding: it has no gradient.
+    """Causal attention of the last T tokens of each sequence to all of its tokens, with keys and
+    values in a paged KV cache (PagedAttention, arXiv:2309.06180). For decoding; not differentiable.
 
     Token i of sequence b is in slot i % S of page table[b, i // S]. Query head n reads key/value
-    head n // (N // K). On several devices call it inside `jax.shard_map`, divided over sequences or
+    head n // (N // K). On several devices call it inside `jax.shard_map`, sharded over sequences or
     heads.
 
     Args:
       q_btnh: [B, T, N, H] queries of the last T tokens, whose keys and values are in the pages.
-      k_pages_pksh, v_pages_pksh: [pages, K, S, H]; S slots of one page and head lie together, so
-        that a page is fetched in one piece. In q's dtype, or int8 or float8 with scales.
-      table_bp: [B, pages of a sequence] integers; entries past the length may be anything.
-      lengths_b: [B] tokens of each sequence, with the T new ones; 0 for none, which gives zeros.
-      window: how many tokens up to its own a query sees.
+      k_pages_pksh, v_pages_pksh: [pages, K, S, H], with S slots per page, contiguous per page and
+        head so that a page is one copy. In q's dtype, or int8 or float8 with scales.
+      table_bp: [B, pages per sequence] page numbers; entries past the length are ignored.
+      lengths_b: [B] tokens of each sequence, including the T new ones; 0 gives zeros.
+      window: number of tokens that a query attends to, up to its own.
       softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
-      scale: factor on the scores; H ** -0.5 when None.
-      k_scales_pks, v_scales_pks: [pages, K, S] what each quantised key and value counts.
-      implementation: "tpu" or "reference"; None takes that of the platform.
+      scale: factor on the scores; H ** -0.5 if None.
+      k_scales_pks, v_scales_pks: [pages, K, S] scales of quantized keys and values.
+      implementation: "tpu" or "reference"; None selects the platform's.
 
     Returns:
       out_btnh in the dtype of q; the softmax is in float32.
 
     Raises:
-      ValueError: naming the argument that does not fit and what would.
+      ValueError: an argument does not fit the others.
     """
     scales = None if k_scales_pks is None and v_scales_pks is None else (k_scales_pks, v_scales_pks)
     _check(q_btnh, k_pages_pksh, v_pages_pksh, table_bp, lengths_b, scales, window, softcap)
@@ -71,18 +71,17 @@ def paged_attention(
 def _check(q, k, v, table, lengths, scales, window, softcap) -> None:
     for name, array in (("q_btnh", q), ("k_pages_pksh", k), ("v_pages_pksh", v)):
         if array.ndim != 4:
-            raise ValueError(
-                f"{name} has shape {array.shape}; it needs four axes, as its name says."
-            )
+            raise ValueError(f"{name} has shape {array.shape}; it needs four axes, one per letter.")
     if k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(
-            f"k_pages_pksh {k.shape} {k.dtype} and v_pages_pksh {v.shape} {v.dtype} must be alike."
+            f"k_pages_pksh {k.shape} {k.dtype} and v_pages_pksh {v.shape} {v.dtype} must have the "
+            "same shape and dtype."
         )
     (b, _, n, h), (_, kv_heads, _, width) = q.shape, k.shape
     if h != width:
         raise ValueError(f"q_btnh has head width {h} but the pages have {width}.")
     if n % kv_heads:
-        raise ValueError(f"{n} query heads do not divide into {kv_heads} key/value heads.")
+        raise ValueError(f"{n} query heads must be a multiple of {kv_heads} key/value heads.")
     for name, array, shape in (("table_bp", table, (b, "pages")), ("lengths_b", lengths, (b,))):
         fits = array.ndim == len(shape) and array.shape[0] == b
         if not fits or not jnp.issubdtype(array.dtype, jnp.integer):
@@ -95,12 +94,14 @@ def _check(q, k, v, table, lengths, scales, window, softcap) -> None:
             )
     else:
         if k.dtype not in QUANTIZED:
-            raise ValueError(f"scales go with pages of int8 or float8, not {k.dtype}.")
+            raise ValueError(
+                f"k_scales_pks and v_scales_pks need pages of int8 or float8, not {k.dtype}."
+            )
         for name, array in zip(("k_scales_pks", "v_scales_pks"), scales):
             if array is None or array.shape != k.shape[:3]:
-                found = "missing" if array is None else f"of shape {array.shape}"
-                raise ValueError(f"{name} is {found}; quantised pages need {k.shape[:3]}.")
+                actual = "missing" if array is None else f"of shape {array.shape}"
+                raise ValueError(f"{name} is {actual}; quantized pages need {k.shape[:3]}.")
     if window is not None and window < 1:
-        raise ValueError(f"window={window} must be at least 1, the query's own token.")
+        raise ValueError(f"window={window} must be at least 1 (the query's own token).")
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap} must be above zero; None turns it off.")
+        raise ValueError(f"softcap={softcap} must be positive; None disables it.")

@@ -1,5 +1,5 @@
-"""The specification of paged_attention in plain JAX, and its path on CPU and GPU: gathers all the
-pages of each sequence."""
+"""Paged attention in plain JAX, by gathering all pages of each sequence: the specification, and the
+implementation on CPU and GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def paged_attention(
     softcap: float | None,
     scale: float,
 ) -> jax.Array:
-    """See op.py; `scales` are those of the keys and of the values, each [P, K, S]."""
+    """Returns out_btnh; see op.py. `scales` are (k_scales_pks, v_scales_pks)."""
     b, t, n, h = q_btnh.shape
     kv_heads = k_pages_pksh.shape[1]
     k_bksh, v_bksh = (_gather(pages, table_bp) for pages in (k_pages_pksh, v_pages_pksh))
@@ -27,7 +27,7 @@ def paged_attention(
         k_scale, v_scale = (_gather(each[..., None], table_bp) for each in scales)
         k_bksh, v_bksh = k_bksh * k_scale, v_bksh * v_scale
     key_s = jnp.arange(k_bksh.shape[2])
-    # Slots past the end hold anything.
+    # Slots past the length may hold anything, NaN included.
     filled = (key_s < lengths_b[:, None])[:, None, :, None]
     k_bksh, v_bksh = jnp.where(filled, k_bksh, 0), jnp.where(filled, v_bksh, 0)
     index_bt = lengths_b[:, None] - t + jnp.arange(t)

@@ -1,9 +1,9 @@
-"""The path on TPU: the live pages of each sequence are fetched by number, a block ahead of use.
+"""Paged attention on TPU (Mosaic): prefetches the live pages of each sequence one block ahead.
 
-A program is a sequence; it loops over blocks of keys with the running maximum and sum of
-FlashAttention (arXiv:2205.14135). While one block is computed the next is fetched, which for the
-last block is the first one of the next sequence. Pages before the window and past the end are
-neither fetched nor waited for.
+A program computes one sequence and loops over blocks of keys, with the running maximum and sum of
+FlashAttention (arXiv:2205.14135). While it computes a block it fetches the next one; during the
+last block, the first block of the next sequence. Pages before the window and past the length are
+not fetched.
 """
 
 from functools import partial
@@ -17,13 +17,13 @@ from kernels_pallas.varying import shape_like, varying_alike
 
 F32 = jnp.float32
 HIDDEN = -1e30
-# Of the keys in a block; their values take as much, and all of it twice. And slots at most.
+# Most bytes and slots of the keys in a block. Values take as much again; both are double-buffered.
 BLOCK_BYTES, BLOCK_SLOTS = 2**20, 1024
 LANES = 128
 VMEM = 48 * 2**20
-# Entries of all tables, which lie in scalar memory (1 MiB).
+# Most entries of all page tables; scalar memory has 1 MiB.
 TABLE = 2**17
-# Sequences are dealt to two programs, of which a v5p runs each on a core of its own.
+# Sequences alternate between two parallel grid indices, one for each core of a v5p.
 CORES = 2
 
 
@@ -39,7 +39,7 @@ def paged_attention(
     softcap: float | None,
     scale: float,
 ) -> jax.Array:
-    """See op.py; `scales` are those of the keys and of the values, each [P, K, S]."""
+    """Returns out_btnh; see op.py. `scales` are (k_scales_pks, v_scales_pks)."""
     b, t, n, h = q_btnh.shape
     _, kv_heads, slots, _ = k_pages_pksh.shape
     _check(slots, k_pages_pksh.dtype, table_bp)
@@ -92,19 +92,19 @@ def paged_attention(
 
 
 def block_pages(pages_pksh: jax.Array, table_width: int) -> int:
-    """How many pages are computed at once."""
+    """Number of pages in a block."""
     _, kv_heads, slots, h = pages_pksh.shape
     fit = BLOCK_BYTES // (kv_heads * h * pages_pksh.dtype.itemsize)
     return max(1, min(table_width, min(fit, BLOCK_SLOTS) // slots))
 
 
 def _check(slots, dtype, table_bp) -> None:
-    # A page is copied to its place in a block: whole rows of registers, or lanes of scales.
+    # A page is copied into a block in whole register tiles, its scales in whole rows of lanes.
     least = LANES if dtype.itemsize == 1 else 32 // dtype.itemsize
     if slots % least:
         raise ValueError(
-            f"paged_attention on TPU: pages of {slots} slots of {dtype}; "
-            f"they need a multiple of {least}."
+            f"paged_attention on TPU: pages have {slots} slots of {dtype}; "
+            f"the number of slots must be a multiple of {least}."
         )
     if table_bp.size > TABLE:
         raise ValueError(
@@ -115,7 +115,7 @@ def _check(slots, dtype, table_bp) -> None:
 
 def _kernel(table, lengths, q_ref, *refs, table_width, pages, queries, window, softcap, scale):
     sources, (out_ref, state, semaphores), buffers = _split(refs)
-    k_buffer, v_buffer, *scale_buffers = buffers
+    v_buffer = buffers[1]
     core, i, count = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
     b = i * CORES + core
     kv_heads, rows, h = q_ref.shape
@@ -131,7 +131,7 @@ def _kernel(table, lengths, q_ref, *refs, table_width, pages, queries, window, s
         return jax.lax.div(first_key(b), span) if window is not None else 0
 
     def copies(b, block, slot, action):
-        """Starts, or waits for, the copies of a block's live pages."""
+        """Calls `action`, "start" or "wait", of the copies of a block's live pages."""
         low = jnp.maximum(jax.lax.div(first_key(b), slots), block * pages)
         high = jnp.minimum(jax.lax.div(lengths[b] + slots - 1, slots), (block + 1) * pages)
 
@@ -163,7 +163,6 @@ def _kernel(table, lengths, q_ref, *refs, table_width, pages, queries, window, s
     )
 
     def step(j, carry):
-        top, total, acc = carry
         slot = (begin + j) & 1
         block = start + j
 
@@ -180,30 +179,12 @@ def _kernel(table, lengths, q_ref, *refs, table_width, pages, queries, window, s
 
         @pl.when((block * span < first_key(b)) | ((block + 1) * span > length))
         def _():
-            # What was not fetched, or never written, may be no number, which a weight of zero
-            # would not hide.
+            # Slots that were not fetched or never written may hold NaN, and 0 * NaN is NaN.
             live = (inside >= first_key(b)) & (inside < length)
             values = v_buffer[slot]
             v_buffer[slot] = jnp.where(live, values.astype(F32), 0).astype(values.dtype)
 
-        s = _dot(q, k_buffer[slot].astype(q.dtype), 2) * scale
-        if scale_buffers:
-            s *= scale_buffers[0][slot][:, None]
-        if softcap is not None:
-            s = softcap * jnp.tanh(s / softcap)
-        key = block * span + jax.lax.broadcasted_iota(jnp.int32, (1, rows, span), 2)
-        visible = key <= index
-        if window is not None:
-            visible &= index - key < window
-        s = jnp.where(visible, s, HIDDEN)
-        new_top = jnp.maximum(top, jnp.max(s, axis=2, keepdims=True))
-        p = jnp.where(visible, jnp.exp(s - new_top), 0)
-        shrink = jnp.exp(top - new_top)
-        total = total * shrink + jnp.sum(p, axis=2, keepdims=True)
-        if scale_buffers:
-            p = jnp.where(visible, p * scale_buffers[1][slot][:, None], 0)
-        acc = acc * shrink + _dot(p.astype(q.dtype), v_buffer[slot].astype(q.dtype), 1)
-        return new_top, total, acc
+        return _attend(carry, q, buffers, slot, block, index, window, softcap, scale)
 
     zeros = jnp.zeros((kv_heads, rows, 1), F32)
     carry = zeros + HIDDEN, zeros, jnp.zeros((kv_heads, rows, h), F32)
@@ -212,14 +193,39 @@ def _kernel(table, lengths, q_ref, *refs, table_width, pages, queries, window, s
     out_ref[...] = (acc / jnp.where(total == 0, 1, total)).astype(out_ref.dtype)
 
 
+def _attend(carry, q, buffers, slot, block, index, window, softcap, scale):
+    """Adds a block of keys, in buffer `slot`, to the running (top, total, acc)."""
+    top, total, acc = carry
+    k_buffer, v_buffer, *scale_buffers = buffers
+    s = _dot(q, k_buffer[slot].astype(q.dtype), 2) * scale
+    if scale_buffers:
+        s *= scale_buffers[0][slot][:, None]
+    if softcap is not None:
+        s = softcap * jnp.tanh(s / softcap)
+    span = index.shape[2]
+    key = block * span + jax.lax.broadcasted_iota(jnp.int32, index.shape, 2)
+    visible = key <= index
+    if window is not None:
+        visible &= index - key < window
+    s = jnp.where(visible, s, HIDDEN)
+    new_top = jnp.maximum(top, jnp.max(s, axis=2, keepdims=True))
+    p = jnp.where(visible, jnp.exp(s - new_top), 0)
+    shrink = jnp.exp(top - new_top)
+    total = total * shrink + jnp.sum(p, axis=2, keepdims=True)
+    if scale_buffers:
+        p = jnp.where(visible, p * scale_buffers[1][slot][:, None], 0)
+    acc = acc * shrink + _dot(p.astype(q.dtype), v_buffer[slot].astype(q.dtype), 1)
+    return new_top, total, acc
+
+
 def _split(refs):
-    """(the pages and scales, what stands between, their buffers) of a kernel's references."""
+    """Splits a kernel's refs into (pages and scales; output, state and semaphores; buffers)."""
     arrays = (len(refs) - 3) // 2
     return refs[:arrays], refs[arrays : arrays + 3], refs[arrays + 3 :]
 
 
 def _dot(a, b, axis):
-    """[K, R, x] times [K, ...], summed over x, which is `axis` of b, in float32."""
+    """Batched matmul over K of [K, R, x] and b, contracting x with `axis` of b, in float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == F32 else None
     return jax.lax.dot_general(
         a, b, (((2,), (axis,)), ((0,), (0,))), precision=precision, preferred_element_type=F32

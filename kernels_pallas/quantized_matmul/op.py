@@ -1,4 +1,4 @@
-"""The doors: check shapes in words and choose the form that runs."""
+"""Public quantized matmuls: check the arguments and select the implementation."""
 
 from functools import partial
 
@@ -14,29 +14,29 @@ from kernels_pallas.varying import varying_alike
 def int8_matmul(
     x_md: jax.Array, w_df: jax.Array, scales_f: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
-    """x @ (w * scales) with both sides in 8 bits: each row of x is divided by a scale of its own
-    and rounded (LLM.int8, arXiv:2208.07339, without its outliers), the sum is exact.
+    """x @ (w * scales) with both operands in int8. Each row of x is scaled and rounded (LLM.int8,
+    arXiv:2208.07339, without outlier handling); the integer sum is exact.
 
     On several devices call it inside `jax.shard_map`.
 
     Args:
       x_md: [M, D] bfloat16 or float32.
       w_df: [D, F] int8, as from `quantize_int8`.
-      scales_f: [F] what each column counts.
-      implementation: "tpu" or "reference"; None takes that of the platform.
+      scales_f: [F] scale of each column of w.
+      implementation: "tpu" or "reference"; None selects the platform's.
 
     Returns:
-      [M, F] in x's dtype. The gradient is that of x @ (w * scales), for x alone.
+      [M, F] in x's dtype. Only x gets a gradient, that of x @ (w * scales).
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit together.
+      ValueError: shapes or dtypes do not fit together.
     """
     if x_md.ndim != 2 or w_df.ndim != 2 or x_md.shape[1] != w_df.shape[0]:
         raise ValueError(f"x_md {x_md.shape} and w_df {w_df.shape} must share the width D.")
     if w_df.dtype != jnp.int8 or scales_f.shape != w_df.shape[1:]:
         raise ValueError(
-            f"w_df is {w_df.dtype} and scales_f {scales_f.shape}; it needs int8 and a scale for "
-            f"each of its {w_df.shape[1]} columns."
+            f"w_df is {w_df.dtype} and scales_f {scales_f.shape}; w_df must be int8, with a scale "
+            f"for each of its {w_df.shape[1]} columns."
         )
     _check_activations(x_md)
     announce("int8_matmul", implementation)
@@ -46,19 +46,19 @@ def int8_matmul(
 def packed_matmul(
     x_md: jax.Array, packed: Packed, *, implementation: str | None = None
 ) -> jax.Array:
-    """x @ w for a w of 4 or 3 bits, as from `pack`. On several devices call it inside
+    """x @ w for weights of 4 or 3 bits from `pack`. On several devices call it inside
     `jax.shard_map`.
 
     Args:
       x_md: [M, D] bfloat16 or float32.
-      packed: of shape [D, F].
-      implementation: "tpu" or "reference"; None takes that of the platform.
+      packed: weights of shape [D, F].
+      implementation: "tpu" or "reference"; None selects the platform's.
 
     Returns:
-      [M, F] in x's dtype, summed in float32. There is a gradient for x alone.
+      [M, F] in x's dtype, summed in float32. Only x gets a gradient.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit together.
+      ValueError: shapes or dtypes do not fit together.
     """
     if x_md.ndim != 2 or x_md.shape[1] != packed.shape[0]:
         raise ValueError(f"x_md {x_md.shape} and packed weights {packed.shape} must share D.")
@@ -87,8 +87,8 @@ def _int8_forward(implementation, x_md, w_df, scales_f):
     return _int8(implementation, x_md, w_df, scales_f), (w_df, scales_f)
 
 
-def _int8_backward(_, kept, dy_mf):
-    w_df, scales_f = kept
+def _int8_backward(_, residuals, dy_mf):
+    w_df, scales_f = residuals
     return _times(dy_mf, (w_df * scales_f).T), None, None
 
 

@@ -1,11 +1,11 @@
-"""Weights of few bits: round to nearest, one scale for each column (8 bits) or for each group of
-rows of a column (4 and 3 bits), and how the small ones lie in words of 32 bits.
+"""Quantization of weights to 8, 4 and 3 bits, and packing of 4 and 3 bits into 32-bit words.
 
-Rows are packed in blocks of 256. A word holds neighbouring rows in its halves of 16 bits, as a TPU
-holds numbers of 16 bits, and a half holds rows that lie apart: shifting and masking a row of words
-gives whole pairs of rows, and nothing has to be interleaved. With fields of b bits, field j of
-half h of word r is row 16 b j + 2 r + h of the block. Numbers are stored from zero
-up: 4 bits plus 8, and 3 bits plus 4, whose lower two bits and upper one lie in arrays of their own.
+Rounds to nearest, with one scale per column (8 bits) or per group of rows of a column (4 and 3
+bits). Rows are packed in blocks of 256. The two 16-bit halves of a word hold neighbouring rows, as
+in a TPU's layout of 16-bit numbers; the fields of one half hold rows far apart. Shifting and
+masking a row of words therefore gives whole pairs of rows, without interleaving. With fields of b
+bits, field j of half h of word r is row 16 b j + 2 r + h of the block. Fields are unsigned: 4-bit
+numbers plus 8; 3-bit numbers plus 4, with the lower two bits and the upper bit in separate arrays.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ GROUPS = (32, 64, 128)
 
 
 class Packed(NamedTuple):
-    """A matrix [D, F] of 4 or 3 bits.
+    """Matrix [D, F] of 4-bit or 3-bit weights.
 
     low        int32 [D / 8, F] with 4 bits, [D / 16, F] with 3
     high       None with 4 bits, int32 [D / 32, F] with 3
@@ -41,26 +41,30 @@ class Packed(NamedTuple):
 
     @property
     def group(self) -> int:
-        """Rows of a scale."""
+        """Rows per scale."""
         return self.shape[0] // self.scales_gf.shape[0]
 
 
 def quantize_int8(w_df: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(int8 [D, F], float32 scales [F]), whose product is w up to half a scale."""
+    """Returns (int8 [D, F], float32 scales [F]); their product is within half a scale of w."""
     top_f = jnp.max(jnp.abs(w_df.astype(F32)), axis=0)
     scales_f = jnp.where(top_f > 0, top_f, 1) / 127
     return jnp.round(w_df.astype(F32) / scales_f).astype(jnp.int8), scales_f
 
 
 def pack(w_df: jax.Array, *, bits: int = 4, group: int = 128) -> Packed:
-    """w rounded to the nearest multiple of the scale of its group of `group` rows of a column.
+    """Quantizes w with one scale per `group` rows of a column.
+
+    Args:
+      w_df: [D, F]; D must be a multiple of 256 and of `group`.
+      bits: 3 or 4.
+      group: 32, 64, 128 or a multiple of 256.
 
     Raises:
-      ValueError: for bits other than 3 and 4, a group that is none of 32, 64, 128 and multiples of
-        256, or rows that are no multiple of 256 and of the group.
+      ValueError: an argument does not meet these conditions.
     """
     if bits not in (3, 4):
-        raise ValueError(f"bits={bits} must be 3 or 4; quantize_int8 gives 8.")
+        raise ValueError(f"bits={bits} must be 3 or 4; use quantize_int8 for 8 bits.")
     if group not in GROUPS and (group < BLOCK or group % BLOCK):
         raise ValueError(f"group={group} must be 32, 64, 128 or a multiple of {BLOCK}.")
     if w_df.ndim != 2 or w_df.shape[0] % BLOCK or w_df.shape[0] % group:
@@ -80,7 +84,7 @@ def pack(w_df: jax.Array, *, bits: int = 4, group: int = 128) -> Packed:
 
 
 def _fields(q_bcf, bits):
-    """Numbers below 2**bits, [blocks, 256, F], as fields of words."""
+    """Packs numbers below 2**bits, [blocks, 256, F], into words."""
     blocks, _, f = q_bcf.shape
     q = q_bcf.astype(jnp.uint32).reshape(blocks, 16 // bits, 8 * bits, 2, f)
     q = jnp.sum(q << _shifts(bits), axis=(1, 3), dtype=jnp.uint32)
@@ -88,13 +92,13 @@ def _fields(q_bcf, bits):
 
 
 def _shifts(bits):
-    """Of field j and half h: [fields, 1, 2, 1]."""
+    """Left shift of field j of half h, [fields, 1, 2, 1]."""
     field, half = jnp.arange(16 // bits), 16 * jnp.arange(2)
     return (bits * field[:, None, None, None] + half[:, None]).astype(jnp.uint32)
 
 
 def unpack(packed: Packed) -> jax.Array:
-    """w_df in float32: what the packed numbers mean."""
+    """Returns the dequantized w_df in float32."""
     d, f = packed.shape
     if packed.bits == 4:
         q = _values(packed.low, 4) - 8
@@ -105,7 +109,7 @@ def unpack(packed: Packed) -> jax.Array:
 
 
 def _values(words, bits):
-    """The inverse of _fields."""
+    """Inverse of `_fields`."""
     f = words.shape[-1]
     words = jax.lax.bitcast_convert_type(words, jnp.uint32).reshape(-1, 1, 8 * bits, 1, f)
     fields = (words >> _shifts(bits)) & (2**bits - 1)

@@ -1,4 +1,4 @@
-"""The specification in plain JAX, and the path on CPU and GPU."""
+"""Quantized matmuls in plain JAX: the specification, and the implementation on CPU and GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ F32 = jnp.float32
 
 
 def quantize_rows(x_md: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(int8 [M, D], float32 scales [M, 1]) of activations."""
+    """Quantizes activations to (int8 [M, D], float32 scales [M, 1])."""
     top_m1 = jnp.max(jnp.abs(x_md.astype(F32)), axis=1, keepdims=True)
     scales_m1 = jnp.where(top_m1 > 0, top_m1, 1) / 127
     return jnp.round(x_md.astype(F32) / scales_m1).astype(jnp.int8), scales_m1

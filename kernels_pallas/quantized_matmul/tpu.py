@@ -1,9 +1,9 @@
-"""The paths on TPU: tiles of rows by blocks of columns, summed over the depth in vector memory.
+"""Quantized matmuls on TPU (Mosaic): tiles of rows by blocks of columns, summed in vector memory.
 
-Weights of 4 and 3 bits are unpacked there, so that what is read from memory is their bits. Placed
-under the exponent of 128, a field of bits is a bfloat16, 128 plus its number. With few rows, where
-unpacking is the work, the product takes that as it is, and what is too much is taken off as the sum
-of x times the scales. With many, a block of columns is unpacked and scaled once for all rows.
+Weights of 4 and 3 bits are read packed from HBM and unpacked in vector memory: a field placed under
+the exponent of 128 is the bfloat16 number 128 + field. With few rows unpacking dominates; the
+matmul takes these numbers as they are, and the excess, sums of x times the scales, is subtracted.
+With many rows a block of columns is unpacked and scaled once for all rows.
 """
 
 from functools import partial
@@ -19,10 +19,10 @@ from kernels_pallas.varying import shape_like, varying_alike
 
 F32 = jnp.float32
 VMEM = 48 * 2**20
-# Rows, columns and depth of a block, of 8 bits and of fewer.
+# Rows, columns and depth of a block, for 8 bits and for 4 and 3 bits with few rows.
 INT8_BLOCKS = 1024, 1024, 2048
 FEW_BLOCKS = 128, 512, 2048
-# Bytes of a block of many rows, and of unpacked columns.
+# With many rows: bytes of a block of rows, and of unpacked columns.
 ROW_BYTES, COLUMN_BYTES = 8 * 2**20, 8 * 2**20
 LANES = 128
 
@@ -32,7 +32,7 @@ def int8_matmul(x_md: jax.Array, w_df: jax.Array, scales_f: jax.Array) -> jax.Ar
     (m, d), f = x_md.shape, w_df.shape[1]
     high, wide, deep = _blocks(INT8_BLOCKS, m, f, d)
     q_md, scales_m1 = quantize_rows(x_md)
-    q_md, w_df = (_filled(q_md, 1, deep), _filled(w_df, 0, deep))
+    q_md, w_df = (_padded(q_md, 1, deep), _padded(w_df, 0, deep))
     arrays = varying_alike(q_md, w_df, scales_m1, scales_f.astype(F32)[None])
     steps = q_md.shape[1] // deep
     return pl.pallas_call(
@@ -86,7 +86,7 @@ def _few_rows(x_md, packed):
     (m, d), f = x_md.shape, packed.shape[1]
     _, wide, limit = _blocks(FEW_BLOCKS, m, f, d)
     group = packed.group
-    # A block of weights holds whole groups.
+    # A block of weights must hold whole groups.
     least = max(BLOCK, group)
     deep = max(s for s in range(least, max(least, limit) + 1, least) if d % s == 0)
     steps = d // deep
@@ -115,7 +115,7 @@ def _few_rows(x_md, packed):
 def _few_rows_kernel(x_ref, sum_ref, scale_ref, *refs, group, steps):
     *word_refs, y_ref, acc_ref = refs
     k = pl.program_id(1)
-    surplus = _zero(word_refs) * _dot(sum_ref[...], scale_ref[...])
+    surplus = _excess(word_refs) * _dot(sum_ref[...], scale_ref[...])
 
     @pl.when(k == 0)
     def _():
@@ -170,7 +170,7 @@ def _many_rows_kernel(x_ref, scale_ref, *refs, group):
     @pl.when(pl.program_id(1) == 0)
     def _():
         def store(c, _):
-            w = _unpack(word_refs, c).astype(F32) - _zero(word_refs)
+            w = _unpack(word_refs, c).astype(F32) - _excess(word_refs)
             for row, size, scale in _groups(scale_ref, c, group):
                 at = pl.multiple_of(c * BLOCK + row, size)
                 w_ref[pl.ds(at, size)] = (w[row : row + size] * scale).astype(w_ref.dtype)
@@ -181,19 +181,19 @@ def _many_rows_kernel(x_ref, scale_ref, *refs, group):
 
 
 def _groups(scale_ref, c, group):
-    """(first row, rows, scales [1, columns]) of the groups, or the part of one, in block c."""
+    """Yields (first row, rows, scales [1, columns]) of each group, or its part, in block c."""
     size = min(group, BLOCK)
     for row in range(0, BLOCK, size):
         yield row, size, scale_ref[pl.ds(jax.lax.div(c * BLOCK + row, group), 1)]
 
 
-def _zero(word_refs):
-    """What an unpacked weight is too large by."""
+def _excess(word_refs):
+    """Number by which an unpacked weight is too large."""
     return 128 + (8 if len(word_refs) == 1 else 4)
 
 
 def _unpack(word_refs, c):
-    """The weights of block c, [256, columns] in bfloat16, each too large by _zero."""
+    """Weights of block c plus `_excess`, [256, columns] in bfloat16."""
     return (_unpack4 if len(word_refs) == 1 else _unpack3)(*word_refs, c)
 
 
@@ -202,7 +202,7 @@ def _dot(a, b):
     return jnp.dot(a, b, precision=precision, preferred_element_type=F32)
 
 
-# The same in both halves of a word: bfloat16's 128, and masks of fields of 1, 2 and 4 bits.
+# Repeated in both halves of a word: bfloat16 128, and masks of fields of 1, 2 and 4 bits.
 _128, _BIT, _TWO, _FOUR = 0x43004300, 0x00010001, 0x00030003, 0x000F000F
 
 
@@ -234,12 +234,13 @@ def _shifted(words, right):
 
 
 def _blocks(limits, m, f, d):
-    """(rows, columns, depth) of a block; whole sides where they are short."""
+    """(rows, columns, depth) of a block; the full side where it is below the limit."""
     high, wide, deep = limits
     return min(high, m), f if f <= wide else wide, d if d <= deep else deep
 
 
-def _filled(x, axis, multiple):
+def _padded(x, axis, multiple):
+    """x zero-padded along `axis` to a multiple of `multiple`."""
     short = -x.shape[axis] % multiple
     return jnp.pad(x, [(0, short if i == axis else 0) for i in range(x.ndim)]) if short else x
 

@@ -1,4 +1,4 @@
-"""Attention of a sequence that is split over devices."""
+"""Context parallelism: attention over sequences sharded over devices."""
 
 from kernels_pallas.ring_attention.op import gathered_attention, ring_attention
 from kernels_pallas.ring_attention.placement import in_order, placement

@@ -1,9 +1,8 @@
-"""Two ways for queries to meet keys on other devices, inside shard_map over `axis_name`.
+"""Context-parallel attention, inside shard_map over `axis_name`, in two implementations.
 
-Ring: keys and values go round, and what each device makes of a part is merged by the log of the
-softmax's denominator (Ring Attention, arXiv:2310.01889); while one part is at work the next one is
-on its way. Gathered: each device fetches all keys and values first (Llama 3, arXiv:2407.21783).
-The arrays lie as `placement` says.
+Ring: keys and values rotate around the devices, overlapping with compute; partial results are
+merged by their log-sum-exp (Ring Attention, arXiv:2310.01889). Gathered: each device all-gathers
+keys and values first (Llama 3, arXiv:2407.21783). Sequences are in the order of `placement`.
 """
 
 from functools import partial
@@ -18,11 +17,11 @@ from kernels_pallas.attention.op import SAVED, gradients_of_part
 from kernels_pallas.ring_attention.placement import halves, placement
 from kernels_pallas.varying import varying_alike
 
-HIDDEN = -1e30  # the log of the denominator where nothing is seen
+HIDDEN = -1e30  # log-sum-exp without visible keys
 
 
 class Options(NamedTuple):
-    """Of each call of attention on a part."""
+    """Static options of each partial attention call."""
 
     causal: bool
     window: int | None
@@ -31,7 +30,7 @@ class Options(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What goes round."""
+    """Arrays that rotate around the devices."""
 
     k_bskh: jax.Array
     v_bskh: jax.Array
@@ -53,27 +52,27 @@ def ring_attention(
     alibi: jax.Array | None = None,
     scale: float | None = None,
 ) -> jax.Array:
-    """out_btnh of this device's queries over the keys of all; memory is that of a device's part.
+    """Returns out_btnh of this device's queries over the keys of all devices.
 
-    The arguments are those of `flash_attention`; `alibi` gets no gradient. A device's T must be
-    even.
+    Takes memory for one device's keys and values. Arguments as in `flash_attention`; `alibi` gets
+    no gradient. T, the tokens of a device, must be even.
 
     Raises:
-      ValueError: for an odd T, and for `sink_tokens`, which is gathered_attention's alone.
+      ValueError: T is odd, or `sink_tokens` is set, which only gathered_attention supports.
     """
     _check(q_btnh)
     if sink_tokens:
         raise ValueError(
-            f"sink_tokens={sink_tokens}: a ring does not know where documents begin; "
-            "use gathered_attention."
+            f"sink_tokens={sink_tokens}: ring_attention has no positions of document starts; use "
+            "gathered_attention."
         )
     options = Options(causal, window, softcap, scale)
     arrays = varying_alike(q_btnh, k_btkh, v_btkh)
     out_btnh, lse_btn = _ring(options, axis_name, *arrays, segment_ids, alibi)
     if sinks is not None:
-        # The sink joins the denominator once, when the ring is closed.
-        kept_btn = jax.nn.sigmoid(lse_btn - sinks.astype(jnp.float32))
-        out_btnh = out_btnh * kept_btn[..., None].astype(out_btnh.dtype)
+        # The sink joins the denominator once, after the last step of the ring.
+        share_btn = jax.nn.sigmoid(lse_btn - sinks.astype(jnp.float32))
+        out_btnh = out_btnh * share_btn[..., None].astype(out_btnh.dtype)
     return out_btnh
 
 
@@ -86,8 +85,8 @@ def gathered_attention(
     segment_ids: jax.Array | None = None,
     **options: Any,
 ) -> jax.Array:
-    """The same by one gather of the keys and values, which every device then holds whole; the other
-    arguments are those of `flash_attention`."""
+    """As `ring_attention`, by one all-gather: every device holds the keys and values of the whole
+    sequence. Other arguments as in `flash_attention`."""
     _check(q_btnh)
     b, t = q_btnh.shape[:2]
     devices = jax.lax.axis_size(axis_name)
@@ -111,8 +110,8 @@ def gathered_attention(
 def _check(q_btnh: jax.Array) -> None:
     if q_btnh.shape[1] % 2:
         raise ValueError(
-            f"a device holds two halves of equal length, not {q_btnh.shape[1]} tokens; the length "
-            "must be a multiple of twice the devices."
+            f"a device holds two halves of equal length, not {q_btnh.shape[1]} tokens; make the "
+            "sequence length a multiple of twice the number of devices."
         )
 
 
@@ -122,7 +121,7 @@ def _ring(options, axis_name, q_btnh, k_btkh, v_btkh, segment_ids, alibi):
 
 
 def _forward(options, axis_name, q_btnh, k_btkh, v_btkh, segment_ids, alibi):
-    """Each half of the queries meets each half of the keys that it can see, as they come round."""
+    """Attends from each half of the queries to each visible half of the keys, step by step."""
     merged = jnp.zeros(q_btnh.shape, jnp.float32), jnp.full(q_btnh.shape[:3], HIDDEN, jnp.float32)
     merged = tuple(varying_alike(*merged, q_btnh)[:2])
 
@@ -143,9 +142,9 @@ def _forward(options, axis_name, q_btnh, k_btkh, v_btkh, segment_ids, alibi):
 
     def step(carry, i):
         merged, keys = carry
-        onward = _pass_on(keys, axis_name)
+        next_keys = _rotate(keys, axis_name)
         source = (jax.lax.axis_index(axis_name) - i) % jax.lax.axis_size(axis_name)
-        return (meet(merged, keys, source), onward), None
+        return (meet(merged, keys, source), next_keys), None
 
     keys = Keys(k_btkh, v_btkh, segment_ids)
     steps = jnp.arange(jax.lax.axis_size(axis_name))
@@ -154,9 +153,9 @@ def _forward(options, axis_name, q_btnh, k_btkh, v_btkh, segment_ids, alibi):
     return (out_btnh, lse_btn), (q_btnh, k_btkh, v_btkh, segment_ids, alibi, out_btnh, lse_btn)
 
 
-def _backward(options, axis_name, kept, cotangents):
-    """Keys go round once more, and the gradients of keys and values with them, back home."""
-    q_btnh, k_btkh, v_btkh, segment_ids, alibi, out_btnh, lse_btn = kept
+def _backward(options, axis_name, residuals, cotangents):
+    """Rotates keys once more, with the gradients of keys and values, which end on their device."""
+    q_btnh, k_btkh, v_btkh, segment_ids, alibi, out_btnh, lse_btn = residuals
     dout_btnh, dlse_btn = cotangents
     rows = q_btnh, out_btnh, lse_btn, dout_btnh, dlse_btn
     sums = [jnp.zeros(x.shape, jnp.float32) for x in (q_btnh, k_btkh, v_btkh)]
@@ -164,7 +163,7 @@ def _backward(options, axis_name, kept, cotangents):
 
     def step(carry, i):
         dq, dkv, keys = carry
-        onward = _pass_on(keys, axis_name)
+        next_keys = _rotate(keys, axis_name)
         source = (jax.lax.axis_index(axis_name) - i) % jax.lax.axis_size(axis_name)
 
         def part(pair, rows, keys, offset):
@@ -178,7 +177,7 @@ def _backward(options, axis_name, kept, cotangents):
             )
 
         dq, dkv = _pairs(options, axis_name, source, rows, keys, (dq, dkv), part, _add)
-        return (dq, _pass_on(dkv, axis_name), onward), None
+        return (dq, _rotate(dkv, axis_name), next_keys), None
 
     keys = Keys(k_btkh, v_btkh, segment_ids)
     steps = jnp.arange(jax.lax.axis_size(axis_name))
@@ -191,33 +190,33 @@ _ring.defvjp(_forward, _backward)
 
 
 def _pairs(options, axis_name, source, rows, keys, carry, part, add):
-    """`carry` after each half of the rows has met each half of the keys of device `source`.
+    """Folds all pairs of a half of the rows and a half of the keys of device `source` into `carry`.
 
-    part(pair, rows, keys, offset) is called where a query can see a key; `offset` are the indices
-    of the queries, counted from the first of the keys. add(pair, carry, result) takes it in.
+    Calls part(pair, rows, keys, offset) for pairs in which some query sees a key; `offset` are the
+    query indices relative to the first key. add(pair, carry, result) returns the new carry.
     """
     devices = jax.lax.axis_size(axis_name)
     half = keys.k_bskh.shape[1] // 2
     b = keys.k_bskh.shape[0]
-    own, theirs = halves(jax.lax.axis_index(axis_name), devices), halves(source, devices)
+    q_halves, k_halves = halves(jax.lax.axis_index(axis_name), devices), halves(source, devices)
     for i in range(2):
         for j in range(2):
-            apart = own[i] - theirs[j]  # in halves
+            apart = q_halves[i] - k_halves[j]  # in halves
             seen = apart >= 0 if options.causal else apart == apart
             if options.window is not None:
                 seen &= (apart - 1) * half + 1 < options.window
             offset = jnp.broadcast_to(apart * half + jnp.arange(half), (b, half))
 
-            def meet(carry, rows, keys, offset, pair=(i, j)):
+            def attend(carry, rows, keys, offset, pair=(i, j)):
                 return add(pair, carry, part(pair, rows, keys, offset))
 
-            given = carry, _half(rows, i), _half(keys, j), offset
-            carry = jax.lax.cond(seen, meet, lambda carry, *_: carry, *given)
+            arguments = carry, _half(rows, i), _half(keys, j), offset
+            carry = jax.lax.cond(seen, attend, lambda carry, *_: carry, *arguments)
     return carry
 
 
 def _merge(pair, merged, new):
-    """Two softmaxes over different keys as one."""
+    """Merges the partial result of one half of the queries by log-sum-exp."""
     (out, lse), (more, lse_more) = _half(merged, pair[0]), new
     both = jnp.logaddexp(lse, lse_more)
     out = out * jnp.exp(lse - both)[..., None] + more * jnp.exp(lse_more - both)[..., None]
@@ -238,7 +237,7 @@ def _segments(segment_ids, keys, pair):
 
 
 def _indices(device, devices, half):
-    """Of the tokens of a device's two halves."""
+    """Sequence indices of the tokens in a device's two halves."""
     return [number * half + jnp.arange(half) for number in halves(device, devices)]
 
 
@@ -247,12 +246,12 @@ def _half(tree, i):
 
 
 def _put(x, half, i):
-    """`x` with one half of its tokens replaced."""
+    """x with half i of its tokens replaced."""
     parts = jnp.split(x, 2, axis=1)
     parts[i] = half
     return jnp.concatenate(parts, axis=1)
 
 
-def _pass_on(tree, axis_name):
+def _rotate(tree, axis_name):
     devices = jax.lax.axis_size(axis_name)
     return jax.lax.ppermute(tree, axis_name, [(c, (c + 1) % devices) for c in range(devices)])

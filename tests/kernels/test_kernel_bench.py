@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import bench
+from kernels_pallas.tools import bench
 
 SMALL = bench.Case(
     "sum",

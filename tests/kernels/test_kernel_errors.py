@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import errors
+from kernels_pallas.tools import errors
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
-"""`python -m kernels_pallas.bench`: each kernel beside its reference and what JAX ships.
+"""Benchmarks each kernel against its reference and the kernels that JAX ships.
 
-On a TPU or GPU it times them, and says what share of the time is the chip's floor: arithmetic at
-its bf16 rate, or each array read or written once, whichever takes longer. Elsewhere it compiles
-them for the TPUs named by --chips, which needs libtpu and no TPU, and says what memory they take.
-With --cpu it times the form of attention for CPUs beside einsum attention, on this machine.
+    python -m kernels_pallas.tools.bench [--only WORD ...] [--json FILE]
 
-On a GPU, `--only attention` is attention beside cuDNN's and, where PyTorch is installed with CUDA,
-PyTorch's flash attention, in a few minutes; `--only hopper` is our own kernels for that generation.
+On a TPU or GPU: times them, and prints the share of the chip's lower bound in that time. The lower
+bound is arithmetic at the bf16 peak or one read or write of each array, whichever takes longer.
+Without an accelerator: compiles them for the TPUs in --chips, which needs libtpu but no TPU, and
+prints their memory. With --cpu: times the CPU implementation of attention against einsums.
+
+On a GPU, `--only attention` compares with cuDNN and, where PyTorch with CUDA is installed, with
+PyTorch's flash attention, in a few minutes; `--only hopper` times our own Hopper kernels.
 """
 
 import argparse
@@ -31,8 +33,8 @@ import kernels_pallas
 from kernels_pallas import quantized_matmul
 
 BF16, F32 = jnp.bfloat16, jnp.float32
-# Chip -> (a slice that libtpu describes, words of its device kind, bf16 FLOP/s, memory bytes/s) of
-# a device. From the vendors' pages; a device of tpu7x is a core, half a chip.
+# Chip -> (a topology that libtpu describes, part of the device kind, bf16 FLOP/s, memory bytes/s),
+# per device, from the vendors' pages. A device of tpu7x is one core, half a chip.
 CHIPS = {
     "v5e": ("v5e:2x2", "TPU v5 lite", 197e12, 819e9),
     "v5p": ("v5p:2x2x1", "TPU v5", 459e12, 2765e9),
@@ -42,11 +44,14 @@ CHIPS = {
     "h200": (None, "H200", 989e12, 4800e9),
 }
 TPUS = [name for name, chip in CHIPS.items() if chip[0]]
-ADVICE = 'install it beside this package with: pip install "jax[tpu]"'
+ADVICE = 'install it with: pip install "jax[tpu]"'
 
 
 class Case(NamedTuple):
-    """`make()` gives the arguments, `forms` what takes them; `ours` is the first of them."""
+    """One benchmark: `make()` returns the arguments, `forms` maps names to the compared functions.
+
+    `ours` is the first form; `flops` are the operations of one call.
+    """
 
     name: str
     size: str
@@ -56,8 +61,8 @@ class Case(NamedTuple):
 
 
 class Process(NamedTuple):
-    """A form that a Python process of its own times: this module, run with these arguments, prints
-    the seconds of a call."""
+    """A form timed in a separate Python process: the module, run with the arguments, prints the
+    seconds per call."""
 
     module: str
     arguments: tuple[Any, ...]
@@ -114,9 +119,12 @@ def attention(length: int, backward: bool) -> Case:
 def attention_on_gpu(
     length: int, backward: bool, document: int | None = None, hopper: bool = False
 ) -> Case:
-    """16k tokens, causal, 32 query heads on 8, head width 128; in rows of one document, or of
-    documents of so many tokens. cuDNN, as jax.nn offers it, knows no documents: there its row is
-    the time of the whole triangle, another result. With `hopper`, our own kernels alone."""
+    """16k tokens, causal, 32 query heads on 8, head width 128, in rows of `length`.
+
+    Each row is one document, or documents of `document` tokens. cuDNN through jax.nn does not
+    support documents; its time there is that of the full causal triangle, with another result.
+    With `hopper`, times only our own Hopper kernels.
+    """
     b, n, k, h = 16_384 // length, 32, 8, 128
 
     def make():
@@ -136,13 +144,13 @@ def attention_on_gpu(
     forms = {"ours": ours, "cuDNN, no documents" if document else "cuDNN": cudnn}
     if hopper:
         forms = {"ours": functools.partial(ours, implementation="hopper")}
-    elif not document and length == 4096:  # beyond, its square of scores does not fit
+    elif not document and length == 4096:  # for longer rows the T x T scores do not fit
         forms["jax.nn, XLA"] = functools.partial(jax_nn, implementation="xla")
     if backward:
         forms = {name: gradients(form, 3) for name, form in forms.items()}
     if not document and not hopper and importlib.util.find_spec("torch"):
         sizes = b, length, n, k, h, "gradients" if backward else "forward"
-        forms["PyTorch, flash"] = Process("kernels_pallas.bench_torch", sizes)
+        forms["PyTorch, flash"] = Process("kernels_pallas.tools.bench_torch", sizes)
     name = "hopper kernels" if hopper else "attention"
     name += f", documents of {document}" if document else ""
     flops = 2 * b * n * length * (document or length) * h * (3.5 if backward else 1)
@@ -151,7 +159,7 @@ def attention_on_gpu(
 
 
 def einsum_attention(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array) -> jax.Array:
-    """Causal attention as it is written without a kernel: the softmax of all scores, in float32."""
+    """Causal attention in einsums, without a kernel; full scores in float32."""
     b, t, n, h = q_btnh.shape
     q_btkgh = q_btnh.reshape(b, t, k_bskh.shape[2], -1, h)
     s = jnp.einsum("btkgh,bskh->bkgts", q_btkgh, k_bskh, preferred_element_type=F32) * h**-0.5
@@ -162,7 +170,7 @@ def einsum_attention(q_btnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array) ->
 
 
 def attention_on_cpu(length: int, dtype: Any, backward: bool) -> Case:
-    """Causal, 4 query heads on 2, head width 64; what is computed is told as by einsum."""
+    """Causal, 4 query heads on 2, head width 64; operations are counted as for einsum attention."""
     b, n, k, h = 1, 4, 2, 64
 
     def make():
@@ -181,7 +189,7 @@ def attention_on_cpu(length: int, dtype: Any, backward: bool) -> Case:
 
 
 def paged_attention(dtype: Any, length: int = 4096) -> Case:
-    """One new token for each of 32 sequences, half to all of `length` long."""
+    """One new token for each of 32 sequences of `length` / 2 to `length` tokens."""
     b, n, k, h, slots = 32, 32, 8, 128, 128
     width = length // slots
     lengths = np.random.default_rng(0).integers(length // 2, length, b).astype(np.int32)
@@ -199,10 +207,10 @@ def paged_attention(dtype: Any, length: int = 4096) -> Case:
         return kernels_pallas.paged_attention(*arrays, **scales, implementation=implementation)
 
     def shipped(q, k, v, table, lengths):
-        from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as theirs
+        from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as jax_kernel
 
         k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
-        return theirs(q[:, 0], k, v, lengths, table, pages_per_compute_block=8)
+        return jax_kernel(q[:, 0], k, v, lengths, table, pages_per_compute_block=8)
 
     forms = {"ours": ours, "reference": functools.partial(ours, implementation="reference")}
     if dtype == BF16:
@@ -213,7 +221,7 @@ def paged_attention(dtype: Any, length: int = 4096) -> Case:
 
 
 def grouped_matmul(m: int, d: int, f: int, e: int, backward: bool) -> Case:
-    """Groups of uneven size."""
+    """Grouped matmul with groups of uneven size."""
     shares = np.random.default_rng(1).dirichlet(np.full(e, 8.0))
     sizes = np.random.default_rng(0).multinomial(m, shares).astype(np.int32)
 
@@ -238,7 +246,7 @@ def grouped_matmul(m: int, d: int, f: int, e: int, backward: bool) -> Case:
 
 
 def cross_entropy(tokens: int, d: int, v: int) -> Case:
-    """Loss and gradients."""
+    """Cross-entropy with gradients."""
     from kernels_pallas.cross_entropy import reference
 
     def make():
@@ -278,7 +286,7 @@ def eight_bits(m: int, d: int, f: int) -> Case:
 
 
 def gradients(form: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Value and gradients by the first `count` arguments."""
+    """A function that returns value and gradients with respect to the first `count` arguments."""
 
     def run(*arrays):
         y, pull = jax.vjp(lambda *a: form(*a, *arrays[count:]), *arrays[:count])
@@ -288,10 +296,10 @@ def gradients(form: Callable[..., Any], count: int) -> Callable[..., Any]:
 
 
 def cases(gpu: bool = False) -> list[Case]:
-    """All, at sizes of a model of a few billion parameters."""
+    """All cases, at the sizes of a model of a few billion parameters."""
     first, last = [attention(4096, backward) for backward in (False, True)], []
     if gpu:
-        # What has never run on one comes last: it may hang.
+        # The Hopper kernels come last: they have never run on a GPU and may hang.
         first, last = (
             [
                 attention_on_gpu(length, backward, document, hopper)
@@ -323,7 +331,7 @@ def cases_on_cpu() -> list[Case]:
 
 
 def timed(case: Case, form: Callable[..., Any], repeats: int = 10) -> float:
-    """Seconds of a call: the best of three runs of `repeats`, after one that compiles."""
+    """Seconds per call: the best of three runs of `repeats` calls, after one that compiles."""
     arrays, call = case.make(), jax.jit(form)
     jax.block_until_ready(call(*arrays))
     best = math.inf
@@ -337,39 +345,41 @@ def timed(case: Case, form: Callable[..., Any], repeats: int = 10) -> float:
 
 
 def side_by_side(case: Case, rounds: int = 200, seconds: float = 20.0) -> list[dict[str, Any]]:
-    """A row for each form, on this machine's CPU, by turns, once a round: median milliseconds by
-    the clock and of processor time (which a busy machine does not stretch), median ratios of both
-    to einsum's of the same round, MiB of temporaries by XLA's own account of the program. Rounds
-    end after `seconds`, but there are three at least."""
+    """Times the forms on this machine's CPU in turns, one call each per round; returns their rows.
+
+    A row has the median milliseconds of wall time and of processor time (which other load on the
+    machine stretches less), the median ratios of both to einsum in the same round, and MiB of
+    temporaries as XLA reports them. Stops after `seconds`, but not before three rounds.
+    """
     with jax.default_device(jax.devices("cpu")[0]):
         arrays = case.make()
         programs = {name: jax.jit(f).lower(*arrays).compile() for name, f in case.forms.items()}
-        taken = {name: [] for name in programs}
-        begun = time.perf_counter()
-        while len(taken["ours"]) <= 3 or (
-            len(taken["ours"]) <= rounds and time.perf_counter() - begun < seconds
+        times = {name: [] for name in programs}
+        first = time.perf_counter()
+        while len(times["ours"]) <= 3 or (
+            len(times["ours"]) <= rounds and time.perf_counter() - first < seconds
         ):
             for name, program in programs.items():
                 start = np.array([time.perf_counter(), time.process_time()])
                 jax.block_until_ready(program(*arrays))
-                taken[name].append([time.perf_counter(), time.process_time()] - start)
-    # The first call of each also warms up.
-    taken = {name: np.array(each[1:]) for name, each in taken.items()}
-    found = []
+                times[name].append([time.perf_counter(), time.process_time()] - start)
+    # The first call of each is a warm-up.
+    times = {name: np.array(each[1:]) for name, each in times.items()}
+    results = []
     for name, program in programs.items():
-        ms, processor_ms = 1e3 * np.median(taken[name], 0)
-        ratio, processor_ratio = np.median(taken[name] / taken["einsum"], 0)
+        ms, processor_ms = 1e3 * np.median(times[name], 0)
+        ratio, processor_ratio = np.median(times[name] / times["einsum"], 0)
         row = {"kernel": case.name, "size": case.size, "form": name, "chip": "cpu"}
-        row |= {"rounds": len(taken[name]), "ms": round(float(ms), 3)}
+        row |= {"rounds": len(times[name]), "ms": round(float(ms), 3)}
         row |= {"of_einsum": round(float(ratio), 3), "processor_ms": round(float(processor_ms), 3)}
         row |= {"processor_of_einsum": round(float(processor_ratio), 3)}
         row["temporaries_mib"] = round(program.memory_analysis().temp_size_in_bytes / 2**20, 1)
-        found.append(row)
-    return found
+        results.append(row)
+    return results
 
 
 def floor(case: Case, chip: str) -> float:
-    """Seconds in which no program can do it on that chip."""
+    """Lower bound of the seconds per call on a chip, from arithmetic and memory traffic."""
     _, _, rate, bandwidth = CHIPS[chip]
     inputs = jax.eval_shape(case.make)
     arrays = jax.tree.leaves((inputs, jax.eval_shape(case.forms["ours"], *inputs)))
@@ -378,7 +388,7 @@ def floor(case: Case, chip: str) -> float:
 
 
 def described(chip: str) -> Any:
-    """One device of a TPU that is not there."""
+    """One device of a TPU that this machine does not have, for ahead-of-time compilation."""
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -392,15 +402,15 @@ def described(chip: str) -> Any:
 
 
 def compiled(case: Case, form: Callable[..., Any], device: Any) -> dict[str, Any]:
-    """What the program takes: MiB of memory for temporaries, of vector memory in the largest of
-    its kernels, KiB of code."""
+    """Compiles for `device`. Returns MiB of temporaries, MiB of vector memory in the largest kernel
+    and KiB of code."""
     mesh = Mesh(np.array([device]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(case.make),
     )
-    with jax.set_mesh(mesh):  # which tells the kernels for what chip they choose their blocks
+    with jax.set_mesh(mesh):  # kernels choose their block sizes by the chip of the mesh
         program = jax.jit(form).lower(*placed).compile()
     memory = program.memory_analysis()
     scoped = re.findall(r'"used_scoped_memory_configs":\[([^\]]*)\]', program.as_text())
@@ -412,45 +422,47 @@ def compiled(case: Case, form: Callable[..., Any], device: Any) -> dict[str, Any
     }
 
 
-def rows(chosen: list[Case], chips: list[str], here: str | None) -> list[dict[str, Any]]:
-    """One for each form of each case, on the device `here` or compiled for `chips`."""
-    found = []
+def rows(chosen: list[Case], chips: list[str], accelerator: str | None) -> list[dict[str, Any]]:
+    """Rows of each form of each case: timed on this machine's accelerator, if there is one, else
+    compiled for `chips`."""
+    results = []
     for case in chosen:
-        for chip in [here] if here else chips:
+        for chip in [accelerator] if accelerator else chips:
             for name, form in case.forms.items():
                 row = {"kernel": case.name, "size": case.size, "form": name, "chip": chip}
                 try:
-                    if here:
-                        elsewhere = isinstance(form, Process)
-                        seconds = form.seconds() if elsewhere else timed(case, form)
-                        share = floor(case, here) / seconds
+                    if accelerator:
+                        in_process = isinstance(form, Process)
+                        seconds = form.seconds() if in_process else timed(case, form)
+                        share = floor(case, accelerator) / seconds
                         row |= {"ms": round(1e3 * seconds, 3), "share_of_floor": round(share, 3)}
                     else:
                         row |= compiled(case, form, described(chip))
-                except Exception as error:  # a form that this chip or size has not
+                except Exception as error:  # the form does not support this chip or size
                     row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-                say(row)
-                found.append(row)
-    return found
+                print_row(row)
+                results.append(row)
+    return results
 
 
-def say(row: dict[str, Any]) -> None:
+def print_row(row: dict[str, Any]) -> None:
+    """Prints a row to stderr as soon as it is measured."""
     print("  ".join(str(value) for value in row.values()), file=sys.stderr)
 
 
 def rows_on_cpu(chosen: list[Case]) -> list[dict[str, Any]]:
-    found = []
+    results = []
     for case in chosen:
-        found += side_by_side(case)
-        for row in found[-len(case.forms) :]:
-            say(row)
-    return found
+        results += side_by_side(case)
+        for row in results[-len(case.forms) :]:
+            print_row(row)
+    return results
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """The rows in columns."""
-    names = list(dict.fromkeys(name for row in found for name in row))
-    lines = [names, *([str(row.get(name, "")) for name in names] for row in found)]
+def table(rows: list[dict[str, Any]]) -> str:
+    """Formats rows as a table with aligned columns."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
@@ -458,18 +470,25 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def this_chip() -> str | None:
-    """The name in CHIPS of the accelerator of this machine; None where there is none."""
+    """Name in CHIPS of this machine's accelerator; None if there is none."""
     if jax.default_backend() == "cpu":
         return None
     kind = jax.devices()[0].device_kind
     matching = [name for name, chip in CHIPS.items() if chip[1].lower() in kind.lower()]
     if not matching:
-        sys.exit(f"kernels_pallas.bench knows no rates of {kind!r}; it knows {', '.join(CHIPS)}.")
+        sys.exit(
+            f"kernels_pallas.tools.bench: no peak rates for {kind!r}; add it to CHIPS, which has "
+            f"{', '.join(CHIPS)}."
+        )
     return max(matching, key=lambda name: len(CHIPS[name][1]))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels_pallas.tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     names = ", ".join(TPUS)
     parser.add_argument(
         "--chips",
@@ -477,41 +496,45 @@ def main(arguments: list[str] | None = None) -> None:
         choices=TPUS,
         default=TPUS,
         metavar="CHIP",
-        help=f"to compile for, where there is no accelerator: {names}",
+        help=f"TPUs to compile for if there is no accelerator: {names}",
     )
     parser.add_argument(
-        "--cpu", action="store_true", help="time attention on this machine's CPU beside einsums"
+        "--cpu", action="store_true", help="time attention on this machine's CPU against einsums"
     )
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="kernels whose names have it")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="kernels with a WORD in their name"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
     options = parser.parse_args(arguments)
-    # Other processes need memory beside this one, which by itself would take most of a GPU's.
+    # Leave GPU memory to the separate processes; JAX preallocates most of it by default.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     gpu = not options.cpu and jax.default_backend() == "gpu"
     every = cases_on_cpu() if options.cpu else cases(gpu)
     chosen = [c for c in every if not options.only or any(w in c.name for w in options.only)]
     if not chosen:
         names = ", ".join(sorted({case.name for case in every}))
-        sys.exit(f"kernels_pallas.bench: --only {' '.join(options.only)} matches none of {names}.")
-    here = None if options.cpu else this_chip()
-    if here is None and not options.cpu:
+        sys.exit(
+            f"kernels_pallas.tools.bench: --only {' '.join(options.only)} matches none of {names}."
+        )
+    accelerator = None if options.cpu else this_chip()
+    if accelerator is None and not options.cpu:
         try:
             import libtpu  # noqa: F401
         except ImportError:
             sys.exit(
-                "kernels_pallas.bench: this machine has neither a TPU nor a GPU, and without "
-                f"libtpu it can't compile for one; {ADVICE}"
+                "kernels_pallas.tools.bench: this machine has neither a TPU nor a GPU, and without "
+                f"libtpu it cannot compile for a TPU; {ADVICE}"
             )
-    found = rows_on_cpu(chosen) if options.cpu else rows(chosen, options.chips, here)
-    report(found, options.json)
+    results = rows_on_cpu(chosen) if options.cpu else rows(chosen, options.chips, accelerator)
+    report(results, options.json)
 
 
-def report(found: list[dict[str, Any]], path: str | None) -> None:
-    """The table; and the rows as JSON, where a path is given."""
-    print(table(found))
+def report(rows: list[dict[str, Any]], path: str | None) -> None:
+    """Prints the table of rows; also writes them to `path` as JSON unless that is None."""
+    print(table(rows))
     if path:
         with open(path, "w") as file:
-            json.dump(found, file, indent=1)
+            json.dump(rows, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""`python -m kernels_pallas.errors`: how far each kernel lies from its reference in float32, beside
-what arithmetic explains.
+"""Tabulates the error of each kernel against its float32 reference, beside an a-priori bound.
 
-TPU kernels run in interpret mode, with memory that starts as NaN. Errors and bounds are shares of
-the largest element of the reference's result. The bound of an output is a count of roundings:
-`steps` of numbers rounded to the dtype in hand (u = 2**-8 for bfloat16, 2**-24 for float32), and
-sums in float32 of n numbers, whose roundings of both signs add up to about 2**-24 * sqrt(n), once
-for the kernel and once for the reference. An error of a score is one of its exponential: attention
-counts sums and roundings of scores as often as the largest score says.
+    python -m kernels_pallas.tools.errors [--json FILE]
+
+TPU kernels run in interpret mode, with uninitialized memory set to NaN. Errors and bounds are
+relative to the largest element of the reference. The bound of an output counts roundings: `steps`
+roundings to the dtype (unit roundoff u = 2**-8 for bfloat16, 2**-24 for float32), and float32 sums
+of n numbers, whose roundings of either sign accumulate to about 2**-24 * sqrt(n), once in the
+kernel and once in the reference. The exponential amplifies errors of a score by the size of the
+score: attention multiplies sums and roundings of scores by the largest score.
 """
 
 import argparse
@@ -22,8 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 import kernels_pallas
 from kernels_pallas import quantized_matmul
 from kernels_pallas.attention import reference as attention_reference
-from kernels_pallas.bench import report, say
 from kernels_pallas.cross_entropy import reference as cross_entropy_reference
+from kernels_pallas.tools.bench import print_row, report
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 UNIT = {F32: 2.0**-24, BF16: 2.0**-8}
@@ -35,14 +36,14 @@ def normal(seed: int, *shape: int, dtype: Any = F32) -> jax.Array:
 
 
 def bound(dtype: Any, steps: float, *sums: float) -> float:
-    """Of `steps` roundings to dtype and float32 sums of so many numbers each."""
+    """Relative error bound of `steps` roundings to dtype and of float32 sums of so many numbers."""
     return steps * UNIT[dtype] + 2 * UNIT[F32] * (1 + sum(map(math.sqrt, sums)))
 
 
 def rows(
     kernel: str, form: str, dtype: Any, got: Any, want: Any, bounds: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
-    """One for each output."""
+    """Yields one row per output."""
     for a, b, (name, most) in zip(got, want, bounds.items(), strict=True):
         a, b = np.float32(a), np.float32(b)
         error = float(np.abs(a - b).max() / np.abs(b).max())
@@ -51,7 +52,8 @@ def rows(
 
 
 def gradients(function: Callable[..., Any], count: int, toward: int) -> Callable[..., Any]:
-    """Outputs, and the gradients by the first `count` arguments of a fixed projection of them."""
+    """A function that returns outputs and gradients with respect to the first `count` arguments,
+    pulled back from fixed random cotangents with seed `toward`."""
 
     def run(*arrays):
         out, pull = jax.vjp(lambda *a: function(*a, *arrays[count:]), *arrays[:count])
@@ -62,7 +64,7 @@ def gradients(function: Callable[..., Any], count: int, toward: int) -> Callable
 
 
 def interpreted(function: Callable[..., Any], *arrays: Any) -> Any:
-    """On a machine without a TPU."""
+    """Calls `function` with TPU kernels in interpret mode."""
     try:
         with pltpu.force_tpu_interpret_mode(STRICT):
             return jax.tree.map(np.asarray, function(*arrays))
@@ -71,7 +73,7 @@ def interpreted(function: Callable[..., Any], *arrays: Any) -> Any:
 
 
 def exactly(arrays: Any) -> list[jax.Array]:
-    """The same numbers in float32."""
+    """The arrays with floating-point dtypes converted to float32."""
     return [x.astype(F32) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in arrays]
 
 
@@ -79,13 +81,13 @@ def attention(dtype: Any, length: int = 256, n: int = 4, k: int = 2, h: int = 64
     arrays = [normal(i, 1, length, heads, h, dtype=dtype) for i, heads in enumerate((n, k, k))]
     q, key, _ = exactly(arrays)
     largest = float(jnp.abs(jnp.einsum("btkgh,bskh->bkgts", _by_group(q, k), key)).max()) * h**-0.5
-    # The sum of a score, as often as the largest score says.
+    # Terms of a score's sum, amplified by the largest score.
     score = h * largest**2
     bounds = {
-        # Weights and result; and the scaled queries, each score's sum.
+        # Roundings of weights and result; of scaled queries, amplified by the score.
         "out": bound(dtype, 2 + largest, length, score),
         "lse": bound(dtype, largest, length, score),
-        # Beside these the gradients of the scores, from differences of two sums over the values.
+        # Also of the gradients of the scores, which are differences of two sums over the values.
         "dq": bound(dtype, 4 + largest, length, score, h, h),
         "dk": bound(dtype, 4 + largest, length, score, h, h),
         "dv": bound(dtype, 2 + largest, length, score),
@@ -119,16 +121,16 @@ def paged_attention(dtype: Any, eight_bits: Any = None):
         ones = jnp.full(pages[0].shape[:3], 1 / 32)
         scales = {"k_scales_pks": ones, "v_scales_pks": ones}
     lengths = jnp.array([slots * width, 200])
-    where = jax.random.permutation(jax.random.key(3), b * width).reshape(b, width), lengths
+    table = jax.random.permutation(jax.random.key(3), b * width).reshape(b, width)
 
     def run(implementation, q, *pages):
         call = {"implementation": implementation, **scales}
-        return [kernels_pallas.paged_attention(q, *pages, *where, **call)]
+        return [kernels_pallas.paged_attention(q, *pages, table, lengths, **call)]
 
     got = interpreted(lambda *a: run("tpu", *a), q, *pages)
     exact = pages if eight_bits else exactly(pages)
     want = run("reference", q.astype(F32), *exact)
-    largest = 4.0  # of scores of normal queries and keys, scaled: one in 20,000 is larger
+    largest = 4.0  # scaled scores of normal queries and keys; one in 20,000 is larger
     bounds = {"out": bound(dtype, 2 + largest, slots * width, h * largest**2)}
     kernel = "paged attention" + (f", {jnp.dtype(eight_bits).name} pages" if eight_bits else "")
     yield from rows(kernel, "tpu", dtype, got, want, bounds)
@@ -161,7 +163,7 @@ def quantized(dtype: Any):
         return rows(kernel, "tpu", dtype, got, want, {"y": bound(dtype, steps, d)})
 
     for bits in (4, 3):
-        # With more than 128 rows the widened weights are rounded to the dtype of x.
+        # With more than 128 rows the unpacked weights are rounded to the dtype of x.
         for m, steps in ((16, 1), (256, 2)):
             x = normal(0, m, d, dtype=dtype)
             kernel = f"{bits} bits, {m} rows"
@@ -183,7 +185,7 @@ def cross_entropy(dtype: Any):
 
     got = run(kernels_pallas.cross_entropy)(*arrays)
     want = run(cross_entropy_reference.cross_entropy)(*exactly(arrays))
-    # Logits stay in float32; the gradients of logits, and the results, are rounded.
+    # Logits stay in float32; gradients of logits and results are rounded.
     logits = d * 9.0
     bounds = {
         "loss": bound(F32, 0, logits, v, b * t),
@@ -194,7 +196,7 @@ def cross_entropy(dtype: Any):
 
 
 def measured() -> Iterator[dict[str, Any]]:
-    """All rows."""
+    """Yields the rows of all kernels and dtypes."""
     for dtype in (F32, BF16):
         for kernel in (attention, paged_attention, grouped_matmul, quantized, cross_entropy):
             yield from kernel(dtype)
@@ -203,14 +205,18 @@ def measured() -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.errors", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="also write the rows there")
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels_pallas.tools.errors",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
     options = parser.parse_args(arguments)
-    found = []
+    results = []
     for row in measured():
-        say(row)
-        found.append(row)
-    report(found, options.json)
+        print_row(row)
+        results.append(row)
+    report(results, options.json)
 
 
 if __name__ == "__main__":

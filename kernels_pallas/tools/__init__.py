@@ -1,0 +1,1 @@
+"""Command-line tools: `bench` times and compiles the kernels, `errors` tabulates their errors."""
