@@ -1,4 +1,4 @@
-"""The loss curve of a run, from its metrics.jsonl and eval.jsonl."""
+"""Draws the loss curve of a run from its metrics.jsonl and eval.jsonl."""
 
 import io
 import itertools
@@ -12,7 +12,7 @@ from etils import epath
 from lm.errors import UserError
 from lm.training.metrics import read_lines
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
+# The palette of Okabe and Ito, safe for colour-blind readers.
 _BLUE, _GREY = "#0072B2", "#8C8C8C"
 _OTHERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _UNITS = {"bits_per_byte": "bits per byte", "loss": "loss (nats per token)"}
@@ -21,13 +21,15 @@ _UNITS = {"bits_per_byte": "bits per byte", "loss": "loss (nats per token)"}
 def plot_loss(
     metrics: epath.PathLike, evaluations: epath.PathLike, path: epath.PathLike, name: str
 ) -> None:
-    """Draws the curve of the run `name` into the PNG `path`, which is replaced as a whole.
+    """Draws the loss curve of the run `name` into the PNG file `path`.
 
-    In bits per byte where the metrics have it, else in nats per token; held-out results of the same
-    measure as points, with bars of one standard error; the learning rate thin, on the right.
+    The unit is bits per byte if the metrics have it, else nats per token. Held-out results of the
+    same measure are points with bars of one standard error. The right axis is the learning rate.
+
+    Raises UserError if `metrics` has no steps yet.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
+    from matplotlib.figure import Figure  # not pyplot: it would change a notebook's backend
 
     lines = read_lines(metrics)
     if not lines:
@@ -39,13 +41,13 @@ def plot_loss(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     right = axes.twinx()
-    axes.set_zorder(right.get_zorder() + 1)  # the loss over the learning rate
+    axes.set_zorder(right.get_zorder() + 1)  # draws the loss above the learning rate
     axes.patch.set_visible(False)
 
     axes.plot(steps, values, color=_BLUE, alpha=0.22, linewidth=0.8)
     smoothed = smooth(values)
     axes.plot(steps, smoothed, color=_BLUE, linewidth=2, label="training")
-    shown = [smoothed[len(smoothed) // 20 :]]  # the steep fall at the start may leave the picture
+    shown = [smoothed]
     sources = _held_out(evaluations, measure)
     for colour, (source, results) in zip(itertools.cycle(_OTHERS), sources.items()):
         at, value, spread = (_column(results, key) for key in ("step", "value", "stderr"))
@@ -69,7 +71,7 @@ def plot_loss(
     axes.set_ylim(*_limits(np.concatenate(shown)))
     right.set_ylabel("learning rate", color=_GREY)
     right.set_ylim(0, 1.1 * np.nanmax(rates, initial=1e-9))
-    right.yaxis.set_major_formatter(lambda x, _: f"{x:.1e}".replace("e-0", "e-") if x else "0")
+    right.yaxis.set_major_formatter(lambda x, _: _scientific(x))
     right.tick_params(axis="y", colors=_GREY)
     axes.set_title(name, loc="left", fontweight="bold")
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
@@ -84,8 +86,8 @@ def plot_loss(
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """The mean over the neighbours: a sixtieth of the run to each side, less near the start, where
-    the loss falls steeply. Leaves out values that are not finite."""
+    """Moving average over a sixtieth of the run to each side, over less near the start, where the
+    loss falls steeply. Values that are not finite are left out."""
     index = np.arange(len(values))
     half = np.minimum(len(values) // 60, index // 5)
     first, last = index - half, np.minimum(index + half, len(values) - 1)
@@ -102,17 +104,23 @@ def _column(lines: Sequence[dict[str, Any]], key: str) -> np.ndarray:
 
 
 def _held_out(path: epath.PathLike, measure: str) -> dict[str, list[dict[str, Any]]]:
-    """Source -> the lines of eval.jsonl called SOURCE/MEASURE."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """{source: lines of eval.jsonl with the name SOURCE/MEASURE}."""
+    results: dict[str, list[dict[str, Any]]] = {}
     for line in read_lines(path):
-        source, _, measured = line["name"].rpartition("/")
-        if measured == measure:
-            found.setdefault(source, []).append(line)
-    return found
+        source, _, name = line["name"].rpartition("/")
+        if name == measure:
+            results.setdefault(source, []).append(line)
+    return results
+
+
+def _scientific(x: float) -> str:
+    """0.00125 -> '1.25e-3', 0.001 -> '1e-3'."""
+    mantissa, _, exponent = f"{x:.2e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if x else "0"
 
 
 def _limits(shown: np.ndarray) -> tuple[float, float]:
-    """Of the axis that shows these values with a margin."""
+    """Limits of an axis that shows these values with a margin."""
     finite = shown[np.isfinite(shown)]
     if not len(finite):
         return 0.0, 1.0

@@ -19,7 +19,7 @@ from lm import terminal
 from lm.errors import UserError
 from lm.training import metrics
 from lm.training.metrics import Files, JsonLines, Log, read_lines, step_line, truncate_after
-from lm.training.plot import plot_loss, smooth
+from lm.training.plot import _scientific, plot_loss, smooth
 
 
 @given(
@@ -209,6 +209,14 @@ def test_a_plot_is_a_png_and_replaces_the_one_before(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(UserError, match="no steps yet"):
         plot_loss(tmp_path / "none.jsonl", tmp_path / "none.jsonl", path, "run")
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(1.25e-3, "1.25e-3"), (1e-3, "1e-3"), (2.5e-4, "2.5e-4"), (0.0, "0"), (10.0, "1e1")],
+)
+def test_ticks_of_the_learning_rate_are_not_rounded(rate: float, text: str) -> None:
+    assert _scientific(rate) == text
 
 
 def test_smoothing_keeps_a_line_straight_and_leaves_out_what_is_not_finite() -> None:
