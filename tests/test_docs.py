@@ -1,32 +1,42 @@
-"""What the READMEs say is so: commands parse, paths exist, code runs, and nothing is left out of
-the maps."""
+"""The documentation is correct: commands parse, links resolve, code runs, maps are complete."""
 
+import dataclasses
 import importlib.util
 import json
 import re
-import runpy
 import shlex
 import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_experiments
+from test_layering import ORDER
 
 import lm.main
 from lm import run, runs
-from lm.commands import bench
-from lm.experiment import from_json, to_json
+from lm.commands import eval, export, generate, import_, measure, plan, train
+from lm.experiment import from_json, override, to_json
+from lm.parallel import distributed
 from lm.planning import show
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*.py") if p.stem != "__init__")
-READMES = [ROOT / "README.md", ROOT / "experiments" / "README.md", ROOT / "experiments" / "LOG.md"]
-READMES += [ROOT / "lm" / room / "README.md" for room in ("data", "hf")]
+FOLDERS = ("lm", "experiments", "kernels_pallas")
+READMES = [ROOT / "README.md", *sorted(p for name in FOLDERS for p in (ROOT / name).rglob("*.md"))]
+# What a reader from another framework searches for.
+TERMS = (
+    *("data parallelism", "tensor, pipeline, context and expert parallelism", "fsdp", "zero-3"),
+    *("gradient accumulation", "activation checkpointing", "remat", "mixed precision", "bf16"),
+    *("loss scaling", "kv cache", "auxiliary loss", "throughput", "validation", "checkpoints"),
+    *("exact resume", "fine-tuning", "freezing weights", "tpu pods", "flax modules", "pallas"),
+    *("hugging face", "tokenizers", "learning-rate schedules", "mixture of experts"),
+)
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-# A path that some machine has and others do not; /data stands for yours.
+# Absolute paths of one machine. The documentation uses /data for a path of the reader.
 SOMEWHERE = re.compile(r"(?<![\w.$~/-])/(home|Users|root|work|mnt|tmp|var)/")
 
 
@@ -35,7 +45,7 @@ def fences(path: Path, language: str) -> list[str]:
 
 
 def documented() -> Iterator[tuple[str, str]]:
-    """(file, text with commands): the READMEs, and the docstring of each experiment."""
+    """(file, text with commands): documents and experiment files."""
     for path in READMES:
         yield str(path.relative_to(ROOT)), path.read_text()
     for path in EXPERIMENTS:
@@ -43,21 +53,20 @@ def documented() -> Iterator[tuple[str, str]]:
 
 
 def commands() -> Iterator[tuple[str, str, list[str]]]:
-    """(file, module, arguments) of every `python -m MODULE ...`, but for examples of output and of
-    files."""
+    """(file, module, arguments) of every `python -m MODULE ...` outside text and python fences."""
     for file, text in documented():
         text = re.sub(r"^```(text|python)\n.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-        for found in re.finditer(r"python3? -m [^`\n]+", text):
-            words = _words(found.group())
+        for command in re.findall(r"python3? -m [^`\n]+", text):
+            words = _words(command)
             if "NAME" not in words[0]:
                 yield file, words[0], words[1:]
 
 
 def _words(command: str) -> list[str]:
-    """The words after `python -m`, also of a command inside a quoted one."""
+    """The words after `python -m`, also if the command is inside a quoted one."""
     try:
         words = shlex.split(command)[2:]
-    except ValueError:  # the closing quote of the outer command
+    except ValueError:  # it ends with the closing quote of the outer command
         words = shlex.split(command.rstrip()[:-1])[2:]
     return words[: words.index("&&")] if "&&" in words else words
 
@@ -71,22 +80,21 @@ def test_a_documented_command_parses(file, module, arguments, monkeypatch):
     assert importlib.util.find_spec(module) is not None
     called = []
 
-    def call(*given, **options):
-        called.append(given)
+    def call(*arguments, **options):
+        called.append(arguments)
         return types.SimpleNamespace(stopped=None)
 
-    monkeypatch.setattr(lm.main.distributed, "initialize", lambda: None)
+    monkeypatch.setattr(distributed, "initialize", lambda: None)
     monkeypatch.setattr(run, "train", call)
+    monkeypatch.setattr(train, "_folders", lambda *_: [])  # those in a bucket need gcsfs
     monkeypatch.setattr(show, "facts", call)
     monkeypatch.setattr(show, "text", lambda shown: "")
-    monkeypatch.setattr(lm.main.json, "dumps", lambda shown: "")
-    for verb in ("_generate", "_eval", "_import", "_export"):
-        monkeypatch.setattr(lm.main, verb, call)
-    monkeypatch.setattr(lm.main, "_plan", call)
-    monkeypatch.setattr(bench, "step", call)
-    monkeypatch.setattr(bench, "reading", call)
-    monkeypatch.setattr(bench, "reading_text", lambda measured: "")
-    monkeypatch.setattr(bench, "text", lambda measured: "")
+    monkeypatch.setattr(json, "dumps", lambda shown: "")
+    for command in (generate, eval, import_, export, plan):
+        monkeypatch.setattr(command, "run", call)
+    for what in ("step", "reading"):
+        monkeypatch.setattr(measure, what, call)
+        monkeypatch.setattr(measure, f"{what}_text", lambda measured: "")
     if module == "lm":
         lm.main.lm_main(arguments)
         assert called
@@ -97,10 +105,11 @@ def test_a_documented_command_parses(file, module, arguments, monkeypatch):
 
 
 def test_commands_are_found():
-    found = {(module, *arguments) for _, module, arguments in commands()}
-    assert ("experiments.stdlib",) in found
-    assert ("lm", "eval", "runs/stdlib") in found
-    assert any("gs://my-bucket/runs" in arguments for arguments in found)  # inside gcloud's quotes
+    documented = {(module, *arguments) for _, module, arguments in commands()}
+    assert ("experiments.stdlib",) in documented
+    assert ("lm", "eval", "runs/stdlib") in documented
+    # Inside the quotes of a gcloud command.
+    assert any("gs://my-bucket/runs" in arguments for arguments in documented)
 
 
 def test_the_readme_opens_with_the_two_commands():
@@ -120,16 +129,44 @@ def test_code_in_the_docs_is_code(body, tmp_path, monkeypatch):
     compile(body, "README.md", "exec")
     monkeypatch.setattr(runs, "load_declaration", lambda folder: tiny_experiments.experiment())
     if "lm.train" in body:
-        return  # the notebook does that
-    file = tmp_path / "readme.py"
-    file.write_text(body)
-    names = runpy.run_path(str(file), run_name="readme")
-    if "experiment" not in names:
+        return  # tests/test_notebooks.py runs the same calls
+    module = imported(body, "readme", tmp_path, monkeypatch)
+    if not hasattr(module, "experiment"):
         return
-    declared = names["experiment"]()
+    assert "    main(experiment)\n" in body  # without it, the file does nothing
+    declared = module.experiment()
+    assert declared.evals
     assert from_json(json.loads(json.dumps(to_json(declared)))) == declared
     for place in declared.places.values():
         declared.check_place(place)
+
+
+def imported(body: str, name: str, folder: Path, monkeypatch) -> types.ModuleType:
+    """A fence as a module that from_json can import by its name."""
+    (folder / f"{name}.py").write_text(body)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)
+
+
+def test_a_model_trains_with_every_example_of_the_page_on_extending(tmp_path, monkeypatch):
+    page = ROOT / "experiments" / "EXTEND.md"
+    names = ("objective", "model", "data", "optimizer", "evals")
+    bodies = [body for body in fences(page, "python") if "class " in body]
+    examples = {
+        name: imported(body, f"extend_{name}", tmp_path, monkeypatch).experiment()
+        for name, body in zip(names, bodies, strict=True)
+    }
+    parts = {name: getattr(example, name) for name, example in examples.items()}
+    tiny = tiny_experiments.experiment()
+    parts["model"] = dataclasses.replace(tiny.model, ffn=parts["model"].ffn)
+    changes = ["name=extended", "objective.amount=0.2", "model.ffn.hidden=32", "data.count=20"]
+    declared = dataclasses.replace(tiny, **parts, tokenizer=examples["data"].tokenizer)
+    declared = override(declared, [*changes, "schedule.steps=2", "save.every=2"])
+    trained = run.train(declared, workdir=tmp_path)
+    assert runs.load(trained.folder).experiment == declared
+    results = [json.loads(line) for line in (trained.folder / "eval.jsonl").open()]
+    assert any(result["name"] == "python/valid" for result in results)
 
 
 def test_the_readme_declares_an_experiment():
@@ -142,23 +179,43 @@ def test_links_and_paths_resolve(path):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert "://" in link or (path.parent / link).exists(), link
     pattern = r"`((?:lm|experiments|tests|kernels_pallas|\.ci)/[\w./-]+)`"
-    for named in re.findall(pattern, text):
-        assert (ROOT / named).exists(), named
+    for name in re.findall(pattern, text):
+        assert (ROOT / name).exists(), name
 
 
 def test_every_experiment_is_in_the_index():
     index = (ROOT / "experiments" / "README.md").read_text()
     notebooks = (ROOT / "experiments" / "notebooks").glob("*.ipynb")
-    wanted = [f"({path.name})" for path in EXPERIMENTS]
-    wanted += [f"(notebooks/{path.name})" for path in notebooks]
-    assert [each for each in wanted if each not in index] == []
+    links = [f"({path.name})" for path in EXPERIMENTS]
+    links += [f"(notebooks/{path.name})" for path in notebooks]
+    assert [link for link in links if link not in index] == []
+
+
+def test_maps_quote_the_order_of_imports():
+    (in_readme,) = (body for body in fences(ROOT / "README.md", "text") if "hf  " in body)
+    assert mapped(in_readme) == list(ORDER)
+    assert mapped(lm.__doc__) == list(ORDER[1:-1])  # without kernels_pallas and experiments
 
 
 def test_the_map_names_every_room():
-    left = re.findall(r"^    ([a-z_]+(?:, [a-z_]+)*)(?:  |$)", lm.__doc__, re.MULTILINE)
-    on_map = {name for names in left for name in names.split(", ")}
-    rooms = {path.stem for path in (ROOT / "lm").glob("[a-z]*")}
-    assert on_map == rooms
+    paths = (ROOT / "lm").glob("[a-z]*")
+    rooms = [path.stem for path in paths if path.is_file() or (path / "__init__.py").exists()]
+    assert sorted(mapped(lm.__doc__)) == sorted(rooms)
+
+
+def mapped(text: str) -> list[str]:
+    """The rooms of lines such as 'optim, objectives   optimizers and losses'."""
+    lines = re.findall(r"^(?:    )?([a-z_]+(?:, [a-z_]+)*)  ", text, re.MULTILINE)
+    return [name for names in lines for name in names.split(", ")]
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_the_readme_has_the_standard_term(term):
+    assert term in (ROOT / "README.md").read_text().lower()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1_200
 
 
 def test_a_room_names_every_module():
@@ -177,7 +234,7 @@ def test_no_file_names_a_path_of_one_machine():
     found = []
     for name in listed.stdout.splitlines():
         path = ROOT / name
-        if not path.is_file():  # deleted, and not yet committed
+        if not path.is_file():  # deleted but not committed
             continue
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
             if SOMEWHERE.search(line):
