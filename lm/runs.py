@@ -1,7 +1,7 @@
 """Run folders, and trained models opened from them.
 
-A run lies in WORKDIR/NAME/ (the README lists its files). A Hugging Face folder opens as a run of
-step 0.
+A run lies in WORKDIR/NAME/ (lm/training/README.md lists its files). A Hugging Face folder opens as
+a run of step 0.
 """
 
 import dataclasses
