@@ -178,5 +178,6 @@ def _line(step: int, metrics: Mapping[str, float], seconds: float, rates: Rates)
     line |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": per_second}
     if rates.flops_per_token is not None and rates.peak_flops is not None:
         utilization = per_second * rates.flops_per_token / rates.peak_flops
-        line["model_flops_utilization"] = utilization
+        # Above 1, the peak was measured while other work slowed the machine: null instead.
+        line["model_flops_utilization"] = utilization if utilization <= 1 else None
     return line

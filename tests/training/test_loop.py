@@ -20,7 +20,7 @@ import tiny_run
 from lm.checkpoint import Save, Store
 from lm.errors import UserError
 from lm.training.guard import Stopper
-from lm.training.loop import PATIENCE, Rates, loop
+from lm.training.loop import PATIENCE, Rates, _line, loop
 from lm.training.metrics import read_lines
 
 CLOCK = ("seconds", "tokens_per_second", "model_flops_utilization")
@@ -47,6 +47,14 @@ def assert_same_run(folder: Path, other: Path) -> None:
         Store(f / "checkpoints").restore(jax.eval_shape(tiny_run.init)) for f in (folder, other)
     )
     jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_utilization_above_one_is_null() -> None:
+    """The peak was measured while other work slowed the machine."""
+    rates = tiny_run.RATES._replace(peak_flops=6.0 * 32)  # 32 tokens a second
+    for seconds, utilization in ((0.5, None), (2.0, 0.5)):
+        line = _line(1, {"loss": 1.0}, seconds, rates)
+        assert line["model_flops_utilization"] == utilization
 
 
 def test_each_step_has_one_line_with_its_numbers(undisturbed: Path) -> None:
