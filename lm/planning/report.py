@@ -87,8 +87,9 @@ def plan(
     """Plans an experiment at a place.
 
     Args:
-        on: name of one of its places (default: the first on TPUs), or of any slice if `mesh` is
-        given. mesh: replaces the mesh of the place. price: price of a chip-hour, in any currency.
+        on: name of a place (default: the first on TPUs), or of any slice if `mesh` is given.
+        mesh: replaces the mesh of the place.
+        price: price of a chip-hour, in any currency.
         compile: False estimates without libtpu, as happens where it is not installed.
 
     Raises:
