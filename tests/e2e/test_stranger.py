@@ -1,0 +1,176 @@
+"""An experiment file outside of lm that defines parts of its own (stranger.py) is served like ours:
+trained, killed, resumed, shown, changed by --set, opened again, and refused by name."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import stranger
+from tiny_experiments import losses
+
+import lm
+from lm import evals, main, model, objectives
+from lm.errors import UserError
+from lm.exchange import export_run
+from lm.experiment import from_json, override, to_json
+from lm.runs import load_declaration
+
+ROOT = Path(__file__).parents[2]
+FILE = Path(__file__).parent / "stranger.py"
+OWN = {
+    "data": "Counting",
+    "objective": "Focal",
+    "optimizer": "Adan",
+    "model.ffn": "SineFFN",
+    "evals.0": "OutputNorm",
+}
+
+
+def at(content, path: str):
+    """What JSON holds at a path of the declaration."""
+    for key in path.split("."):
+        content = content[int(key)] if isinstance(content, list) else content[key]
+    return content
+
+
+def test_it_is_short_and_needs_nothing_of_lm_changed():
+    assert len(FILE.read_text().splitlines()) < 80
+    declared = stranger.declare()
+    for path, name in OWN.items():
+        assert at(to_json(declared), path)["type"] == f"stranger.{name}"
+
+
+def test_set_and_json_and_show():
+    declared = stranger.declare()
+    own = ["objective.gamma=2", "model.ffn.hidden=48", "data.count=30", "evals.0.pause=1e-3"]
+    changed = override(declared, own)
+    assert (changed.objective, changed.model.ffn) == (
+        stranger.Focal(gamma=2.0),
+        stranger.SineFFN(hidden=48),
+    )
+    assert changed.data.count == 30 and changed.evals[0].pause == 1e-3
+    assert changed.name == "stranger+data.count=30+model.ffn.hidden=48+objective.gamma=2.0"
+    assert from_json(json.loads(json.dumps(to_json(changed)))) == changed
+    # A whole object, ours in place of theirs and theirs in place of ours.
+    whole = override(changed, ["objective=NextToken()", "model.ffn=SwiGLU(hidden=8)"])
+    assert whole.objective == objectives.NextToken() and whole.model.ffn == model.SwiGLU(hidden=8)
+    assert override(whole, ["model.ffn=SineFFN(hidden=8)"]).model.ffn == stranger.SineFFN(hidden=8)
+    for change, words in {
+        "objective.gama=2": r"objective\.gama is not known\. Did you mean 'objective\.gamma'",
+        "objective.gamma=x": r"objective\.gamma=x must be a number",
+        "model.ffn=SineFF(hidden=8)": r"SineFF\(\.\.\.\) is not known there.*SineFFN",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            override(declared, [change])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(workdir, run): trained in this process."""
+    workdir = tmp_path_factory.mktemp("stranger")
+    return workdir, lm.train(stranger.declare(), workdir=workdir)
+
+
+def test_it_trains_and_is_opened(trained):
+    workdir, _ = trained
+    folder = workdir / "stranger"
+    values = losses(folder)
+    assert len(values) == 16 and values[-1] < 0.8 * values[0]
+    lines = [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["name"] == "norm"] == [*range(2, 17, 2)]
+    loaded = lm.load(folder)
+    assert loaded.experiment == load_declaration(folder) == stranger.declare()
+    assert type(loaded.model.blocks[0].ffn) is stranger.Sine
+    assert isinstance(loaded.generate("0 1 4", max_tokens=4), str)
+    results = loaded.evaluate()
+    assert all(isinstance(result, evals.Result) for result in results) and len(results) == 3
+
+
+def test_an_export_names_the_block(trained, tmp_path):
+    workdir, _ = trained
+    with pytest.raises(UserError, match=r"model\.ffn=SineFFN\(hidden=32\) of layer 0"):
+        export_run(workdir / "stranger", tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_show(capsys):
+    main.main(stranger.declare, ["show", "--set", "objective.gamma=3"])
+    shown = capsys.readouterr().out
+    for name in OWN.values():
+        assert name in shown
+    assert "gamma: 3.0" in shown
+
+
+def test_a_class_that_could_not_be_found_again_is_refused(tmp_path):
+    from dataclasses import dataclass, replace
+
+    @dataclass(frozen=True, kw_only=True)
+    class Local(stranger.Focal):
+        pass
+
+    with pytest.raises(UserError, match="objective is of class Local.*inside a function"):
+        lm.train(replace(stranger.declare(), objective=Local()), workdir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# In processes of its own
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    """`python -m WORDS` in a folder that holds stranger.py."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def said(folder: Path, *words: str, code: int = 0) -> str:
+    process = start(folder, *words)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == code, output
+    assert "Traceback" not in output
+    return output
+
+
+@pytest.mark.slow
+def test_killed_it_resumes_and_is_opened_by_other_commands(trained, tmp_path):
+    (tmp_path / "stranger.py").write_text(FILE.read_text())
+    # With time for the kill between a checkpoint and the end.
+    train = ("stranger", "--set", "save.every=4", "--set", "evals.0.pause=0.5")
+    process, folder = start(tmp_path, *train), tmp_path / "runs/stranger"
+    while not (folder / "checkpoints/4").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stdout.read()
+    assert not (folder / "checkpoints/16").exists()
+
+    facts = json.loads((folder / "experiment.json").read_text())["experiment"]
+    for path, name in OWN.items():
+        assert at(facts, path)["type"] == f"stranger.{name}"
+    resumed = said(tmp_path, *train)
+    assert "Resuming" in resumed and "of 16" in resumed
+    assert losses(folder) == losses(trained[0] / "stranger")
+    assert "complete" in said(tmp_path, *train).lower()
+
+    assert "0 1 4" in said(
+        tmp_path, "lm", "generate", "runs/stranger", "--prompt", "0 1 4", "--max-tokens", "4"
+    )
+    assert "bits_per_byte" in said(tmp_path, "lm", "eval", "runs/stranger")
+    assert "gamma: 2.0" in said(tmp_path, "stranger", "show", "--set", "objective.gamma=2")
+    refused = said(tmp_path, "lm", "export", "runs/stranger", "exported", code=2)
+    assert "model.ffn=SineFFN(hidden=32)" in refused and len(refused.splitlines()) == 1
+
+    # From another folder, where the module can't be imported.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    refused = said(elsewhere, "lm", "eval", str(folder), code=2)
+    assert "stranger" in refused and "run the command from the folder that holds it" in refused
