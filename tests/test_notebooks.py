@@ -1,23 +1,29 @@
-"""Notebooks run from top to bottom as scripts, and are kept without outputs."""
+"""Notebooks run from top to bottom as scripts, and are stored without outputs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from lm import data
+from lm.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))
 
-# What the cell tagged "parameters" sets, made small. The text is of one kind, so that a few updates
-# suffice to see the loss fall.
+# Small values for the names that the cell tagged "parameters" sets. The texts are alike, so that
+# the loss falls within a few updates.
 SMALL = {
     "SOURCE": data.Documents(
         tuple(f"def read_{i}(path):\n    return open(path).read({i})\n" * 4 for i in range(64)),
         held_out=0.1,
     ),
+    "OWN_TEXT": data.Documents(
+        tuple(f"class Reader{i}:\n    path = {i}\n" * 4 for i in range(64)), held_out=0.1
+    ),
     "STEPS": 6,
+    "WORKDIR": "runs",
 }
 
 
@@ -43,9 +49,21 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch, capsys)
         exec(compile(source, f"{path.name}, code cell {number}", "exec"), names)
         if "parameters" in cell["metadata"].get("tags", ()):
             assert set(SMALL) <= set(names)
+            assert Path(names["WORKDIR"]).is_absolute()  # printed commands work in any folder
             names |= SMALL
     assert (tmp_path / "runs" / "quickstart" / "experiment.json").exists()
     lines = [line["bits_per_byte"] for line in names["lines"]]
     assert len(lines) == SMALL["STEPS"]
     assert lines[-1] < lines[0]
-    assert "def read(" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "def read(" in out
+    before, after = (
+        float(re.search(rf"{word} .*bits_per_byte: ([\d.]+)", out)[1])
+        for word in ("before", "after")
+    )
+    assert after < before
+
+
+def test_a_user_error_is_one_sentence_in_ipython():
+    """IPython prints what `_render_traceback_` returns instead of a traceback."""
+    assert UserError("a=1 must be 2.")._render_traceback_() == ["UserError: a=1 must be 2."]
