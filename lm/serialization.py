@@ -45,7 +45,7 @@ def class_name(cls: type) -> str:
 def _main_module() -> str:
     """The importable name of the module that was started, or '__main__'."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name.removesuffix(".__main__") if spec else "__main__"
+    return spec.name if spec else "__main__"
 
 
 def from_json(content: Any, path: str = "") -> Any:
@@ -99,13 +99,15 @@ def _class_of(name: str, path: str) -> type:
 
 
 def check_readable(value: Any, path: str = "") -> None:
-    """Raises UserError for an object whose class another process could not find by its name."""
+    """Raises UserError for an object whose class another process could not find by its name, and
+    for a value that JSON does not hold."""
     if is_config(value):
         cls = type(value)
-        if "<locals>" in cls.__qualname__:
+        if "." in cls.__qualname__:
             raise UserError(
                 f"{path or 'the declaration'} is of class {cls.__name__}, which is defined inside "
-                "a function; define it at the top of a module, so that the run can be opened again."
+                "a function or class; define it at the top of a module, so that the run can be "
+                "opened again."
             )
         main = sys.modules["__main__"]
         if class_name(cls).startswith("__main__.") and hasattr(main, "__file__"):
@@ -117,7 +119,14 @@ def check_readable(value: Any, path: str = "") -> None:
         children = {name: getattr(value, name) for name in hints_of(cls)}
     elif isinstance(value, tuple):
         children = {str(index): item for index, item in enumerate(value)}
+    elif isinstance(value, dict):
+        children = value
+    elif value is None or isinstance(value, bool | int | float | str):
+        children = {}
     else:
-        children = value if isinstance(value, dict) else {}
+        raise UserError(
+            f"{path or 'the declaration'} is of type {type(value).__name__}, which "
+            "experiment.json cannot hold; use numbers, text, tuples, dicts or dataclasses of these."
+        )
     for key, child in children.items():
         check_readable(child, join(path, key))

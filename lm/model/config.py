@@ -95,6 +95,12 @@ class Config:
             )
         for part in ("attention", "ffn"):
             self._check_part(part)
+        try:
+            hash(self)
+        except TypeError as error:
+            raise UserError(
+                f"model holds a value that is not hashable ({error}); use tuples in its configs."
+            ) from None
 
     def _check_part(self, part: str) -> None:
         blocks = self.prefix + (self.pattern or (Block(),))

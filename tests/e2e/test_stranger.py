@@ -1,12 +1,16 @@
 """An experiment file outside of lm that defines parts of its own (stranger.py) is served like ours:
 trained, killed, resumed, shown, changed by --set, opened again, and refused by name."""
 
+import importlib.machinery
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ import stranger
 from tiny_experiments import losses
 
 import lm
-from lm import evals, main, model, objectives
+from lm import evals, main, model, objectives, serialization
 from lm.errors import UserError
 from lm.exchange import export_run
 from lm.experiment import from_json, override, to_json
@@ -106,16 +110,65 @@ def test_show(capsys):
     assert "gamma: 3.0" in shown
 
 
-def test_a_class_that_could_not_be_found_again_is_refused(tmp_path):
-    from dataclasses import dataclass, replace
+@dataclass(frozen=True, kw_only=True)
+class WithFunction(stranger.Focal):
+    function: Callable = abs
 
+
+@dataclass(frozen=True, kw_only=True)
+class WithDict(stranger.SineFFN):
+    sizes: dict[str, int] = field(default_factory=lambda: {"a": 1})
+
+
+class Outer:
+    @dataclass(frozen=True, kw_only=True)
+    class Inner(stranger.Focal):
+        pass
+
+
+def test_what_could_not_be_read_back_is_refused_before_anything_is_written(tmp_path):
     @dataclass(frozen=True, kw_only=True)
     class Local(stranger.Focal):
         pass
 
-    with pytest.raises(UserError, match="objective is of class Local.*inside a function"):
-        lm.train(replace(stranger.declare(), objective=Local()), workdir=tmp_path)
+    for objective, words in {
+        Local(): "objective is of class Local.*inside a function or class",
+        Outer.Inner(): "objective is of class Inner.*inside a function or class",
+        WithFunction(): r"objective\.function is of type builtin_function_or_method",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            lm.train(replace(stranger.declare(), objective=objective), workdir=tmp_path)
+    with pytest.raises(UserError, match="not hashable.*'dict'"):
+        replace(stranger.declare().model, ffn=WithDict(hidden=8))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("started", ["mine", "package.mine", "package"])
+def test_a_class_is_named_by_the_module_that_was_started(started, tmp_path, monkeypatch):
+    """`python -m MODULE` runs it as __main__; another process finds the class in MODULE, for a
+    package in its __main__.py."""
+    name = {"package": "package.__main__"}.get(started, started)
+    path = tmp_path / f"{name.replace('.', '/')}.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        "from dataclasses import dataclass\nfrom lm import model\n\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass SinGLU(model.SwiGLU):\n    pass\n"
+    )
+    running = types.ModuleType("__main__")
+    exec(compile(path.read_text(), str(path), "exec"), vars(running))
+    running.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    monkeypatch.syspath_prepend(tmp_path)
+    declared = replace(stranger.declare().model, ffn=running.SinGLU(hidden=8))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", running)
+        content = serialization.to_json(declared)
+        serialization.check_readable(declared)
+        assert serialization.from_json(content) == declared
+    assert content["ffn"]["type"] == f"{name}.SinGLU"
+    read = serialization.from_json(content)
+    assert serialization.to_json(read) == content
+    for module in (name, name.partition(".")[0]):
+        sys.modules.pop(module, None)
 
 
 # In processes of its own

@@ -125,16 +125,16 @@ def test_cached_equals_uncached(variant, run, draw, tokens):
     params, length = draw(config), tokens.shape[1]
 
     @jax.jit
-    def step(params, tokens, positions, cache):
-        out = model.Model(config, params)(tokens, positions_bt=positions, cache=cache)
+    def step(params, tokens, positions, cache, mask=None):
+        out = model.Model(config, params)(tokens, positions_bt=positions, mask_bt=mask, cache=cache)
         return model.Model(config, params).logits(out.hidden_btd), out.cache
 
     lengths, slots = np.array([5, 3]), 16
     positions = np.arange(5) * np.ones((2, 1), np.int32)
-    positions = np.where(positions < lengths[:, None], positions, slots)  # padding writes nothing
+    mask = positions < lengths[:, None]  # padding writes nothing
     cache = model.init_cache(config, 2, slots)
     expected = run(config, tokens)
-    logits, cache = step(params, tokens[:, :5], positions, cache)
+    logits, cache = step(params, tokens[:, :5], positions, cache, mask)
     for row in range(2):
         np.testing.assert_allclose(
             logits[row, : lengths[row]], expected[row, : lengths[row]], atol=1e-4
