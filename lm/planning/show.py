@@ -92,15 +92,19 @@ def memory(
     e = experiment
     axes, shapes = model.axes(e.model), model.shapes(e.model)
     shardings = sharding.weight_shardings(axes, shapes, mesh, rules)
-    schedule = e.schedule.resolve(e.batch)
-    transformation = e.optimizer.build(schedule.at, axes)
-    state = jax.eval_shape(transformation.init, shapes)
-    state_shardings = optim.state_shardings(transformation, shapes, shardings, mesh)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, e.precision.params), shapes)
+    # Frozen weights have neither gradients nor optimizer state.
+    trained_axes, trained, where = (
+        trees.partition(tree, e.trainable)[0] for tree in (axes, shapes, shardings)
+    )
+    transformation = e.optimizer.build(e.schedule.resolve(e.batch).at, trained_axes)
+    state = jax.eval_shape(transformation.init, trained)
     return {
         "parameters": _bytes_per_device(params, shardings),
-        "gradients": _bytes_per_device(shapes, shardings),
-        "optimizer": _bytes_per_device(state, state_shardings),
+        "gradients": _bytes_per_device(trained, where),
+        "optimizer": _bytes_per_device(
+            state, optim.state_shardings(transformation, trained, where, mesh)
+        ),
     }
 
 
