@@ -144,7 +144,8 @@ def fit(value: Any, hint: Hint, path: str, lenient: bool = False) -> Any:
             except UserError:
                 if index == len(own) - 1:
                     raise
-    raise UserError(f"{path}={text(value)} must be {words(hint)}.")
+    fix = " Write it as a tuple, in round brackets." if isinstance(value, list) else ""
+    raise UserError(f"{path}={text(value)} must be {words(hint)}.{fix}")
 
 
 def _is(value: Any, kind: Hint) -> bool:

@@ -132,6 +132,10 @@ def _first_state(
 
     state, frozen = start.state(program) if start else program.init()
     if frozen:
+        # An earlier call may have been killed before its first checkpoint.
+        if distributed.is_main():
+            folder.frozen.rmtree(missing_ok=True)
+        distributed.barrier("frozen weights removed")
         with checkpoint.Store(folder.frozen, checkpoint.Save(every=1)) as writer:
             writer.save(0, {"params": frozen})
     return state, frozen

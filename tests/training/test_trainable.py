@@ -137,15 +137,17 @@ def test_it_loads(frozen_run):
     assert isinstance(loaded.generate("the tree", max_tokens=4), str)
 
 
-def test_it_resumes(frozen_run, tmp_path):
-    """From the checkpoint in the middle, with the same losses and weights to the bit."""
+@pytest.mark.parametrize("lost", ["checkpoints/8", "checkpoints"])
+def test_it_resumes(frozen_run, tmp_path, lost):
+    """From the checkpoint in the middle, or, killed before the first, from the beginning: with the
+    same losses and weights to the bit."""
     workdir, declared, run = frozen_run
     shutil.copytree(workdir, tmp_path / "copy")
     folder = tmp_path / "copy" / declared.name
-    wanted = tiny_experiments.losses(folder)
-    shutil.rmtree(folder / "checkpoints" / str(tiny_experiments.STEPS))
+    expected_losses = tiny_experiments.losses(folder)
+    shutil.rmtree(folder / lost)
     again = lm.train(declared, workdir=tmp_path / "copy")
-    assert tiny_experiments.losses(folder) == wanted
+    assert tiny_experiments.losses(folder) == expected_losses
     expected, resumed = flat_arrays(run.params), flat_arrays(again.params)
     for path, weight in expected.items():
         np.testing.assert_array_equal(resumed[path], weight)
@@ -178,6 +180,8 @@ def test_patterns_are_checked():
         experiment(trainable=(*PATTERN, "blocks/9/**"))
     with pytest.raises(UserError, match=r"trainable=\(\) trains nothing"):
         experiment(trainable=())
+    with pytest.raises(UserError, match=r"must be a list of text\. Write it as a tuple"):
+        experiment(trainable=["embed/**"])
     changed = override(experiment(), ["trainable=embed/**,final_norm/scale"])
     assert changed.trainable == ("embed/**", "final_norm/scale")
 
