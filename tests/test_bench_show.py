@@ -1,4 +1,4 @@
-"""`show` says what an experiment comes to; `lm bench step` measures a step."""
+"""`show` summarizes an experiment; `lm bench step` times a training step."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def facts():
     return show.facts(experiment())
 
 
-def test_show_counts_what_there_is(facts):
+def test_show_counts_parameters_flops_tokens_and_memory(facts):
     assert facts["parameter_count"] == model.parameter_count(config())._asdict()
     assert sum(row["count"] for row in facts["parameters"]) == facts["parameter_count"]["total"]
     assert all(math.prod(row["shape"]) == row["count"] for row in facts["parameters"])
@@ -67,7 +67,7 @@ def test_show_needs_no_devices(capsys):
     assert memory["parameters"] < 4 * shown["parameter_count"]["total"] / 2
 
 
-def test_show_takes_a_place_that_is_not_here():
+def test_show_accepts_a_place_that_does_not_fit_this_machine():
     places = {"v5p-64": Place(mesh=Mesh(fsdp=4))}
     shown = show.facts(experiment(places=places))
     assert shown["place"] == {"name": "v5p-64", "mesh": "fsdp=4", "devices": 4}
@@ -80,7 +80,7 @@ def test_show_with_changes(capsys):
     assert shown["experiment"]["name"] == "tiny+model.layers=3+schedule.steps=4"
 
 
-def test_bench_prints_the_promised_numbers(tiny, capsys):
+def test_bench_prints_its_measurements(tiny, capsys):
     lm_main(["bench", "step", str(tiny.folder), "--steps", "4", "--json"])
     measured = json.loads(capsys.readouterr().out)
     assert measured.keys() >= KEYS
@@ -109,8 +109,8 @@ def test_bench_finds_modules_and_run_folders(tiny):
         measure.find("lm.errors")
 
 
-def test_bench_llama_is_the_model_that_was_asked_for():
-    """Width, layers, heads and the rest decide what the published rates mean."""
+def test_bench_llama_is_the_agreed_model():
+    """Published rates depend on these sizes."""
     declared = measure.find("experiments.bench_llama")
     c = declared.model
     assert (c.vocab, c.dim, c.layers, c.tied, c.ffn.hidden) == (4096, 384, 6, False, 1024)
@@ -121,7 +121,7 @@ def test_bench_llama_is_the_model_that_was_asked_for():
 
 
 def test_batches_of_the_bench_are_full(tiny):
-    """No padding: the FLOPs that are counted are those that are done."""
+    """No padding: counted FLOPs equal executed FLOPs."""
     from lm.program import assemble
 
     declared = experiment()

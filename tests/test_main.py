@@ -15,6 +15,7 @@ from tiny_experiments import STEPS, experiment, losses, write_texts
 
 from lm import data, run
 from lm import main as lm_module
+from lm.commands import flags
 from lm.main import lm_main, main
 
 
@@ -151,6 +152,15 @@ def test_changes_give_the_run_another_name(door, tmp_path):
 )
 def test_experiment_refuses_in_one_sentence(door, arguments, parts):
     check_refused(door(*arguments), *parts)
+
+
+def test_setting_of_another_framework_in_a_stage_is_named():
+    error = "optimizer.lr is not known. Known: optimizer.b1."
+    assert flags._with_synonym(error, ["seed=1", "sft.optimizer.lr=1e-4"]) == (
+        "sft.optimizer.lr is not known; that setting is sft.schedule.peak, "
+        "as in --set sft.schedule.peak=1e-4."
+    )
+    assert flags._with_synonym(error, ["optimizer.b3=1"]) == error
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Progress never soils results or logs, and numbers read well at every magnitude."""
+"""Progress stays out of results and logs; numbers are readable at every magnitude."""
 
 import io
 
@@ -41,7 +41,7 @@ def test_sizes_and_rates_carry_their_unit():
     assert terminal.flops(1.5e11) == "150 GFLOP/s"
 
 
-def test_table_sets_numbers_right_and_has_no_trailing_space():
+def test_table_aligns_numbers_right_and_has_no_trailing_space():
     text = terminal.table(("weight", "count"), [("embed", 12), ("blocks/ffn", 3_456)])
     assert text.splitlines() == [
         "weight      count",
@@ -66,7 +66,7 @@ def test_without_a_terminal_progress_is_few_plain_lines_on_stderr(capsys):
     assert "\x1b" not in err
 
 
-def test_plain_lines_come_with_time_and_tell_what_is_left(capsys, monkeypatch):
+def test_plain_lines_are_rate_limited_and_show_the_time_left(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 4))
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     with terminal.progress("Reading", total=10) as bar:
@@ -81,7 +81,7 @@ def test_an_unknown_total_and_an_error_inside(capsys):
     with pytest.raises(KeyError), terminal.progress("Reading") as bar:
         bar.advance(5)
         raise KeyError
-    # The line that would say that all is done is not written.
+    # The final line is not written.
     assert capsys.readouterr().err == ""
     with terminal.progress("Reading") as bar:
         bar.advance(5)

@@ -83,8 +83,12 @@ def _with_synonym(message: str, changes: Sequence[str]) -> str:
     for path, _, value in (each.partition("=") for each in changes):
         last = path.rpartition(".")[2].lower()
         known = next((to for names, to in SYNONYMS.items() if last in names), None)
-        if known and re.match(rf"(--set )?{re.escape(path)} ", message):
-            return f"{path} is not known; that setting is {known}, as in --set {known}={value}."
+        # Errors in a stage of a recipe name the path without the stage.
+        stage, dot, below = path.partition(".")
+        for prefix, shown in (("", path), (stage + dot, below)):
+            if known and shown and re.match(rf"(--set )?{re.escape(shown)} ", message):
+                fix = f"--set {prefix}{known}={value}"
+                return f"{path} is not known; that setting is {prefix}{known}, as in {fix}."
     return message
 
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl stays valid and exact, whatever was torn; the other writers are asked for."""
+"""metrics.jsonl stays valid and exact after a crash; other writers run on request."""
 
 import contextlib
 import json
@@ -25,14 +25,14 @@ from lm.training.plot import _scientific, plot_loss, smooth
 @given(
     steps=st.lists(st.integers(1, 30), max_size=20),
     after=st.integers(0, 31),
-    torn=st.integers(0, 40),
+    cut=st.integers(0, 40),
     values=st.lists(st.floats(), min_size=20, max_size=20),
 )
-def test_truncation_keeps_the_lines_up_to_a_step_and_drops_a_torn_one(
+def test_truncation_keeps_lines_up_to_a_step_and_drops_a_cut_off_one(
     tmp_path_factory: pytest.TempPathFactory,
     steps: list[int],
     after: int,
-    torn: int,
+    cut: int,
     values: list[float],
 ) -> None:
     path = tmp_path_factory.mktemp("lines") / "metrics.jsonl"
@@ -40,7 +40,7 @@ def test_truncation_keeps_the_lines_up_to_a_step_and_drops_a_torn_one(
     for step, value in zip(steps, values, strict=False):
         lines.write({"step": step, "loss": value})
     lines.close()
-    last = b'{"step": 1, "loss": 0.123456789}\n'[:torn]
+    last = b'{"step": 1, "loss": 0.123456789}\n'[:cut]
     with path.open("ab") as file:
         file.write(last)
     complete = last.endswith((b"}", b"\n"))
@@ -51,9 +51,9 @@ def test_truncation_keeps_the_lines_up_to_a_step_and_drops_a_torn_one(
     found = read_lines(path)
     assert [line["step"] for line in found] == [step for step, _ in kept]
     for line, (_, value) in zip(found, kept, strict=True):
-        # Exact: repr of a float is read back as the same float. Not finite is null.
+        # repr of a float reads back as the same float; values that are not finite are null.
         assert line["loss"] == (value if math.isfinite(value) else None)
-    # And a line may be appended to what is left.
+    # Lines can be appended to the rest.
     more = JsonLines(path)
     more.write({"step": 99})
     more.close()
@@ -61,7 +61,7 @@ def test_truncation_keeps_the_lines_up_to_a_step_and_drops_a_torn_one(
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_spoiled_line_in_the_middle_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_line_in_the_middle_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nspoiled\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl line 2 is not a JSON object"):
@@ -80,7 +80,7 @@ def test_lines_are_in_the_file_as_soon_as_they_are_written(tmp_path: Path) -> No
     files.close()
 
 
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     with pytest.raises(UserError, match=r"/dev/full cannot be written: the disk is full"):
@@ -88,7 +88,7 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
 
 
 def test_a_bucket_gets_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gs:// is stood in for by a folder; what matters is that nothing is appended."""
+    """A folder stands in for gs://: nothing may be appended."""
     monkeypatch.setattr("lm.training.metrics._is_remote", lambda path: True)
     path = tmp_path / "metrics.jsonl"
     lines = JsonLines(path)
@@ -126,7 +126,7 @@ def test_a_writer_that_is_not_installed_names_the_command(
 def test_writers_on_request_get_every_step_and_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against stand-ins that record the calls which both libraries document."""
+    """Fakes record the documented calls of both libraries."""
     calls: list[Any] = []
 
     class Summary:
@@ -177,7 +177,7 @@ def test_a_trace_is_written(tmp_path: Path) -> None:
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
-def test_the_step_line_shows_what_is_there() -> None:
+def test_the_step_line_leaves_out_missing_values() -> None:
     values = {
         "step": 120,
         "loss": 3.21441,
@@ -219,15 +219,15 @@ def test_ticks_of_the_learning_rate_are_not_rounded(rate: float, text: str) -> N
     assert _scientific(rate) == text
 
 
-def test_smoothing_keeps_a_line_straight_and_leaves_out_what_is_not_finite() -> None:
+def test_smoothing_keeps_a_constant_and_leaves_out_values_that_are_not_finite() -> None:
     np.testing.assert_allclose(smooth(np.full(200, 3.0)), 3.0)
     values = np.where(np.arange(200) % 7 == 3, np.nan, 3.0)
     smoothed = smooth(values)
     np.testing.assert_allclose(smoothed[np.isfinite(smoothed)], 3.0)
-    assert np.isnan(smoothed).sum() <= 1  # the one bad value too near the start to have neighbours
+    assert np.isnan(smoothed).sum() <= 1  # near the start the window has no neighbours
 
 
-def test_the_declaration_of_a_line_is_json(tmp_path: Path) -> None:
+def test_a_line_is_valid_json(tmp_path: Path) -> None:
     lines = JsonLines(epath.Path(tmp_path) / "deep" / "metrics.jsonl")
     lines.write({"step": 1, "loss": math.inf, "name": "x"})
     lines.close()
