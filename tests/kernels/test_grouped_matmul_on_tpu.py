@@ -1,57 +1,77 @@
-"""The TPU's grouped product, interpreted with memory that starts as NaN, equals the reference."""
+"""The TPU grouped matmul, in interpret mode, equals the reference; values and gradients."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
+from kernel_helpers import float32, integers, interpreted, normal, uniform
 
 from kernels_pallas import grouped_matmul
 from kernels_pallas.grouped_matmul import reference, tpu
 
-STRICT = pltpu.InterpretParams(uninitialized_memory="nan", out_of_bounds_reads="raise")
 # Small blocks, so that small arrays have several of each.
 SMALL = {
     "ROWS": 64, "DEEP": 256, "WEIGHTS": 256 * 128, "WIDE": 512, "BLOCK_D": 256, "BLOCK_F": 256,
     "PART": 8, "SUM_PART": 16,
 }  # fmt: skip
-# Sums of up to 300 products of numbers of size 1, in another order.
-F32_ERROR = {"rtol": 1e-5, "atol": 1e-4}
 
 
-@pytest.fixture
-def small(monkeypatch):
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setattr(tpu, name, value)
 
 
 def arrays(m, d, f, e, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 3)
+    """x_md, w_edf and dy_mf."""
     shapes = (m, d), (e, d, f), (m, f)
-    return [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes)]
+    return [normal(seed, *shape, dtype=dtype) for seed, shape in enumerate(shapes)]
 
 
-def compare(x, w, dy, sizes, tolerance, params=STRICT):
-    """Values and both gradients; rows past the last group may hold anything."""
-    sizes = jnp.array(sizes)
-    inside = jnp.arange(len(x))[:, None] < sizes.sum()
+def value_and_gradients(implementation, x, w, dy, sizes):
+    """(y, dx, dw)."""
 
-    def run(x, w, dy, implementation):
-        def product(x, w):
-            return grouped_matmul(x, w, sizes, implementation=implementation)
+    def product(x, w):
+        return grouped_matmul(x, w, sizes, implementation=implementation)
 
-        y, pull = jax.vjp(product, x, w)
-        return y, *pull(dy)
+    y, pull = jax.vjp(product, x, w)
+    return y, *pull(dy)
 
-    with pltpu.force_tpu_interpret_mode(params):
-        got = jax.jit(lambda *a: run(*a, "tpu"))(jnp.where(inside, x, jnp.nan), w, dy)
-    exact = (a.astype(jnp.float32) for a in (x, w, dy))
-    want = jax.jit(lambda *a: run(*a, "reference"))(*exact)
-    for a, b in zip(got, want, strict=True):
+
+by_reference = jax.jit(functools.partial(value_and_gradients, "reference"))
+
+
+def compare(x, w, dy, sizes, run=None, **interpret):
+    """Compares y, dx and dw with the reference in float32; rows past the last group hold NaN."""
+    inside = np.arange(len(x))[:, None] < sum(sizes)
+    sizes = jnp.array(sizes, jnp.int32)
+    x_nan = jnp.asarray(np.where(inside, x, np.asarray(np.nan, x.dtype)))
+    with interpreted(**interpret):
+        run = run or jax.jit(functools.partial(value_and_gradients, "tpu"))
+        got = run(x_nan, w, dy, sizes)
+    want = by_reference(*float32(x, w, dy), sizes)
+    (m, d), f = x.shape, w.shape[2]
+    atols = tolerance.of_sum(d, x, w), tolerance.of_sum(f, dy, w), tolerance.of_sum(m, x, dy)
+    # Sums are in float32; results are rounded to the dtype.
+    rtol = tolerance.unit_roundoff(x.dtype)
+    for a, b, atol in zip(got, want, atols, strict=True):
         assert a.dtype == x.dtype
-        np.testing.assert_allclose(a.astype(jnp.float32), b, **tolerance)
+        np.testing.assert_allclose(*float32(a, b), rtol=rtol, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The kernels for M 70, D 128, F 200, E 5, compiled once for all group sizes."""
+    with pytest.MonkeyPatch.context() as patch, interpreted():
+        for name, value in SMALL.items():
+            patch.setattr(tpu, name, value)
+        run = jax.jit(functools.partial(value_and_gradients, "tpu"))
+        return run.lower(*arrays(70, 128, 200, 5), jnp.zeros(5, jnp.int32)).compile()
 
 
 @pytest.mark.parametrize(
@@ -59,25 +79,24 @@ def compare(x, w, dy, sizes, tolerance, params=STRICT):
     [[5, 0, 20, 16, 3], [0, 0, 0, 0, 0], [70, 0, 0, 0, 0], [0, 0, 1, 0, 69], [8, 8, 16, 8, 24]],
     ids=str,
 )
-def test_equals_the_reference(small, sizes):
-    compare(*arrays(70, 128, 200, 5), sizes, F32_ERROR)
-
-
-def test_deep_sums_are_cut(small):
-    """A width above DEEP that is no multiple of 128 is filled up, and summed in parts."""
-    compare(*arrays(40, 600, 520, 3), [11, 9, 17], F32_ERROR)
-
-
-def test_bfloat16(small):
-    # A result is rounded to 8 bits; the sums themselves are in float32.
-    tolerance = {"rtol": 2**-8, "atol": 1e-4}
-    compare(*arrays(70, 128, 200, 3, jnp.bfloat16), [30, 1, 36], tolerance)
+def test_equals_the_reference(compiled, sizes):
+    compare(*arrays(70, 128, 200, 5), sizes, run=compiled)
 
 
 @pytest.mark.slow
-def test_no_race(small):
-    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-    compare(*arrays(40, 256, 256, 3), [11, 9, 17], F32_ERROR, params)
+def test_deep_sums_are_split():
+    """A width above DEEP that is not a multiple of 128 is padded, and summed in parts."""
+    compare(*arrays(40, 600, 520, 3), [11, 9, 17])
+
+
+def test_bfloat16():
+    compare(*arrays(24, 128, 72, 2, jnp.bfloat16), [9, 12])
+
+
+@pytest.mark.slow
+def test_has_no_race(capfd):
+    compare(*arrays(40, 256, 256, 3), [11, 9, 17], detect_races=True)
+    assert "race" not in capfd.readouterr().out.lower()
 
 
 @pytest.mark.slow
@@ -93,39 +112,43 @@ def test_any_shape(sizes, spare, d, f):
         for name, value in SMALL.items():
             patch.setattr(tpu, name, value)
         rows = max(1, sum(sizes) + spare)
-        compare(*arrays(rows, d, f, len(sizes)), sizes, F32_ERROR)
+        compare(*arrays(rows, d, f, len(sizes)), sizes)
 
 
 @pytest.mark.parametrize("implementation", ["tpu", "reference"])
-def test_weights_of_8_bits(small, implementation):
-    x, _, dy = arrays(70, 128, 200, 3)
-    keys = jax.random.split(jax.random.key(1))
-    w = jax.random.randint(keys[0], (3, 128, 200), -127, 128, jnp.int8)
-    scales = jax.random.uniform(keys[1], (3, 200)) / 64
-    sizes = jnp.array([30, 1, 36])
+def test_int8_weights(implementation):
+    m, d, f, e = 24, 128, 72, 2
+    x, _, dy = arrays(m, d, f, e)
+    w, scales = integers(3, -127, 128, e, d, f, dtype=jnp.int8), uniform(4, e, f) / 64
+    sizes = jnp.array([9, 12])
 
-    def product(x):
+    def run(product, x, dy):
+        y, pull = jax.vjp(product, x)
+        return y, *pull(dy)
+
+    def quantized(x):
         return grouped_matmul(x, w, sizes, scales_ef=scales, implementation=implementation)
 
-    with pltpu.force_tpu_interpret_mode(STRICT):
-        y, pull = jax.vjp(product, x)
-        (dx,) = pull(dy)
-    whole = w * scales[:, None]
-    want, pull = jax.vjp(lambda x: reference.grouped_matmul(x, whole, sizes), x)
-    np.testing.assert_allclose(y, want, **F32_ERROR)
-    np.testing.assert_allclose(dx, pull(dy)[0], **F32_ERROR)
+    dequantized = np.asarray(w, np.float32) * np.asarray(scales)[:, None]
+    with interpreted():
+        y, dx = jax.jit(functools.partial(run, quantized))(x, dy)
+    want, want_dx = jax.jit(
+        functools.partial(run, lambda x: reference.grouped_matmul(x, dequantized, sizes))
+    )(x, dy)
+    np.testing.assert_allclose(y, want, rtol=0, atol=tolerance.of_sum(d, x, dequantized))
+    np.testing.assert_allclose(dx, want_dx, rtol=0, atol=tolerance.of_sum(f, dy, dequantized))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"scales_ef": jnp.ones((3, 8))}, "scales go with a w of int8, not float32"),
+        ({"scales_ef": jnp.ones((3, 8))}, "scales_ef needs a w of int8, not float32"),
         ({"implementation": "cuda"}, "'cuda' is not one of 'tpu', 'reference'"),
     ],
 )
-def test_refuses(options, words):
+def test_rejects_arguments_that_do_not_fit(options, words):
     x, w, _ = arrays(4, 8, 8, 3)
     with pytest.raises(ValueError, match=words):
         grouped_matmul(x, w, jnp.array([1, 1, 1]), **options)
-    with pytest.raises(ValueError, match=r"one for each column of each matrix is \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"one scale per column of each matrix, \(3, 8\)"):
         grouped_matmul(x, w.astype(jnp.int8), jnp.array([1, 1, 1]), scales_ef=jnp.ones((3, 4)))
