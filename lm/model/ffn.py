@@ -50,6 +50,12 @@ class FeedForwardConfig(abc.ABC):
         """The module for model width `dim`. Declare its weights with `param`, whose logical axes
         give their sharding, and multiply by them with `einsum`."""
 
+    def measures(self, sums: Any) -> tuple[dict[str, jax.Array], jax.Array | None]:
+        """(auxiliary losses, load) of the `sums` that the module returns besides y, which are added
+        over the parts of a batch. Losses include their weights; the load is None if there is none.
+        With the sums of several layers stacked, so are both."""
+        raise TypeError(f"{type(self).__name__} returns sums, but does not define measures(sums)")
+
     def active_share(self, axes: tuple[str, ...]) -> float:
         """Share of a weight with these logical axes that one token is multiplied by."""
         return 1.0

@@ -166,6 +166,9 @@ class MoE(FeedForwardConfig):
     def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> "MixtureOfExperts":
         return MixtureOfExperts(self, dim, rngs=rngs, init=init)
 
+    def measures(self, sums: "Sums") -> tuple[dict[str, jax.Array], jax.Array]:
+        return measures(self, sums)
+
     def active_share(self, axes: tuple[str, ...]) -> float:
         return self.experts_per_token / self.experts if "expert" in axes else 1.0
 

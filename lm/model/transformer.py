@@ -221,8 +221,9 @@ def _auxiliary(
     for name, part in sums.items():
         for i, measured in part.items():
             if measured is not None:
-                own, load = moe.measures(blocks[name][int(i)].ffn, measured)
-                loads[f"{name}/{i}/ffn"] = load
+                own, load = blocks[name][int(i)].ffn.measures(measured)
+                if load is not None:
+                    loads[f"{name}/{i}/ffn"] = load
                 losses |= {name: losses.get(name, 0.0) + x.sum() for name, x in own.items()}
     return losses, loads
 
@@ -293,7 +294,7 @@ def update_balance(config: Config, params: Params, load: dict[str, jax.Array]) -
     flat = trees.flatten(params)
     for path, load_e in load.items():
         part, i, _ = path.split("/")
-        balance = blocks[part][int(i)].ffn.balance
+        balance = getattr(blocks[part][int(i)].ffn, "balance", None)
         if isinstance(balance, moe.BiasBalance) and f"{path}/bias" in flat:
             flat[f"{path}/bias"] = moe.update_bias(flat[f"{path}/bias"], load_e, balance.rate)
     return trees.unflatten(flat)

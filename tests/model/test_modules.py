@@ -1,5 +1,6 @@
 """Every Flax module alone, as in a notebook: built, called, differentiated, printed."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -158,3 +159,35 @@ def test_the_model_of_a_run_is_a_transformer(tiny):
         run.model.logits(run.model(jnp.asarray(tokens_bt)).hidden_btd).argmax(-1),
         run.logits(tokens_bt).argmax(-1),
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Penalized(model.FeedForwardConfig):
+    """A feed-forward of a user's own with an auxiliary loss: the mean square of its output."""
+
+    def build(self, dim, rngs, init=None):
+        return _Penalized(dim, rngs)
+
+    def measures(self, sums):
+        return {"square": 0.5 * sums["square"] / sums["count"]}, None
+
+
+class _Penalized(nnx.Module):
+    def __init__(self, dim, rngs):
+        self.w = model.param(rngs, (dim, dim), ("embed", "mlp"), jax.nn.initializers.ones)
+
+    def __call__(self, x_btd, mask_bt=None):
+        y_btd = model.einsum("btd,df->btf", x_btd, self.w)
+        return y_btd, {"square": jnp.square(y_btd).sum(), "count": jnp.float32(y_btd.size)}
+
+
+def test_a_feed_forward_of_ones_own_has_auxiliary_losses():
+    config = model.Config(
+        vocab=8,
+        dim=4,
+        layers=2,
+        attention=model.GQA(heads=1, kv_heads=1, head_dim=4),
+        ffn=Penalized(),
+    )
+    output = model.Model(config, model.init(config, jax.random.key(0)))(jnp.zeros((1, 3), int))
+    assert output.losses["square"] > 0 and output.load == {}
