@@ -1,13 +1,15 @@
-"""Attention equals its specification, values and gradients, for every option, and refuses in
-words."""
+"""Attention in blocks equals its specification, values and gradients, for every option."""
 
+import functools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tolerance
 from jax.sharding import Mesh, PartitionSpec
+from kernel_helpers import float32, normal, uniform
 
 from kernels_pallas import flash_attention
 from kernels_pallas.attention import blocked, op, reference
@@ -15,13 +17,11 @@ from kernels_pallas.attention import blocked, op, reference
 B, H = 2, 8
 
 
-def inputs(t, s, n, k, seed=0):
-    """q, k, v and the optional arrays, of a size at which the softmax is neither flat nor
+def inputs(t, s, n, k):
+    """q, k, v, sinks and alibi. Queries are scaled so that the softmax is neither flat nor
     one-hot."""
-    keys = jax.random.split(jax.random.key(seed), 6)
-    q = 2 * jax.random.normal(keys[0], (B, t, n, H))
-    kv = [jax.random.normal(key, (B, s, k, H)) for key in keys[1:3]]
-    return q, *kv, jax.random.normal(keys[3], (n,)), jax.random.uniform(keys[4], (n,))
+    q, keys, values = 2 * normal(0, B, t, n, H), normal(1, B, s, k, H), normal(2, B, s, k, H)
+    return q, keys, values, normal(3, n), uniform(4, n)
 
 
 SEGMENTS = np.array([[1] * 5 + [2] * 9 + [3] * 3, [1] * 17])
@@ -69,16 +69,30 @@ CASES = {
 }  # fmt: skip
 
 
-def call(function, arrays, options):
-    """(out, lse) of the op or the reference for the arrays that it can be differentiated by."""
-    options = {name: value for name, value in options.items() if name not in ("sinks", "alibi")}
-    options |= {name: arrays.get(name) for name in ("sinks", "alibi")}
-    return function(arrays["q"], arrays["k"], arrays["v"], **options)
+# The slow cases differ from a quick one in lengths, heads or the combination of options.
+QUICK = (
+    "causal", "full", "window", "positions", "decode", "positions_segments",
+    "alibi_full", "prefix_by_row", "everything",
+)  # fmt: skip
+# Chunk by chunk, for packed documents; sinks are not supported.
+CHUNKED = {name: case for name, case in CASES.items() if "segment_ids" in case[4]} | {
+    "packed_alibi": (
+        17, 17, 6, 2, {"segment_ids": SEGMENTS, "alibi": True, "softcap": 2.0, "window": 5},
+    )
+}  # fmt: skip
+QUICK_CHUNKED = ("segments_full", "positions_segments", "everything", "packed_alibi")
+
+
+def parametrized(names, quick):
+    """Marks all names but those in `quick` as slow."""
+    slow = (pytest.param(name, marks=pytest.mark.slow) for name in names if name not in quick)
+    return pytest.mark.parametrize("name", [*quick, *slow])
 
 
 def arrays_of(t, s, n, k, options):
-    q, key, value, sinks, alibi = inputs(t, s, n, k)
-    arrays = {"q": q, "k": key, "v": value}
+    """Differentiable arguments by name."""
+    q, keys, values, sinks, alibi = inputs(t, s, n, k)
+    arrays = {"q": q, "k": keys, "v": values}
     if options.get("sinks"):
         arrays["sinks"] = sinks
     if options.get("alibi"):
@@ -86,74 +100,98 @@ def arrays_of(t, s, n, k, options):
     return arrays
 
 
-def value_and_gradients(function, arrays, options):
+def value_and_gradients(function, options, arrays):
     """Output, log-sum-exp, and the gradients of a fixed random projection of both."""
+    options = {name: value for name, value in options.items() if name not in ("sinks", "alibi")}
 
     def projected(arrays):
-        out, lse = call(function, arrays, options)
-        toward = jax.random.normal(jax.random.key(9), out.shape)
-        # A row that sees nothing has an lse of -1e30, beside which the rest would be lost.
-        seen = jnp.where(lse > -1e29, lse, 0)
-        return jnp.sum(out.astype(jnp.float32) * toward) + jnp.sum(seen * toward[..., 0]), (
-            out,
-            lse,
-        )
+        extra = {name: arrays.get(name) for name in ("sinks", "alibi")}
+        out, lse = function(arrays["q"], arrays["k"], arrays["v"], **options, **extra)
+        toward = normal(9, *out.shape)
+        # Rows without visible keys have an lse of -1e30, which would dwarf the other terms.
+        visible_lse = jnp.where(lse > -1e29, lse, 0)
+        value = jnp.sum(out.astype(jnp.float32) * toward) + jnp.sum(visible_lse * toward[..., 0])
+        return value, (out, lse)
 
-    (_, (out, lse)), gradients = jax.value_and_grad(projected, has_aux=True)(arrays)
+    gradients, (out, lse) = jax.grad(projected, has_aux=True)(arrays)
     return {"out": out, "lse": lse} | gradients
+
+
+@functools.cache
+def specified(name):
+    """Results of the specification."""
+    *shape, options = CHUNKED.get(name) or CASES[name]
+    run = partial(value_and_gradients, reference.flash_attention, options)
+    return jax.jit(run)(arrays_of(*shape, options))
+
+
+def largest_score(q_btnh, k_bskh, scale=None, **_):
+    """Largest magnitude of the scores before a soft cap."""
+    q, keys = np.asarray(q_btnh), np.asarray(k_bskh)
+    (b, t, n, h), k = q.shape, keys.shape[2]
+    scores = np.einsum("btkgh,bskh->bkgts", q.reshape(b, t, k, n // k, h), keys)
+    return tolerance.largest(scores) * (scale or h**-0.5)
+
+
+def compare(results, want, arrays, options):
+    """Compares results with those of the specification."""
+    t, s, h = arrays["q"].shape[1], *arrays["k"].shape[1::2]
+    # The sums over keys and of a score, whose error the exponential amplifies.
+    score = h * largest_score(arrays["q"], arrays["k"], **options) ** 2
+    # Gradients of scores are differences of two sums over the head width.
+    sums = {"out": (s, score), "lse": (s, score), "v": (t, s, score)}
+    sums |= dict.fromkeys(("q", "k"), (s, t, score, h, h))
+    sums |= dict.fromkeys(("sinks", "alibi"), (B * t * s, score, h, h))
+    for name, expected in want.items():
+        visible = np.where(np.asarray(expected) < -1e29, 0, expected)
+        atol = tolerance.of_chain(visible, *sums[name])
+        np.testing.assert_allclose(results[name], expected, rtol=0, atol=atol, err_msg=name)
 
 
 with_lse = partial(flash_attention, return_lse=True)
 
 
-@pytest.mark.parametrize("name", CASES)
+@parametrized(CASES, QUICK)
 def test_equals_the_specification(name, monkeypatch):
     *shape, options = CASES[name]
     # Blocks of 4 queries, so that every section has several, and the last is not full.
     monkeypatch.setitem(op.BLOCK, "cpu", 4)
     monkeypatch.setattr(blocked, "SECTIONS", 2)
-
-    @jax.jit
-    def both(arrays):
-        return [
-            value_and_gradients(function, arrays, options)
-            for function in (with_lse, reference.flash_attention)
-        ]
-
-    got, want = both(arrays_of(*shape, options))
-    for leaf in want:
-        # Sums of at most 17 x 17 x 8 numbers around 1 in float32 (eps 1e-7), in another order.
-        np.testing.assert_allclose(got[leaf], want[leaf], atol=1e-5, rtol=1e-5, err_msg=leaf)
+    arrays = arrays_of(*shape, options)
+    got = jax.jit(partial(value_and_gradients, with_lse, options))(arrays)
+    compare(got, specified(name), arrays, options)
 
 
-# A softmax with sinks is not met in chunks.
-PACKED = [name for name, case in CASES.items() if "segment_ids" in case[4]]
-
-
-@pytest.mark.parametrize("name", [*PACKED, "packed_alibi"])
+@parametrized(CHUNKED, QUICK_CHUNKED)
 def test_chunk_by_chunk_equals_the_specification(name, monkeypatch):
-    alibi = {"segment_ids": SEGMENTS, "alibi": True, "softcap": 2.0, "window": 5}
-    *shape, options = CASES.get(name, (17, 17, 6, 2, alibi))
+    *shape, options = CHUNKED[name]
     monkeypatch.setattr(blocked, "CHUNK", 4)
-    met = []
+    calls = []
     monkeypatch.setattr(
-        blocked, "_reach", lambda *a, reach=blocked._reach: met.append(a) or reach(*a)
+        blocked, "_reach", lambda *a, reach=blocked._reach: calls.append(a) or reach(*a)
     )
-
-    @jax.jit
-    def both(arrays):
-        ours = partial(with_lse, implementation="reference")
-        return [
-            value_and_gradients(function, arrays, options)
-            for function in (ours, reference.flash_attention)
-        ]
-
-    got, want = both(arrays_of(*shape, options))
-    assert bool(met) == ("sinks" not in options)
-    for leaf in want:
-        np.testing.assert_allclose(got[leaf], want[leaf], atol=1e-5, rtol=1e-5, err_msg=leaf)
+    arrays = arrays_of(*shape, options)
+    function = partial(with_lse, implementation="reference")
+    got = jax.jit(partial(value_and_gradients, function, options))(arrays)
+    assert bool(calls) == ("sinks" not in options)
+    compare(got, specified(name), arrays, options)
 
 
+def squared(function):
+    """Jitted gradients (dq, dk, dv) of the sum of squares of the output."""
+    return jax.jit(jax.grad(lambda *a: jnp.sum(function(*a) ** 2), (0, 1, 2)))
+
+
+def compare_squared(got, want, q, k):
+    """Compares gradients of `squared`."""
+    (t, h), s = q.shape[1::2], k.shape[1]
+    score = h * largest_score(q, k) ** 2
+    for a, b in zip(got, want, strict=True):
+        atol = tolerance.of_chain(b, s, s, t, score, h, h)
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+@pytest.mark.slow
 def test_chunk_by_chunk_inside_shard_map(monkeypatch):
     monkeypatch.setattr(blocked, "CHUNK", 4)
     q, k, v, *_ = inputs(17, 17, 4, 2)
@@ -166,97 +204,101 @@ def test_chunk_by_chunk_inside_shard_map(monkeypatch):
         in_specs=(rows,) * 4,
         out_specs=rows,
     )
-
-    def gradients(function):
-        return jax.jit(jax.grad(lambda *a: jnp.sum(function(*a) ** 2), (0, 1, 2)))(q, k, v)
-
-    got = gradients(lambda *a: mapped(*a, SEGMENTS))
-    want = gradients(lambda *a: reference.flash_attention(*a, segment_ids=SEGMENTS)[0])
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+    got = squared(lambda *a: mapped(*a, SEGMENTS))(q, k, v)
+    want = squared(lambda *a: reference.flash_attention(*a, segment_ids=SEGMENTS)[0])(q, k, v)
+    compare_squared(got, want, q, k)
 
 
-def test_chunks_met_grow_with_the_documents_and_not_with_the_row():
-    def met(length, document):
-        ids = jnp.arange(length)[None] // document
-        options = op.Options(True, None, 0, None, 1.0)
-        extras = op.Extras(ids, ids, *[None] * 5)
-        low, high = blocked._reach(options, extras, length, length)
-        return int(jnp.sum(high - low))
+def test_number_of_chunks_grows_with_the_documents_not_with_the_row():
+    def chunks(length, document):
+        @jax.jit
+        def reach(ids):
+            options = op.Options(True, None, 0, None, 1.0)
+            extras = op.Extras(ids, ids, *[None] * 5)
+            return blocked._reach(options, extras, length, length)
 
-    blocks = 32
+        low, high = reach(np.arange(length)[None] // document)
+        return int(np.sum(np.asarray(high) - np.asarray(low)))
+
+    blocks = 16
     length = blocks * blocked.CHUNK
-    assert met(length, length) == blocks * (blocks + 1) // 2
-    # A document of two blocks: the first meets one chunk, the second both.
-    assert met(length, 2 * blocked.CHUNK) == 3 * blocks // 2
-    # Edges within blocks, and ids of both rows decide.
-    assert met(length, 700) < 3 * blocks
+    assert chunks(length, length) == blocks * (blocks + 1) // 2
+    # A document of two blocks: the first attends to one chunk, the second to both.
+    assert chunks(length, 2 * blocked.CHUNK) == 3 * blocks // 2
+    # Documents that end within a block.
+    assert chunks(length, 700) < 3 * blocks
 
 
-def test_rows_that_see_nothing_are_zero_and_have_no_gradient():
+def test_rows_without_visible_keys_are_zero_and_have_no_gradient():
     t, s, n, k, options = CASES["nothing_visible"]
-    results = value_and_gradients(with_lse, arrays_of(t, s, n, k, options), options)
-    for name, leaf in results.items():
+    run = jax.jit(partial(value_and_gradients, with_lse, options))
+    for name, leaf in run(arrays_of(t, s, n, k, options)).items():
         np.testing.assert_array_equal(leaf, np.float32(-1e30 if name == "lse" else 0))
 
 
-def test_first_tokens_are_those_of_each_document():
-    """Packed documents give what each gives alone, first tokens and prefix included."""
+def test_first_tokens_are_counted_in_each_document():
+    """Packed documents give the same as each document alone, with sink tokens and a prefix."""
     q, k, v, *_ = inputs(17, 17, 4, 2)
-    options = {"window": 3, "sink_tokens": 2, "prefix": 2}
-    packed = flash_attention(q, k, v, segment_ids=SEGMENTS, **options)
-    for low, high in ((0, 5), (5, 14), (14, 17)):
-        alone = flash_attention(*(x[:1, low:high] for x in (q, k, v)), **options)
-        np.testing.assert_allclose(packed[:1, low:high], alone, atol=1e-5)
+    attend = jax.jit(partial(flash_attention, window=3, sink_tokens=2, prefix=2))
+    packed = attend(q, k, v, segment_ids=SEGMENTS)
+    for low, high in ((0, 5), (5, 14)):
+        alone = attend(*(x[:1, low:high] for x in (q, k, v)))
+        atol = tolerance.of_chain(alone, 17, H * largest_score(q, k) ** 2)
+        np.testing.assert_allclose(packed[:1, low:high], alone, rtol=0, atol=atol)
 
 
 def test_the_log_sum_exp_merges_parts():
     """Softmax over two halves of the keys, weighted by their log-sum-exp, is softmax over all."""
     q, k, v, *_ = inputs(17, 34, 4, 2)
-    halves = [
-        flash_attention(q, k[:, part], v[:, part], causal=False, return_lse=True)
-        for part in (slice(0, 17), slice(17, 34))
-    ]
-    whole, lse = flash_attention(q, k, v, causal=False, return_lse=True)
-    np.testing.assert_allclose(jnp.logaddexp(halves[0][1], halves[1][1]), lse, atol=1e-5)
-    merged = sum(out * jnp.exp(part - lse)[..., None] for out, part in halves)
-    np.testing.assert_allclose(merged, whole, atol=1e-5)
+    attend = jax.jit(partial(with_lse, causal=False))
+    halves = [attend(q, k[:, part], v[:, part]) for part in (slice(0, 17), slice(17, 34))]
+    whole, lse = attend(q, k, v)
+    score = H * largest_score(q, k) ** 2
+    merged_lse = np.logaddexp(halves[0][1], halves[1][1])
+    atol = tolerance.of_chain(lse, 34, score)
+    np.testing.assert_allclose(merged_lse, lse, rtol=0, atol=atol)
+    merged = sum(out * np.exp(part - lse)[..., None] for out, part in halves)
+    atol = tolerance.of_chain(whole, 34, score)
+    np.testing.assert_allclose(merged, whole, rtol=0, atol=atol)
 
 
-def test_no_later_key_and_no_other_document_is_read():
+def test_gradients_reach_neither_later_keys_nor_other_documents():
     q, k, v, *_ = inputs(17, 17, 4, 2)
     row = 8  # of document 2, which starts at 5
 
-    def out_row(k, v):
+    @jax.jit
+    @partial(jax.grad, argnums=(0, 1))
+    def gradients(k, v):
         return flash_attention(q, k, v, segment_ids=SEGMENTS)[0, row].sum()
 
-    for gradient in jax.grad(out_row, (0, 1))(k, v):
-        read = np.flatnonzero(np.abs(gradient[0]).sum((1, 2)))
-        np.testing.assert_array_equal(read, np.arange(5, row + 1))
+    for gradient in gradients(k, v):
+        visible = np.flatnonzero(np.abs(gradient[0]).sum((1, 2)))
+        np.testing.assert_array_equal(visible, np.arange(5, row + 1))
 
 
-def test_bfloat16_stays_bfloat16_and_near():
+def test_bfloat16():
     q, k, v, *_ = inputs(17, 17, 4, 2)
     low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    out = flash_attention(*low)
+    out = jax.jit(flash_attention)(*low)
     assert out.dtype == jnp.bfloat16
-    # Weights and output are rounded to 8 bits: 2**-8 relative each, on averages of values below 4.
-    want, _ = reference.flash_attention(*(x.astype(jnp.float32) for x in low))
-    np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.03)
+    exact = float32(*low)
+    want, _ = jax.jit(reference.flash_attention)(*exact)
+    # Weights and output are rounded.
+    atol = tolerance.of_chain(
+        want, 17, H * largest_score(*exact[:2]) ** 2, roundings=2, dtype=jnp.bfloat16
+    )
+    np.testing.assert_allclose(*float32(out, want), rtol=0, atol=atol)
 
 
 def test_under_vmap_and_checkpoint():
     q, k, v, *_ = inputs(17, 17, 4, 2)
-    stacked = [jnp.stack([x, x + 0.1]) for x in (q, k, v)]
-
-    def loss(q, k, v):
-        return jnp.sum(jax.checkpoint(flash_attention)(q, k, v) ** 2)
-
-    got = jax.vmap(jax.grad(loss, (0, 1, 2)))(*stacked)
-    want = jax.grad(lambda q, k, v: jnp.sum(reference.flash_attention(q, k, v)[0] ** 2), (0, 1, 2))
+    stacked = [np.stack([x, x + np.float32(0.1)]) for x in (q, k, v)]
+    gradients = jax.grad(lambda *a: jnp.sum(jax.checkpoint(flash_attention)(*a) ** 2), (0, 1, 2))
+    got = jax.jit(jax.vmap(gradients))(*stacked)
+    want = squared(lambda *a: reference.flash_attention(*a)[0])
     for i in range(2):
-        for a, b in zip(got, want(*(x[i] for x in stacked)), strict=True):
-            np.testing.assert_allclose(a[i], b, atol=2e-5, rtol=1e-5)
+        arrays = [x[i] for x in stacked]
+        compare_squared([x[i] for x in got], want(*arrays), *arrays[:2])
 
 
 @pytest.mark.parametrize(
@@ -264,63 +306,65 @@ def test_under_vmap_and_checkpoint():
     [
         ({"causal": False, "window": 3}, "window=3 needs causal=True"),
         ({"window": 0}, "window=0 must be at least 1"),
-        ({"sink_tokens": 2}, "sink_tokens=2 does nothing without a window"),
-        ({"causal": False, "prefix": 3}, "prefix does nothing without causal=True"),
+        ({"sink_tokens": 2}, "sink_tokens=2 has no effect without a window"),
+        ({"causal": False, "prefix": 3}, "prefix has no effect without causal=True"),
         ({"prefix": np.zeros(5, int)}, r"prefix has shape \(5,\)"),
-        ({"softcap": 0.0}, "softcap=0.0 must be above zero"),
+        ({"softcap": 0.0}, "softcap=0.0 must be positive"),
         ({"sinks": np.zeros(3)}, r"sinks has shape \(3,\)"),
         ({"kv_segment_ids": SEGMENTS}, "kv_segment_ids needs segment_ids"),
-        ({"q_btnh": np.zeros((B, 17, 3, H))}, "3 query heads do not divide into 2"),
-        ({"q_btnh": np.zeros((B, 5, 4, H))}, "give positions"),
+        ({"q_btnh": np.zeros((B, 17, 3, H))}, "3 query heads must be a multiple of 2"),
+        ({"q_btnh": np.zeros((B, 5, 4, H))}, "pass positions"),
         ({"q_btnh": np.zeros((B, 17, 4, 4))}, "head width"),
-        ({"implementation": "tpu", "alibi": np.ones(4)}, "'tpu' has no alibi"),
+        ({"implementation": "tpu", "alibi": np.ones(4)}, "'tpu' does not support alibi"),
         ({"implementation": "tpu", "q_btnh": np.zeros((B, 17, 4, H), np.float16)}, "in float16"),
         ({"implementation": "mosaic"}, "implementation='mosaic' is not one of"),
     ],
 )  # fmt: skip
-def test_refuses_in_words(change, words):
+def test_rejects_arguments_that_do_not_fit(change, words):
     q, k, v, *_ = inputs(17, 17, 4, 2)
     with pytest.raises(ValueError, match=words):
         flash_attention(**({"q_btnh": q, "k_bskh": k, "v_bskh": v} | change))
 
 
-def test_memory_grows_with_the_length_and_not_its_square():
-    def gradient_memory(length):
-        q, k, v, *_ = inputs(length, length, 2, 1)
-
-        def loss(q, k, v):
-            return jnp.sum(flash_attention(q, k, v) ** 2)
-
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    # Four times the length: four times the blocks' scores and inputs, where the square would be 16.
-    assert gradient_memory(4096) < 6 * gradient_memory(1024)
+def gradient_memory(length, options):
+    """Bytes of temporaries of the compiled gradients."""
+    q, k, v, *_ = inputs(length, length, 2, 1)
+    run = squared(partial(flash_attention, **options))
+    return run.lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_in_chunks_scores_do_not_grow_with_the_length():
-    def gradient_memory(length):
-        q, k, v, *_ = inputs(length, length, 2, 1)
-        options = {"segment_ids": np.ones((B, length), int), "implementation": "reference"}
-
-        def loss(q, k, v):
-            return jnp.sum(flash_attention(q, k, v, **options) ** 2)
-
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    # What grows are the inputs and their gradients, 8 numbers wide here.
-    assert gradient_memory(8192) < 2 * gradient_memory(2048)
+def in_chunks(length):
+    return {"segment_ids": np.ones((B, length), int), "implementation": "reference"}
 
 
-def test_a_window_reads_only_the_keys_in_reach():
-    """The products of a block and its window, counted in the compiled program, do not grow with the
-    sequence."""
+@pytest.mark.parametrize("chunked", [False, True])
+def test_memory_is_far_below_that_of_all_scores(chunked, monkeypatch):
+    monkeypatch.setattr(blocked, "SECTIONS", 2)
+    length = 4096
+    scores = 4 * B * 2 * length**2  # bytes
+    assert gradient_memory(length, in_chunks(length) if chunked else {}) < scores / 12
+
+
+@pytest.mark.slow
+def test_memory_grows_linearly_with_the_length():
+    # At four times the length, blocks of scores and inputs are 4 times as large, T * T 16 times.
+    assert gradient_memory(4096, {}) < 6 * gradient_memory(1024, {})
+
+
+@pytest.mark.slow
+def test_memory_of_chunks_does_not_grow_with_the_length():
+    # Only the inputs and their gradients grow; here they are 8 numbers wide.
+    assert gradient_memory(8192, in_chunks(8192)) < 2 * gradient_memory(2048, in_chunks(2048))
+
+
+@pytest.mark.slow
+def test_work_of_a_window_does_not_grow_with_the_length():
+    """Counts the operations of one block in the compiled program."""
 
     def flops_of_a_block(length):
         q, k, v, *_ = inputs(length, length, 2, 1)
         compiled = jax.jit(lambda *a: flash_attention(*a, window=16)).lower(q, k, v).compile()
-        # XLA counts the body of a loop once, and here the body is one block.
+        # XLA counts the body of a loop once; the body is one block.
         return compiled.cost_analysis()["flops"]
 
     assert flops_of_a_block(2048) < 1.5 * flops_of_a_block(512)
