@@ -215,7 +215,7 @@ def test_few_key_value_heads_are_copied_where_they_cannot_be_split():
         (("embde",), (8,), "w has the unknown logical axis 'embde'. Did you mean 'embed'"),
         (("embed",), (8, 8), r"w has shape \(8, 8\) but axes \('embed',\)"),
         (("embed", "mlp"), (8, 7), "w: mlp of size 7 does not divide over mesh tensor=2; .* of 2"),
-        (("heads", "mlp"), (8, 8), "axes 'heads' and 'mlp' are both sharded over mesh axis 'tensor'"),
+        (("heads", "mlp"), (8, 8), "'heads' and 'mlp' are both sharded over mesh axis 'tensor'"),
     ],
 )
 def test_what_cannot_be_split_is_refused(axes, shape, sentence):

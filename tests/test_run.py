@@ -149,7 +149,8 @@ def test_next_command_is_the_one_typed_with_twice_the_steps(tiny, capsys, monkey
     monkeypatch.setattr(sys, "argv", ["mine.py", *typed, "--mesh", "data=2"])
     lm.train(tiny.declare(), workdir=tiny.home / "runs")
     command = "python -m experiments.mine --set 'data.path=my books/*.txt' --mesh data=2"
-    assert f"{command} --set schedule.steps={2 * STEPS}  # a new, longer run\n" in capsys.readouterr().out
+    longer = f"{command} --set schedule.steps={2 * STEPS}  # a new, longer run\n"
+    assert longer in capsys.readouterr().out
 
 
 def test_plot_that_was_not_drawn_is_drawn_by_the_next_call(tiny, tmp_path):

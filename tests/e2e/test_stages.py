@@ -68,7 +68,7 @@ def test_the_second_stage_goes_on_from_the_first_without_a_jump(trained):
 
 
 def test_the_optimizer_state_is_kept_or_reset(trained, tmp_path):
-    """Adam's count goes on in one, and begins anew in the other; the schedule begins anew in both."""
+    """Adam's count continues in one and restarts in the other; the schedule restarts in both."""
     kept = state_at(trained / "second", STEPS)
     lm.train(recipe("reset"), workdir=tmp_path)
     reset = state_at(tmp_path / "both" / "second", STEPS)

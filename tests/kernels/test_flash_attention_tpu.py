@@ -160,11 +160,6 @@ def test_two_cores_do_not_race(small_blocks, capfd):
     assert "race" not in capfd.readouterr().out.lower()
 
 
-def test_several_spans(small_blocks):
-    *shape, options = SPANS["returning"]
-    compare(shape, options)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("cores", "copies"), [(1, "eager"), (1, "on_wait"), (2, "on_wait")])
 @pytest.mark.parametrize("name", SPANS)

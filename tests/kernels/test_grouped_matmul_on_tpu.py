@@ -89,6 +89,7 @@ def test_deep_sums_are_split():
     compare(*arrays(40, 600, 520, 3), [11, 9, 17])
 
 
+@pytest.mark.slow
 def test_bfloat16():
     compare(*arrays(24, 128, 72, 2, jnp.bfloat16), [9, 12])
 

@@ -29,7 +29,9 @@ def cases_and_floors(gpu, chip):
     return [(case, bench.floor(case, chip)) for case in cases]
 
 
-@pytest.mark.parametrize(("gpu", "chip"), [(False, "v5e"), (True, "h100")])
+@pytest.mark.parametrize(
+    ("gpu", "chip"), [(False, "v5e"), pytest.param(True, "h100", marks=pytest.mark.slow)]
+)
 def test_our_form_of_every_case_traces(gpu, chip):
     for case, floor in cases_and_floors(gpu, chip):
         assert next(iter(case.forms)) == "ours"
@@ -57,7 +59,11 @@ def test_attention_on_a_gpu_is_compared_with_cudnn_and_pytorch(monkeypatch):
             assert forms[documents, length] == ["ours", "cuDNN, no documents"]
     last = bench.cases(gpu=True)[-8:]
     assert all(case.name.startswith("hopper") and list(case.forms) == ["ours"] for case in last)
-    # Arithmetic bounds them all, so the share of the lower bound is that of the peak bf16 rate.
+
+
+@pytest.mark.slow
+def test_arithmetic_bounds_attention_on_a_gpu():
+    """So the share of the lower bound is that of the peak bf16 rate."""
     for case, floor in cases_and_floors(True, "h100"):
         assert floor == case.flops / 989e12
 

@@ -102,6 +102,7 @@ def test_head_groups(n, k):
     compare(cache([40, 7], n=n, k=k))
 
 
+@pytest.mark.slow
 def test_bfloat16():
     compare(cache([40, 7], slots=16, width=3, dtype=jnp.bfloat16))
 

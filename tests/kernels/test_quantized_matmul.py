@@ -2,6 +2,7 @@
 reference."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -96,11 +97,17 @@ def test_int8_weights_are_within_half_a_scale():
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("rows", [40, pytest.param(80, marks=SLOW)])
-@pytest.mark.parametrize("dtype", [jnp.float32, BF16])
 @pytest.mark.parametrize(
-    ("bits", "group"),
-    [(4, 32), (3, 512), pytest.param(4, 512, marks=SLOW), pytest.param(3, 32, marks=SLOW)],
+    ("bits", "group", "dtype", "rows"),
+    [
+        (4, 32, BF16, 40),
+        (3, 512, BF16, 40),
+        (4, 32, jnp.float32, 40),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in itertools.product((3, 4), (32, 512), (jnp.float32, BF16), (40, 80))
+        ),
+    ],
 )
 def test_packed_equals_the_reference(bits, group, dtype, rows):
     """Up to 64 rows of bfloat16 take the kernel for few rows, the others the one for many."""

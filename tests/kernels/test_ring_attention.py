@@ -86,7 +86,9 @@ def test_sharded_sequences():
     subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True, timeout=600)
 
 
-@pytest.mark.parametrize("name", ["ring_attention", "gathered_attention"])
+@pytest.mark.parametrize(
+    "name", ["ring_attention", pytest.param("gathered_attention", marks=pytest.mark.slow)]
+)
 def test_one_device(name):
     """On an axis of one device, the two halves of the sequence still attend to each other."""
     t, h = 16, 8
