@@ -14,6 +14,9 @@ from lm.program import Program
 from lm.runs import RunFolder
 from lm.training import State
 
+# Text that two tokenizers of different training encode differently.
+_PROBE = "The quick brown fox, 13 years old:\n    def jump(over): return over + 1  # \u00e4\n"
+
 
 @dataclass(frozen=True)
 class Start:
@@ -47,7 +50,10 @@ class Start:
     def check_tokenizer(self, tokenizer: data.Tokenizer) -> None:
         """Raises UserError if the weights were trained with another tokenizer."""
         own = self.folder.tokenizer()
-        if own is not None and own.checksum != tokenizer.checksum:
+        if own is None or own.checksum == tokenizer.checksum:
+            return
+        # tokenizer.json and tokenizer.model of one model have different checksums.
+        if own.vocab != tokenizer.vocab or own.encode(_PROBE) != tokenizer.encode(_PROBE):
             path = str(self.folder.path)
             raise UserError(
                 f"start={path!r} was trained with another tokenizer than the one declared; set "

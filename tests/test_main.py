@@ -130,7 +130,7 @@ def test_changes_give_the_run_another_name(door, tmp_path):
         (("--set", "model.layers=two"), ("model.layers=two", "whole number")),
         (("--set", "model.layers"), ("--set model.layers needs a value",)),
         (("--set", "model.attention.kv_heads=3"), ("kv_heads=3", "heads=2")),
-        (("--set", "optimizer=Adam()"), ("Adam", "Did you mean 'AdamW'?")),
+        (("--set", "optimizer=AdamWW()"), ("AdamWW", "Did you mean 'AdamW'?")),
         (("--set", "batch.sequences=0"), ("batch.sequences=0 must be above zero",)),
         (("--set", "data.path=nowhere/*.txt"), ("nowhere/*.txt", "matches no file")),
         (("--set", "data.path=nowhere.txt"), ("There is no file 'nowhere.txt'",)),

@@ -49,4 +49,4 @@ class Stopper:
         self.cause = signal.Signals(number).name
         # print() is not reentrant, and a handler can run inside it; os.write() is safe.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nSaving after this step, then stopping. Interrupt again to stop now.\n")
+            os.write(2, b"\nStopping after this step and saving. Interrupt again to stop now.\n")

@@ -165,14 +165,14 @@ def test_one_document_is_clustered_by_sequence(params):
 
 def test_repeated_evaluations_compile_once(params, monkeypatch):
     traces = 0
-    forward = model.forward
+    forward = model.Model.__call__
 
     def counting(*arguments, **options):
         nonlocal traces
         traces += 1
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(model, "forward", counting)
+    monkeypatch.setattr(model.Model, "__call__", counting)
     for scale in (1.0, 0.5, 0.25):
         scaled = jax.tree.map(lambda x, scale=scale: scale * x, params)
         perplexity(model.Model(CONFIG, scaled), Packed(documents(), 5))

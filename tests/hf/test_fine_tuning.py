@@ -64,7 +64,8 @@ def test_a_tuned_run_is_exported(start, tmp_path):
 
 def test_training_starts_from_a_run(tiny, tmp_path):
     """`start` may be a run folder; the run records the config.json that its weights came with."""
-    e = dataclasses.replace(tuned(tiny.folder), start=str(tiny.folder))
+    tokenizer = data.TokenizerFile(path=str(tiny.folder))
+    e = dataclasses.replace(tuned(tiny.folder, tokenizer=tokenizer), start=str(tiny.folder))
     lm.train(e, workdir=tmp_path)
     assert runs.load_declaration(tmp_path / "tuned").start == str(tiny.folder)
     imported = tmp_path / "imported"

@@ -1,6 +1,7 @@
-"""Helpers of the kernel tests: random arrays, and TPU kernels in interpret mode."""
+"""Helpers of the kernel tests: random arrays, quick compilation, TPU kernels in interpret mode."""
 
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -27,6 +28,34 @@ def integers(seed: int, low: int, high: int, *shape: int, dtype: Any = jnp.int32
 def float32(*arrays: Any) -> list[np.ndarray]:
     """The arrays as float32 numpy arrays."""
     return [np.asarray(x).astype(np.float32) for x in arrays]
+
+
+# These tests compile many programs and run each once; without these optimizations compilation takes
+# an eighth of the time. Optimized programs run in the tests of lm.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any]:
+    """The options in QUICK that this version of XLA supports."""
+
+    def is_supported(option):
+        try:
+            jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    return dict(filter(is_supported, QUICK.items()))
+
+
+def jit(function: Any, **options: Any) -> Any:
+    """jax.jit with quick compilation, for functions that are called outside of other transforms."""
+    return jax.jit(function, compiler_options=compiler_options(), **options)
 
 
 @contextlib.contextmanager

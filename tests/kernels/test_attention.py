@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tolerance
 from jax.sharding import Mesh, PartitionSpec
-from kernel_helpers import float32, normal, uniform
+from kernel_helpers import float32, jit, normal, uniform
 
 from kernels_pallas import flash_attention
 from kernels_pallas.attention import blocked, op, reference
@@ -119,7 +119,7 @@ def specified(name):
     """Results of the specification."""
     *shape, options = CHUNKED.get(name) or CASES[name]
     run = partial(value_and_gradients, reference.flash_attention, options)
-    return jax.jit(run)(arrays_of(*shape, options))
+    return jit(run)(arrays_of(*shape, options))
 
 
 def largest_score(q_btnh, k_bskh, scale=None, **_):
@@ -155,7 +155,7 @@ def test_equals_the_specification(name, monkeypatch):
     monkeypatch.setitem(op.BLOCK, "cpu", 4)
     monkeypatch.setattr(blocked, "SECTIONS", 2)
     arrays = arrays_of(*shape, options)
-    got = jax.jit(partial(value_and_gradients, with_lse, options))(arrays)
+    got = jit(partial(value_and_gradients, with_lse, options))(arrays)
     compare(got, specified(name), arrays, options)
 
 
@@ -169,14 +169,14 @@ def test_chunk_by_chunk_equals_the_specification(name, monkeypatch):
     )
     arrays = arrays_of(*shape, options)
     function = partial(with_lse, implementation="reference")
-    got = jax.jit(partial(value_and_gradients, function, options))(arrays)
+    got = jit(partial(value_and_gradients, function, options))(arrays)
     assert bool(calls) == ("sinks" not in options)
     compare(got, specified(name), arrays, options)
 
 
 def squared(function):
     """Jitted gradients (dq, dk, dv) of the sum of squares of the output."""
-    return jax.jit(jax.grad(lambda *a: jnp.sum(function(*a) ** 2), (0, 1, 2)))
+    return jit(jax.grad(lambda *a: jnp.sum(function(*a) ** 2), (0, 1, 2)))
 
 
 def compare_squared(got, want, q, k):
@@ -208,7 +208,7 @@ def test_chunk_by_chunk_inside_shard_map(monkeypatch):
 
 def test_number_of_chunks_grows_with_the_documents_not_with_the_row():
     def chunks(length, document):
-        @jax.jit
+        @jit
         def reach(ids):
             options = op.Options(True, None, 0, None, 1.0)
             extras = op.Extras(ids, ids, *[None] * 5)
@@ -228,7 +228,7 @@ def test_number_of_chunks_grows_with_the_documents_not_with_the_row():
 
 def test_rows_without_visible_keys_are_zero_and_have_no_gradient():
     t, s, n, k, options = CASES["nothing_visible"]
-    run = jax.jit(partial(value_and_gradients, with_lse, options))
+    run = jit(partial(value_and_gradients, with_lse, options))
     for name, leaf in run(arrays_of(t, s, n, k, options)).items():
         np.testing.assert_array_equal(leaf, np.float32(-1e30 if name == "lse" else 0))
 
@@ -236,7 +236,7 @@ def test_rows_without_visible_keys_are_zero_and_have_no_gradient():
 def test_first_tokens_are_counted_in_each_document():
     """Packed documents give the same as each document alone, with sink tokens and a prefix."""
     q, k, v, *_ = inputs(17, 17, 4, 2)
-    attend = jax.jit(partial(flash_attention, window=3, sink_tokens=2, prefix=2))
+    attend = jit(partial(flash_attention, window=3, sink_tokens=2, prefix=2))
     packed = attend(q, k, v, segment_ids=SEGMENTS)
     for low, high in ((0, 5), (5, 14)):
         alone = attend(*(x[:1, low:high] for x in (q, k, v)))
@@ -247,7 +247,7 @@ def test_first_tokens_are_counted_in_each_document():
 def test_the_log_sum_exp_merges_parts():
     """Softmax over two halves of the keys, weighted by their log-sum-exp, is softmax over all."""
     q, k, v, *_ = inputs(17, 34, 4, 2)
-    attend = jax.jit(partial(with_lse, causal=False))
+    attend = jit(partial(with_lse, causal=False))
     halves = [attend(q, k[:, part], v[:, part]) for part in (slice(0, 17), slice(17, 34))]
     whole, lse = attend(q, k, v)
     score = H * largest_score(q, k) ** 2
@@ -263,7 +263,7 @@ def test_gradients_reach_neither_later_keys_nor_other_documents():
     q, k, v, *_ = inputs(17, 17, 4, 2)
     row = 8  # of document 2, which starts at 5
 
-    @jax.jit
+    @jit
     @partial(jax.grad, argnums=(0, 1))
     def gradients(k, v):
         return flash_attention(q, k, v, segment_ids=SEGMENTS)[0, row].sum()
@@ -276,10 +276,10 @@ def test_gradients_reach_neither_later_keys_nor_other_documents():
 def test_bfloat16():
     q, k, v, *_ = inputs(17, 17, 4, 2)
     low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    out = jax.jit(flash_attention)(*low)
+    out = jit(flash_attention)(*low)
     assert out.dtype == jnp.bfloat16
     exact = float32(*low)
-    want, _ = jax.jit(reference.flash_attention)(*exact)
+    want, _ = jit(reference.flash_attention)(*exact)
     # Weights and output are rounded.
     atol = tolerance.of_chain(
         want, 17, H * largest_score(*exact[:2]) ** 2, roundings=2, dtype=jnp.bfloat16
@@ -291,7 +291,7 @@ def test_under_vmap_and_checkpoint():
     q, k, v, *_ = inputs(17, 17, 4, 2)
     stacked = [np.stack([x, x + np.float32(0.1)]) for x in (q, k, v)]
     gradients = jax.grad(lambda *a: jnp.sum(jax.checkpoint(flash_attention)(*a) ** 2), (0, 1, 2))
-    got = jax.jit(jax.vmap(gradients))(*stacked)
+    got = jit(jax.vmap(gradients))(*stacked)
     want = squared(lambda *a: reference.flash_attention(*a)[0])
     for i in range(2):
         arrays = [x[i] for x in stacked]
@@ -360,7 +360,7 @@ def test_work_of_a_window_does_not_grow_with_the_length():
 
     def flops_of_a_block(length):
         q, k, v, *_ = inputs(length, length, 2, 1)
-        compiled = jax.jit(lambda *a: flash_attention(*a, window=16)).lower(q, k, v).compile()
+        compiled = jit(lambda *a: flash_attention(*a, window=16)).lower(q, k, v).compile()
         # XLA counts the body of a loop once; the body is one block.
         return compiled.cost_analysis()["flops"]
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerance
-from kernel_helpers import float32, normal
+from kernel_helpers import float32, jit, normal
 
 from kernels_pallas import flash_attention
 
@@ -73,7 +73,7 @@ def results(implementation, arrays, options):
         loss = jnp.sum(out.astype(jnp.float32) * toward) + jnp.sum(visible_lse * toward[..., 0])
         return loss, (out, lse)
 
-    run = jax.jit(jax.grad(projected, (0, 1, 2), has_aux=True))
+    run = jit(jax.grad(projected, (0, 1, 2), has_aux=True))
     gradients, (out, lse) = run(*arrays)
     return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients)))
 
@@ -89,7 +89,7 @@ def share_compiled_threads() -> None:
     def run(jaxpr, consts, *args):
         with lock:
             if id(jaxpr) not in compiled:
-                function = jax.jit(lambda *a: jax.core.eval_jaxpr(jaxpr, consts, *a) and None)
+                function = jit(lambda *a: jax.core.eval_jaxpr(jaxpr, consts, *a) and None)
                 compiled[id(jaxpr)] = function.lower(*args).compile()
         compiled[id(jaxpr)](*args)
 

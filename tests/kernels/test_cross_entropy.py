@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerance
-from kernel_helpers import float32, integers, normal, uniform
+from kernel_helpers import float32, integers, jit, normal, uniform
 
 from kernels_pallas import cross_entropy, token_losses
 from kernels_pallas.cross_entropy import op, reference
@@ -47,7 +47,7 @@ def value_and_gradients(function, options, x, w, targets, weights):
 def expected(options):
     """By full logits; `options` are the items of a dict."""
     run = functools.partial(value_and_gradients, reference.cross_entropy, dict(options))
-    return jax.jit(run)(*inputs())
+    return jit(run)(*inputs())
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_equals_full_logits(chunks, options):
     arguments = inputs()
     x, w, _, weights = arguments
     chunked = functools.partial(cross_entropy, chunk=chunks[0], vocab_chunk=chunks[1])
-    sums, gradients = jax.jit(functools.partial(value_and_gradients, chunked, options))(*arguments)
+    sums, gradients = jit(functools.partial(value_and_gradients, chunked, options))(*arguments)
     want_sums, want_gradients = expected(tuple(options.items()))
     # Each loss is a difference of logits and of their log-sum-exp over V.
     logit = tolerance.of_sum(D, x, w)
@@ -86,8 +86,8 @@ def test_equals_full_logits(chunks, options):
 def test_token_losses(chunk, vocab_chunk):
     x, w, targets, _ = inputs()
     sizes = {"chunk": chunk, "vocab_chunk": vocab_chunk}
-    got = jax.jit(functools.partial(token_losses, softcap=3.0, **sizes))(x, w, targets)
-    want = jax.jit(functools.partial(reference.token_losses, softcap=3.0))(x, w, targets)
+    got = jit(functools.partial(token_losses, softcap=3.0, **sizes))(x, w, targets)
+    want = jit(functools.partial(reference.token_losses, softcap=3.0))(x, w, targets)
     atol = 2 * tolerance.of_sum(D, x, w) + tolerance.of_sum(V, 1.0)
     np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
@@ -98,7 +98,7 @@ def test_the_value_is_the_same_with_and_without_gradients():
     def loss(x):
         return cross_entropy(x, w, targets, weights, z_loss=0.1, chunk=4)
 
-    @jax.jit
+    @jit
     def both(x):
         return loss(x), jax.vjp(loss, x)[0]
 
@@ -114,7 +114,7 @@ def test_another_platform_takes_other_chunks(monkeypatch):
         monkeypatch.setattr(op, "_on_cpu", lambda *sizes: chunk)
         monkeypatch.setattr(op, "_elsewhere", lambda *sizes: op.Chunk(T, V))
 
-        @jax.jit
+        @jit
         def run(x, w):
             loss = lambda x, w: cross_entropy(x, w, targets, weights)[0]  # noqa: E731
             return jax.value_and_grad(loss, (0, 1))(x, w), token_losses(x, w, targets)
@@ -141,7 +141,7 @@ def test_bfloat16():
     x, w, targets, weights = inputs()
     low = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
 
-    @jax.jit
+    @jit
     def value_and_gradients(x, w):
         def loss(x, w):
             return cross_entropy(x, w, targets, weights, chunk=4)[0]
@@ -172,7 +172,7 @@ def test_vocabulary_chunks_never_materialize_the_unembedding_gradient():
         def loss(x, w):
             return cross_entropy(x, w, targets, weights, chunk=t, vocab_chunk=vocab_chunk)[0]
 
-        text = jax.jit(jax.grad(loss, (0, 1))).lower(*low).as_text()
+        text = jit(jax.grad(loss, (0, 1))).lower(*low).as_text()
         return re.findall(r"dot_general.*-> tensor<(.*)>", text)
 
     assert f"{d}x{v}xf32" in matmul_shapes(None)
@@ -187,7 +187,7 @@ def test_full_logits_are_never_materialized():
     def loss(x, w):
         return cross_entropy(x, w, targets, weights, chunk=16)[0]
 
-    memory = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile().memory_analysis()
+    memory = jit(jax.grad(loss, (0, 1))).lower(x, w).compile().memory_analysis()
     logits_of_a_chunk = 4 * b * 16 * v
     # A few arrays of the size of a chunk and of the inputs; full logits would take 16 chunks.
     inputs_size = x.nbytes + w.nbytes

@@ -8,7 +8,7 @@ import pytest
 import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import float32, interpreted, normal
+from kernel_helpers import float32, interpreted, jit, normal
 
 from kernels_pallas import flash_attention
 from kernels_pallas.attention import tpu
@@ -83,7 +83,7 @@ def results(implementation, arrays, sinks, options):
         toward = normal(9, *out.shape)
         return jnp.sum(out.astype(jnp.float32) * toward) + jnp.sum(lse * toward[..., 0]), (out, lse)
 
-    run = jax.jit(jax.grad(projected, (0, 1), has_aux=True))
+    run = jit(jax.grad(projected, (0, 1), has_aux=True))
     gradients, values = run(arrays, sinks)
     return [np.asarray(x).astype(np.float32) for x in jax.tree.leaves((values, gradients))]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerance
-from kernel_helpers import float32, normal
+from kernel_helpers import float32, jit, normal
 
 from kernels_pallas import grouped_matmul
 from kernels_pallas.grouped_matmul import reference, tiles
@@ -41,7 +41,7 @@ def value_and_gradients(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "ROWS", rows)
         sizes = jnp.zeros(E, jnp.int32)
-        return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(X, W, sizes).compile()
+        return jit(jax.value_and_grad(loss, (0, 1))).lower(X, W, sizes).compile()
 
 
 @pytest.mark.parametrize(

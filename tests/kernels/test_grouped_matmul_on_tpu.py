@@ -9,7 +9,7 @@ import pytest
 import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import float32, integers, interpreted, normal, uniform
+from kernel_helpers import float32, integers, interpreted, jit, normal, uniform
 
 from kernels_pallas import grouped_matmul
 from kernels_pallas.grouped_matmul import reference, tpu
@@ -43,7 +43,7 @@ def value_and_gradients(implementation, x, w, dy, sizes):
     return y, *pull(dy)
 
 
-by_reference = jax.jit(functools.partial(value_and_gradients, "reference"))
+by_reference = jit(functools.partial(value_and_gradients, "reference"))
 
 
 def compare(x, w, dy, sizes, run=None, **interpret):
@@ -52,7 +52,7 @@ def compare(x, w, dy, sizes, run=None, **interpret):
     sizes = jnp.array(sizes, jnp.int32)
     x_nan = jnp.asarray(np.where(inside, x, np.asarray(np.nan, x.dtype)))
     with interpreted(**interpret):
-        run = run or jax.jit(functools.partial(value_and_gradients, "tpu"))
+        run = run or jit(functools.partial(value_and_gradients, "tpu"))
         got = run(x_nan, w, dy, sizes)
     want = by_reference(*float32(x, w, dy), sizes)
     (m, d), f = x.shape, w.shape[2]
@@ -70,7 +70,7 @@ def compiled():
     with pytest.MonkeyPatch.context() as patch, interpreted():
         for name, value in SMALL.items():
             patch.setattr(tpu, name, value)
-        run = jax.jit(functools.partial(value_and_gradients, "tpu"))
+        run = jit(functools.partial(value_and_gradients, "tpu"))
         return run.lower(*arrays(70, 128, 200, 5), jnp.zeros(5, jnp.int32)).compile()
 
 
@@ -132,8 +132,8 @@ def test_int8_weights(implementation):
 
     dequantized = np.asarray(w, np.float32) * np.asarray(scales)[:, None]
     with interpreted():
-        y, dx = jax.jit(functools.partial(run, quantized))(x, dy)
-    want, want_dx = jax.jit(
+        y, dx = jit(functools.partial(run, quantized))(x, dy)
+    want, want_dx = jit(
         functools.partial(run, lambda x: reference.grouped_matmul(x, dequantized, sizes))
     )(x, dy)
     np.testing.assert_allclose(y, want, rtol=0, atol=tolerance.of_sum(d, x, dequantized))

@@ -3,11 +3,11 @@
 import functools
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerance
+from kernel_helpers import jit
 
 from kernels_pallas.tools import bench
 
@@ -94,10 +94,11 @@ def test_messages_name_what_is_missing(monkeypatch):
         bench.main(["--only", "nothing"])
 
 
+@pytest.mark.slow
 def test_attention_on_cpu_is_timed_against_einsum(monkeypatch, tmp_path):
     case = bench.attention_on_cpu(64, jnp.float32, backward=False)
     arrays = case.make()
-    ours, *others = (jax.jit(form)(*arrays) for form in case.forms.values())
+    ours, *others = (jit(form)(*arrays) for form in case.forms.values())
     for other in others:
         # Sums over 64 keys and a head width of 64, of scores below 5.
         atol = tolerance.of_chain(other, 64, 64 * 5**2)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tolerance
 from jax.sharding import AxisType, Mesh, PartitionSpec
-from kernel_helpers import normal
+from kernel_helpers import jit, normal
 
 import kernels_pallas
 from kernels_pallas import dispatch, flash_attention, quantized_matmul
@@ -36,7 +36,7 @@ def shapes(t=T, s=T, h=H, dtype=BF16):
 
 
 def lowered(function, *arrays):
-    return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    return jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def lowered_with_gradients(options, arrays):
@@ -90,11 +90,19 @@ UNSUPPORTED = {
 }
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
+QUICK = ("segment_ids", "alibi", "return_lse")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in UNSUPPORTED if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_other_options_run_in_plain_jax_without_all_scores(cudnn_installed, name):
     text = lowered_with_gradients(UNSUPPORTED[name], shapes())
     assert calls(text) == [] and "dot_general" in text
     assert f"{T}x{T}" not in text
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_rejects_other_options_with_cudnn(cudnn_installed, name):
     with pytest.raises(ValueError, match=f"'gpu' does not support {name}; omit"):
         flash_attention(*shapes(), implementation="gpu", **UNSUPPORTED[name])
 
@@ -102,13 +110,8 @@ def test_other_options_run_in_plain_jax_without_all_scores(cudnn_installed, name
 HOPPER = "mosaic_gpu"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"segment_ids": IDS, "softcap": 30.0, "window": 100},
-        pytest.param({}, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"segment_ids": IDS, "softcap": 30.0, "window": 100}])
 def test_hopper_kernels_run_only_if_selected_by_name(cudnn_installed, options):
     assert HOPPER not in lowered_with_gradients(options, shapes())
     text = lowered_with_gradients(options | {"implementation": "hopper"}, shapes())
@@ -171,7 +174,7 @@ def test_arguments_of_the_cudnn_call_mean_the_same(cudnn_installed, monkeypatch,
     defaults = {"causal": True, "window": None, "scale": 8**-0.5}
     cudnn_options = op.Options(sink_tokens=0, softcap=None, **(defaults | options))
 
-    @jax.jit
+    @jit
     def both(q, k, v, toward):
         forms = (
             lambda *a: cudnn.attention(*a, options=cudnn_options),
@@ -200,7 +203,7 @@ def test_cudnn_does_not_change_the_program_for_cpu(cudnn_installed):
         return jnp.sum(q.astype(jnp.float32) ** 2)
 
     def temporaries(implementation):
-        step = jax.jit(jax.grad(lambda *a: loss(implementation, *a), (0, 1, 2)))
+        step = jit(jax.grad(lambda *a: loss(implementation, *a), (0, 1, 2)))
         return step.lower(*shape).compile().memory_analysis().temp_size_in_bytes
 
     # "reference" is the same implementation with larger blocks.

@@ -3,14 +3,13 @@ attention over whole sequences."""
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import float32, integers, interpreted, normal, uniform
+from kernel_helpers import float32, integers, interpreted, jit, normal, uniform
 
 from kernels_pallas import paged_attention
 from kernels_pallas.attention import reference as whole
@@ -40,7 +39,7 @@ def cache(lengths, queries=1, n=4, k=2, h=16, slots=8, width=6, dtype=jnp.float3
 @functools.cache
 def jitted(implementation, **options):
     """Shared by calls of the same options and shapes."""
-    return jax.jit(functools.partial(paged_attention, implementation=implementation, **options))
+    return jit(functools.partial(paged_attention, implementation=implementation, **options))
 
 
 def compare(arguments, options=None, scales=None, **interpret):
@@ -85,7 +84,7 @@ def test_options(lengths, queries, options):
 def test_the_reference_is_attention_over_the_sequence():
     q, k, v, table, lengths = cache([40, 21], queries=2)
     got = jitted("reference", window=9)(q, k, v, table, lengths)
-    attend = jax.jit(functools.partial(whole.flash_attention, window=9))
+    attend = jit(functools.partial(whole.flash_attention, window=9))
     for b, length in enumerate([40, 21]):
         pages = (np.asarray(x)[np.asarray(table[b])] for x in (k, v))
         row = [x.swapaxes(1, 2).reshape(1, -1, 2, 16)[:, :length] for x in pages]

@@ -11,7 +11,7 @@ import pytest
 import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_helpers import float32, interpreted, normal
+from kernel_helpers import float32, interpreted, jit, normal
 
 from kernels_pallas.quantized_matmul import (
     int8_matmul,
@@ -23,9 +23,9 @@ from kernels_pallas.quantized_matmul import (
 )
 
 X, W = normal(0, 40, 1024), normal(1, 1024, 200)
-BF16 = jnp.bfloat16
-pack = jax.jit(pack, static_argnames=("bits", "group"))
-unpack, quantize_int8 = jax.jit(unpack), jax.jit(quantize_int8)
+BF16, SLOW = jnp.bfloat16, pytest.mark.slow
+pack = jit(pack, static_argnames=("bits", "group"))
+unpack, quantize_int8 = jit(unpack), jit(quantize_int8)
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,8 @@ def small_blocks(monkeypatch):
 def both(function, x, *weights, **interpret):
     """Results of the TPU kernel and of the reference, as float32."""
     with interpreted(**interpret):
-        got = jax.jit(functools.partial(function, implementation="tpu"))(x, *weights)
-    want = jax.jit(functools.partial(function, implementation="reference"))(x, *weights)
+        got = jit(functools.partial(function, implementation="tpu"))(x, *weights)
+    want = jit(functools.partial(function, implementation="reference"))(x, *weights)
     assert got.dtype == want.dtype == x.dtype
     return float32(got, want)
 
@@ -71,7 +71,7 @@ def compare_int8(x, w, scales, **interpret):
     np.testing.assert_allclose(got, want, rtol=roundings)
 
 
-@pytest.mark.parametrize("group", [32, 64, 128, 256, 512])
+@pytest.mark.parametrize("group", [32, 512, *(pytest.param(g, marks=SLOW) for g in (64, 128, 256))])
 @pytest.mark.parametrize("bits", [3, 4])
 def test_packed_weights_are_within_half_a_scale(bits, group):
     packed = pack(W, bits=bits, group=group)
@@ -92,9 +92,6 @@ def test_int8_weights_are_within_half_a_scale():
     q, scales = (np.asarray(x) for x in quantize_int8(w))
     np.testing.assert_array_equal(q[:, 3], 0)
     assert np.all(np.abs(q * scales - w) <= 0.5001 * scales)
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -138,7 +135,7 @@ def test_the_gradient_is_that_of_the_rounded_weights(form):
         packed = pack(W)
         function, whole = (lambda x: packed_matmul(x, packed)), unpack(packed)
     dy = normal(2, 40, 200)
-    (dx,) = jax.jit(lambda x, dy: jax.vjp(function, x)[1](dy))(X, dy)
+    (dx,) = jit(lambda x, dy: jax.vjp(function, x)[1](dy))(X, dy)
     atol = tolerance.of_sum(200, dy, whole)
     np.testing.assert_allclose(dx, np.asarray(dy) @ np.asarray(whole).T, rtol=0, atol=atol)
 

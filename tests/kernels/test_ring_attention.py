@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tolerance
 from jax.sharding import AxisType, Mesh, PartitionSpec
-from kernel_helpers import normal
+from kernel_helpers import jit, normal
 
 import kernels_pallas
 
@@ -111,8 +111,8 @@ def test_one_device(name):
     def alone(q, k, v, ids):
         return kernels_pallas.flash_attention(q, k, v, segment_ids=ids)
 
-    got = jax.jit(partial(value_and_gradients, mapped))()
-    want = jax.jit(partial(value_and_gradients, alone))()
+    got = jit(partial(value_and_gradients, mapped))()
+    want = jit(partial(value_and_gradients, alone))()
     for a, b in zip(got, want, strict=True):
         # Sums over queries, keys and twice the head width; scores are below 6.
         atol = tolerance.of_chain(b, t, t, h, h, h * 6**2)

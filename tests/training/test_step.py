@@ -69,7 +69,7 @@ def test_gradients_may_be_summed_in_bfloat16():
     data, results, programs = batch(), {}, {}
     for accumulate in ("float32", "bfloat16"):
         state, step = prepare(microbatches=4, accumulate=accumulate)
-        programs[accumulate] = step.trace(state, data).jaxpr
+        programs[accumulate] = step.trace(state, data, {}).jaxpr
         before = host(state.params)
         state, metrics = step(state, data, {})
         rate = float(metrics["learning_rate"])
