@@ -334,7 +334,7 @@ def in_chunks(length):
     return {"segment_ids": np.ones((B, length), int), "implementation": "reference"}
 
 
-@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("chunked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_memory_is_far_below_that_of_all_scores(chunked, monkeypatch):
     monkeypatch.setattr(blocked, "SECTIONS", 2)
     length = 4096

@@ -60,7 +60,7 @@ CUDNN = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
     ("options", "dtype", "expected"),
     [
         ({}, BF16, {"mask_type": "CAUSAL", "fmha_scale": H**-0.5}),
-        ({}, jnp.float16, {"mask_type": "CAUSAL"}),
+        pytest.param({}, jnp.float16, {"mask_type": "CAUSAL"}, marks=pytest.mark.slow),
         ({"causal": False}, BF16, {"mask_type": "NO_MASK"}),
         ({"window": 100, "scale": 0.5}, BF16, {"sliding_window_length": 100, "fmha_scale": 0.5}),
     ],
@@ -210,6 +210,7 @@ def test_cudnn_does_not_change_the_program_for_cpu(cudnn_installed):
     assert temporaries(None) < 1.1 * temporaries("reference")
 
 
+@pytest.mark.slow
 def test_inside_shard_map(cudnn_installed):
     mesh = Mesh(np.array(jax.devices()[:1]), ("x",), axis_types=(AxisType.Auto,))
     rows = PartitionSpec("x")
