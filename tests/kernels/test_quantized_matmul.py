@@ -172,7 +172,7 @@ def test_any_shape(m, blocks, f, bits):
         (lambda: pack(W, group=100), "group=100 must be 32, 64, 128 or a multiple of 256"),
         (lambda: pack(W[:300]), "D a multiple of 256"),
         (lambda: packed_matmul(X[:, :256], pack(W)), "must share D"),
-        (lambda: packed_matmul(X.astype(jnp.float16), pack(W)), "x_md is float16"),
+        (lambda: packed_matmul(np.asarray(X).astype(np.float16), pack(W)), "x_md is float16"),
         (lambda: int8_matmul(X, W, jnp.ones(200)), "w_df is float32"),
         (lambda: int8_matmul(X, W.astype(jnp.int8), jnp.ones(3)), "each of its 200 columns"),
         (lambda: int8_matmul(X[0], W, jnp.ones(200)), "must share the width D"),
