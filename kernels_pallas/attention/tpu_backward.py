@@ -103,7 +103,7 @@ def _kernel(
         if running:
             running.begin()
 
-    def meet(size, masked, chunk):
+    def attend(size, masked, chunk):
         seen = None
         if masked:
             seen = partial(
@@ -125,8 +125,8 @@ def _kernel(
         tpu_mask.for_each_chunk(
             tpu_mask.reach(tpu_mask.row_of(table, masks, b, i, blocks), j, chunks),
             sizes.wide // sizes.narrow,
-            partial(meet, sizes.wide, False),
-            partial(meet, sizes.narrow, True),
+            partial(attend, sizes.wide, False),
+            partial(attend, sizes.narrow, True),
         )
         dq[...] *= options.scale
 

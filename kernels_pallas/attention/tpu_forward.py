@@ -117,7 +117,7 @@ def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_
         q_scr[...] = q.astype(q_scr.dtype)
         clear()
 
-    def meet(shift, size, masked, chunk):
+    def attend(shift, size, masked, chunk):
         seen = None
         if masked:
             seen = partial(
@@ -127,7 +127,7 @@ def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_
         _attend(sums, q_scr, k_ref[0, 0, at, :], v_ref[0, 0, at, :], options.softcap, shift, seen)
 
     def run(shift, reach):
-        whole, part = (partial(meet, shift, size) for size in (sizes.wide, sizes.narrow))
+        whole, part = (partial(attend, shift, size) for size in (sizes.wide, sizes.narrow))
         ratio = sizes.wide // sizes.narrow
         tpu_mask.for_each_chunk(reach, ratio, partial(whole, False), partial(part, True))
 
@@ -143,13 +143,13 @@ def _kernel(names, masks, options, sizes, grid, table, bounded, q_ref, k_ref, v_
     @pl.when(live & ~is_bounded)
     def shifted():
         _copy(sums, saved_sums)
-        meet(RUNNING, sizes.narrow, True, reach().last())
+        attend(RUNNING, sizes.narrow, True, reach().last())
         run(FIXED, reach().without_last())
 
         @pl.when(~(jnp.max(sums.total[...]) < LARGEST))
         def again():
             _copy(saved_sums, sums) if saved_sums else clear()
-            part = partial(meet, RUNNING, sizes.narrow, True)
+            part = partial(attend, RUNNING, sizes.narrow, True)
             tpu_mask.for_each_chunk(reach().all_in_part(), 1, part, part)
 
     pl.when(j == spans - 1)(partial(_finish, sums, is_bounded, out_ref, lse_ref))

@@ -202,7 +202,7 @@ def _on_cpu(b, t, v) -> Chunk:
 
 
 def _elsewhere(b, t, d, v) -> Chunk:
-    """Chunk with the full vocabulary if that is small enough, and as many positions as possible."""
+    """Chunk with the full vocabulary if that is small enough; as many positions as possible."""
     vocab = max(VOCAB, NUMBERS // max(b * t, d))
     vocab = v if vocab >= v else _evenly(v, vocab)
     return Chunk(min(t, max(POSITIONS, NUMBERS // (b * vocab))), vocab)

@@ -125,7 +125,7 @@ def _forward(options, axis_name, q_btnh, k_btkh, v_btkh, segment_ids, alibi):
     merged = jnp.zeros(q_btnh.shape, jnp.float32), jnp.full(q_btnh.shape[:3], HIDDEN, jnp.float32)
     merged = tuple(varying_alike(*merged, q_btnh)[:2])
 
-    def meet(merged, keys, source):
+    def attend(merged, keys, source):
         def part(pair, q, keys, offset):
             return flash_attention(
                 q,
@@ -144,7 +144,7 @@ def _forward(options, axis_name, q_btnh, k_btkh, v_btkh, segment_ids, alibi):
         merged, keys = carry
         next_keys = _rotate(keys, axis_name)
         source = (jax.lax.axis_index(axis_name) - i) % jax.lax.axis_size(axis_name)
-        return (meet(merged, keys, source), next_keys), None
+        return (attend(merged, keys, source), next_keys), None
 
     keys = Keys(k_btkh, v_btkh, segment_ids)
     steps = jnp.arange(jax.lax.axis_size(axis_name))

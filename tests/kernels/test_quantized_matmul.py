@@ -66,7 +66,7 @@ def compare_packed(x, packed, **interpret):
 def compare_int8(x, w, scales, **interpret):
     """Compares int8_matmul with the reference. Sums of integers are exact."""
     got, want = both(int8_matmul, x, w, scales, **interpret)
-    # Three roundings of a product with two scales and of the result, in kernel and reference.
+    # Kernel and reference round the products with both scales in float32, and the result.
     roundings = 4 * tolerance.unit_roundoff(jnp.float32) + 2 * tolerance.unit_roundoff(x.dtype)
     np.testing.assert_allclose(got, want, rtol=roundings)
 
