@@ -70,7 +70,7 @@ CASES = {
 
 
 # The slow cases differ from a quick one in lengths, heads or the combination of options.
-QUICK = ("causal", "full", "window", "positions", "decode", "everything")
+QUICK = ("causal", "full", "window", "positions", "everything")
 # Chunk by chunk, for packed documents; sinks are not supported.
 CHUNKED = {name: case for name, case in CASES.items() if "segment_ids" in case[4]} | {
     "packed_alibi": (
@@ -334,7 +334,8 @@ def in_chunks(length):
     return {"segment_ids": np.ones((B, length), int), "implementation": "reference"}
 
 
-@pytest.mark.parametrize("chunked", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunked", [False, True])
 def test_memory_is_far_below_that_of_all_scores(chunked, monkeypatch):
     monkeypatch.setattr(blocked, "SECTIONS", 2)
     length = 4096

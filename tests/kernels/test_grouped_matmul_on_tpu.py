@@ -116,7 +116,9 @@ def test_any_shape(sizes, spare, d, f):
         compare(*arrays(rows, d, f, len(sizes)), sizes)
 
 
-@pytest.mark.parametrize("implementation", ["tpu", "reference"])
+@pytest.mark.parametrize(
+    "implementation", ["tpu", pytest.param("reference", marks=pytest.mark.slow)]
+)
 def test_int8_weights(implementation):
     m, d, f, e = 24, 128, 72, 2
     x, _, dy = arrays(m, d, f, e)

@@ -61,7 +61,7 @@ CUDNN = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
     [
         ({}, BF16, {"mask_type": "CAUSAL", "fmha_scale": H**-0.5}),
         pytest.param({}, jnp.float16, {"mask_type": "CAUSAL"}, marks=pytest.mark.slow),
-        ({"causal": False}, BF16, {"mask_type": "NO_MASK"}),
+        pytest.param({"causal": False}, BF16, {"mask_type": "NO_MASK"}, marks=pytest.mark.slow),
         ({"window": 100, "scale": 0.5}, BF16, {"sliding_window_length": 100, "fmha_scale": 0.5}),
     ],
 )  # fmt: skip

@@ -94,17 +94,13 @@ def test_int8_weights_are_within_half_a_scale():
     assert np.all(np.abs(q * scales - w) <= 0.5001 * scales)
 
 
+QUICK = [(4, 32, BF16, 40), (3, 512, BF16, 40), (4, 32, jnp.float32, 40)]
+CASES = itertools.product((3, 4), (32, 512), (jnp.float32, BF16), (40, 80))
+
+
 @pytest.mark.parametrize(
     ("bits", "group", "dtype", "rows"),
-    [
-        (4, 32, BF16, 40),
-        (3, 512, BF16, 40),
-        (4, 32, jnp.float32, 40),
-        *(
-            pytest.param(*case, marks=SLOW)
-            for case in itertools.product((3, 4), (32, 512), (jnp.float32, BF16), (40, 80))
-        ),
-    ],
+    [*QUICK, *(pytest.param(*case, marks=SLOW) for case in CASES if case not in QUICK)],
 )
 def test_packed_equals_the_reference(bits, group, dtype, rows):
     """Up to 64 rows of bfloat16 take the kernel for few rows, the others the one for many."""
