@@ -44,19 +44,44 @@ def train(
     """
     if isinstance(experiment, Recipe):
         return _train_stages(experiment, on, mesh, epath.Path(workdir) / experiment.name)
+    return _train(experiment, on, mesh, workdir)
+
+
+def _train_stages(recipe: Recipe, on: str | None, mesh: Mesh | None, workdir: epath.Path) -> Run:
+    """Trains the stages of a recipe; stops early if one of them was stopped."""
+    distributed.initialize()
+    for number, stage in enumerate(recipe.stages, start=1):
+        if distributed.is_main():
+            terminal.note(f"Stage {number} of {len(recipe.stages)}: {stage.name}")
+        run = _train(stage, on, mesh, workdir, prefix=f"{stage.name}.")
+        if run.stopped is not None:
+            return run
+    return run
+
+
+def _train(
+    experiment: Experiment,
+    on: str | None,
+    mesh: Mesh | None,
+    workdir: str | os.PathLike,
+    prefix: str = "",
+) -> Run:
+    """Trains an experiment; `prefix` stands before its paths in --set, as in a recipe."""
     _check_declared(experiment)
     distributed.initialize()
     use_compilation_cache()
     program = assemble(experiment, on, mesh)
     folder = RunFolder(epath.Path(workdir) / experiment.name)
     folder.check_same(experiment)
-    start = None if folder.facts else Start.of(experiment, workdir)
+    # A run that was killed before its first checkpoint begins again, also from `start`.
+    resumes = checkpoint.Store(folder.checkpoints).latest()
+    start = None if resumes else Start.of(experiment, workdir)
     steps = program.schedule.steps
 
     with checkpoint.Store(folder.checkpoints, experiment.save) as store:
         distributed.check_shared(folder.path, store.latest())
         if (store.latest() or 0) >= steps:
-            return _complete(folder, program, store)
+            return _complete(folder, program, store, prefix)
         prepared = prepare(experiment, workdir)
         folder.check_same_text(prepared)
         if start:
@@ -74,19 +99,7 @@ def train(
         stopped=stopped,
         mesh=program.mesh,
     )
-    summary.finish(run, prepared)
-    return run
-
-
-def _train_stages(recipe: Recipe, on: str | None, mesh: Mesh | None, workdir: epath.Path) -> Run:
-    """Trains the stages of a recipe; stops early if one of them was stopped."""
-    distributed.initialize()
-    for number, stage in enumerate(recipe.stages, start=1):
-        if distributed.is_main():
-            terminal.note(f"Stage {number} of {len(recipe.stages)}: {stage.name}")
-        run = train(stage, on=on, mesh=mesh, workdir=workdir)
-        if run.stopped is not None:
-            return run
+    summary.finish(run, prepared, prefix)
     return run
 
 
@@ -99,7 +112,7 @@ def _check_declared(experiment: Any) -> None:
     serialization.check_readable(experiment)
 
 
-def _complete(folder: RunFolder, program: Program, store: checkpoint.Store) -> Run:
+def _complete(folder: RunFolder, program: Program, store: checkpoint.Store, prefix: str) -> Run:
     """The finished run, opened as `lm.load` does."""
     steps = program.schedule.steps
     _, params = folder.params(store.latest(), None)
@@ -110,7 +123,7 @@ def _complete(folder: RunFolder, program: Program, store: checkpoint.Store) -> R
         params=params,
         step=store.latest(),
     )
-    summary.say_complete(run, steps)
+    summary.say_complete(run, steps, prefix)
     return run
 
 

@@ -10,8 +10,11 @@ from lm.parallel import distributed
 from lm.runs import Run
 
 
-def finish(run: Run, prepared: data.Prepared) -> None:
-    """Draws the loss curve and prints results, samples and the next commands, on process 0."""
+def finish(run: Run, prepared: data.Prepared, prefix: str = "") -> None:
+    """Draws the loss curve and prints results, samples and the next commands, on process 0.
+
+    `prefix` stands before the run's paths in --set, as "midtrain." of a stage of a recipe.
+    """
     # All processes generate, since all hold parts of the weights.
     samples = [] if run.stopped else _samples(run)
     if not distributed.is_main():
@@ -26,17 +29,18 @@ def finish(run: Run, prepared: data.Prepared) -> None:
     lines += [f"Loss curve  {plot}", f"Checkpoint  {run.folder / 'checkpoints' / str(run.step)}"]
     for sample in samples:
         lines += ["Sample", terminal.indent(sample)]
-    print("\n".join([*lines, "Next", *(f"  {command}" for command in _next_commands(run))]))
+    commands = _next_commands(run, prefix)
+    print("\n".join([*lines, "Next", *(f"  {command}" for command in commands)]))
 
 
-def say_complete(run: Run, steps: int) -> None:
+def say_complete(run: Run, steps: int, prefix: str = "") -> None:
     """Prints that the run is complete, and the next commands, on process 0."""
     if not distributed.is_main():
         return
     if not (run.folder / "plots" / "loss.png").exists():
         _draw(run)  # stopped between its last checkpoint and its plot
     print(f"{run.folder} is complete at step {steps} of {steps}. Next:")
-    print("\n".join(f"  {command}" for command in _next_commands(run)))
+    print("\n".join(f"  {command}" for command in _next_commands(run, prefix)))
     print(f"To train it again, delete {run.folder} or add --set name=NAME.")
 
 
@@ -69,10 +73,10 @@ def _held_out(run: Run, prepared: data.Prepared) -> list[str]:
     return lines
 
 
-def _next_commands(run: Run) -> list[str]:
+def _next_commands(run: Run, prefix: str) -> list[str]:
     prompts = run.experiment.sample
     prompt = (prompts if isinstance(prompts, str) else prompts[0]) if prompts else "The"
-    longer = f"{_this_command()} --set schedule.steps={2 * run.step}"
+    longer = f"{_this_command(prefix)} --set {prefix}schedule.steps={2 * run.step}"
     return [
         f'python -m lm generate {run.folder} --prompt "{prompt}" --temperature 0.8',
         f"python -m lm eval {run.folder} --data FILE",
@@ -80,7 +84,7 @@ def _next_commands(run: Run) -> list[str]:
     ]
 
 
-def _this_command() -> str:
+def _this_command(prefix: str = "") -> str:
     """The command as it was typed, without the options that name this run."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is None:  # a notebook
@@ -89,10 +93,11 @@ def _this_command() -> str:
     kept = [
         word
         for word, after in zip(typed, [*typed, ""][1:], strict=True)
-        if not _names_this_run(word) and not (word == "--set" and _names_this_run(after))
+        if not _names_this_run(word, prefix)
+        and not (word == "--set" and _names_this_run(after, prefix))
     ]
     return shlex.join(["python", "-m", spec.name, *kept])
 
 
-def _names_this_run(word: str) -> bool:
-    return word.removeprefix("--set=").startswith(("schedule.steps=", "name="))
+def _names_this_run(word: str, prefix: str) -> bool:
+    return word.removeprefix("--set=").startswith((f"{prefix}schedule.steps=", "name="))

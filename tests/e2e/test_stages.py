@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +102,23 @@ def test_a_finished_recipe_trains_nothing(trained, capsys):
     before = (trained / "second" / "metrics.jsonl").stat().st_mtime_ns
     assert lm.train(recipe(), workdir=trained.parent).step == STEPS
     assert (trained / "second" / "metrics.jsonl").stat().st_mtime_ns == before
-    assert "is complete" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "is complete" in out
+    # As a recipe takes it.
+    assert f"--set first.schedule.steps={2 * STEPS}" in out
+    assert f"--set second.schedule.steps={2 * STEPS}" in out
+
+
+def test_killed_before_its_first_checkpoint_a_stage_starts_from_the_one_before(trained, tmp_path):
+    """Not from fresh weights: experiment.json is there before the first checkpoint."""
+    runs = tmp_path / "both"
+    shutil.copytree(trained, runs)
+    for name in ("checkpoints", "metrics.jsonl", "eval.jsonl", "plots"):
+        path = runs / "second" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    assert (runs / "second" / "experiment.json").exists()
+    lm.train(recipe(), workdir=tmp_path)
+    assert losses(runs / "second") == losses(trained / "second")
 
 
 @pytest.mark.slow
