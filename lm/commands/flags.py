@@ -86,7 +86,8 @@ def _with_synonym(message: str, changes: Sequence[str]) -> str:
         # Errors in a stage of a recipe name the path without the stage.
         stage, dot, below = path.partition(".")
         for prefix, shown in (("", path), (stage + dot, below)):
-            if known and shown and re.match(rf"(--set )?{re.escape(shown)} ", message):
+            named = known not in (None, path)
+            if named and shown and re.match(rf"(--set )?{re.escape(shown)} ", message):
                 fix = f"--set {prefix}{known}={value}"
                 return f"{path} is not known; that setting is {prefix}{known}, as in {fix}."
     return message

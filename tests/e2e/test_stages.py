@@ -17,6 +17,7 @@ from tiny_experiments import experiment, losses
 
 import lm
 from lm import checkpoint, data, optim
+from lm.commands import flags
 from lm.errors import UserError
 from lm.experiment import Stage
 from lm.recipe import Recipe, override
@@ -156,6 +157,16 @@ def test_killed_in_the_second_stage_it_resumes_there(trained, tmp_path):
 def test_bad_changes_are_refused(change, sentence):
     with pytest.raises(UserError, match=sentence):
         override(recipe(), [change])
+
+
+def test_a_setting_without_its_stage_is_not_offered_itself():
+    """`steps` is a synonym of schedule.steps elsewhere, and schedule.steps is none of itself."""
+    with pytest.raises(UserError, match=r"must begin with a stage .* first\.schedule\.steps=3"):
+        flags.change(recipe(), ["schedule.steps=3"])
+    with pytest.raises(
+        UserError, match=r"second\.lr is not known; that setting is second\.schedule"
+    ):
+        flags.change(recipe(), ["second.lr=3"])
 
 
 def test_changes_reach_into_a_stage_and_the_name():
