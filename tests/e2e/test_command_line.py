@@ -80,7 +80,8 @@ def test_from_text_to_generated_text(folder):
     assert "Traceback" not in err and "Warning" not in err
     assert "python -m lm generate runs/small" in out
     (longer,) = (line for line in out.splitlines() if "-m experiments.text" in line)
-    assert "--set model.dim=16" in longer and longer.endswith(" --set schedule.steps=20")
+    assert "--set model.dim=16" in longer
+    assert longer.endswith(" --set schedule.steps=20  # a new, longer run")
     assert len(losses(folder / "runs/small")) == 10
 
     words = ("lm", "generate", "runs/small", "--prompt", "the tree", "--max-tokens", "8")
