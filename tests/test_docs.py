@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import experiment_files
 import pytest
 import tiny_experiments
 from test_layering import ORDER
@@ -23,7 +24,6 @@ from lm.parallel import distributed
 from lm.planning import show
 
 ROOT = Path(__file__).parent.parent
-EXPERIMENTS = sorted(p for p in (ROOT / "experiments").glob("*.py") if p.stem != "__init__")
 FOLDERS = ("lm", "experiments", "kernels_pallas")
 READMES = [ROOT / "README.md", *sorted(p for name in FOLDERS for p in (ROOT / name).rglob("*.md"))]
 # What a reader from another framework searches for.
@@ -48,7 +48,7 @@ def documented() -> Iterator[tuple[str, str]]:
     """(file, text with commands): documents and experiment files."""
     for path in READMES:
         yield str(path.relative_to(ROOT)), path.read_text()
-    for path in EXPERIMENTS:
+    for path in experiment_files.PATHS:
         yield str(path.relative_to(ROOT)), path.read_text()
 
 
@@ -186,7 +186,7 @@ def test_links_and_paths_resolve(path):
 def test_every_experiment_is_in_the_index():
     index = (ROOT / "experiments" / "README.md").read_text()
     notebooks = (ROOT / "experiments" / "notebooks").glob("*.ipynb")
-    links = [f"({path.name})" for path in EXPERIMENTS]
+    links = [f"({path.name})" for path in experiment_files.PATHS]
     links += [f"(notebooks/{path.name})" for path in notebooks]
     assert [link for link in links if link not in index] == []
 

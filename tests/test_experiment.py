@@ -3,8 +3,8 @@
 import dataclasses
 import importlib
 import json
-from pathlib import Path
 
+import experiment_files
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -337,11 +337,7 @@ def test_description_names_every_value():
     )
 
 
-ROOT = Path(__file__).parent.parent
-FILES = sorted(path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem[0] != "_")
-
-
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", experiment_files.NAMES)
 def test_the_experiments_of_the_house(name):
     for declared in stages_of(importlib.import_module(f"experiments.{name}").experiment()):
         assert through_json(declared) == declared

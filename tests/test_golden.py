@@ -12,20 +12,15 @@ import importlib
 import sys
 from pathlib import Path
 
+import experiment_files
 import pytest
 
 from lm.parallel.mesh import Mesh
 from lm.planning import show
 from lm.recipe import stages_of
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 EIGHT = Mesh(data=2, fsdp=2, tensor=2)  # every experiment must divide over it
-
-
-def names() -> list[str]:
-    """The experiments, as they are named on the command line."""
-    return sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if p.stem != "__init__")
 
 
 def golden(name: str) -> str:
@@ -40,7 +35,7 @@ def golden(name: str) -> str:
     return "\n".join(texts)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", experiment_files.NAMES)
 def test_an_experiment_comes_to_what_it_did(name):
     path = GOLDEN / f"{name}.txt"
     kept, now = path.read_text() if path.exists() else "", golden(name)
@@ -53,7 +48,7 @@ def test_an_experiment_comes_to_what_it_did(name):
 
 
 def test_no_text_is_kept_of_an_experiment_that_is_gone():
-    assert {path.stem for path in GOLDEN.glob("*")} == set(names())
+    assert {path.stem for path in GOLDEN.glob("*")} == set(experiment_files.NAMES)
 
 
 def write() -> None:
@@ -61,7 +56,7 @@ def write() -> None:
     GOLDEN.mkdir(exist_ok=True)
     for path in GOLDEN.glob("*"):
         path.unlink()
-    for name in names():
+    for name in experiment_files.NAMES:
         (GOLDEN / f"{name}.txt").write_text(golden(name))
 
 

@@ -50,6 +50,7 @@ def generate(
     key: jax.Array | int = 0,
     stop_tokens: Sequence[int] = (),
     cache_dtype: str | None = None,
+    first_tokens: Sequence[Sequence[int] | None] | None = None,
 ) -> list[Result]:
     """Continues each prompt by at most `max_tokens` tokens. One Result per prompt.
 
@@ -63,6 +64,7 @@ def generate(
             per prompt. Step t of a row uses its key folded with t.
         stop_tokens: ids that end a row.
         cache_dtype: of the KV cache; default: that of the weights.
+        first_tokens: for each prompt, the ids that may come first after it, or None for any.
 
     Raises:
         UserError: an empty prompt, one longer than the context, a token outside the vocabulary.
@@ -77,6 +79,7 @@ def generate(
         key=key,
         stop_tokens=stop_tokens,
         cache_dtype=cache_dtype,
+        first_tokens=first_tokens,
         chunk=max_tokens,
     ):
         pass
@@ -93,6 +96,7 @@ def stream(
     key: jax.Array | int = 0,
     stop_tokens: Sequence[int] = (),
     cache_dtype: str | None = None,
+    first_tokens: Sequence[Sequence[int] | None] | None = None,
     chunk: int = 16,
     ended: AbstractSet[int] = frozenset(),
 ) -> Iterator[list[Result]]:
@@ -107,6 +111,9 @@ def stream(
         return
     request = _request(
         prompts, context, max_tokens, sampling or Sampling(), key, stop_tokens, model.mesh
+    )
+    request = request._replace(
+        first_bv=_first(first_tokens or (), len(request.length_b), model.config.vocab)
     )
     cache_length = min(_bucket(request.length_b.max() + max_tokens), context)
     finished: list[str | None] = [None] * len(prompts)
@@ -163,6 +170,7 @@ class _Request(NamedTuple):
     keys_b: jax.Array
     stops_s: np.ndarray
     filters: Filters
+    first_bv: np.ndarray | None = None  # whether a token may come first; None: any
 
 
 class _State(NamedTuple):
@@ -209,6 +217,19 @@ def _request(
     return _Request(prompts_bp, length_b, limit_b, keys_b, stops_s, sampling.filters())
 
 
+def _first(
+    first_tokens: Sequence[Sequence[int] | None], rows: int, vocab: int
+) -> np.ndarray | None:
+    if all(ids is None for ids in first_tokens):
+        return None
+    first_bv = np.ones((rows, vocab), bool)
+    for row, ids in enumerate(first_tokens):
+        if ids is not None:
+            first_bv[row] = False
+            first_bv[row, list(ids)] = True
+    return first_bv
+
+
 def _bucket(size: int, smallest: int = SMALLEST) -> int:
     """The power of two at or above `size`."""
     return max(smallest, 1 << (int(size) - 1).bit_length())
@@ -247,7 +268,7 @@ def _start(
         )
         last_b11 = (request.length_b - 1)[:, None, None]
         hidden_b1d = jnp.take_along_axis(output.hidden_btd, last_b11, axis=1)
-        state = _emit(request, state, model.logits(hidden_b1d)[:, 0])
+        state = _emit(request, state, model.logits(hidden_b1d)[:, 0], request.first_bv)
         return _decode(model, request, state, until)
 
 
@@ -282,11 +303,19 @@ def _decode(model: Model, request: _Request, state: _State, until: jax.Array) ->
     return state._replace(**jax.lax.with_sharding_constraint(read, everywhere))
 
 
-def _emit(request: _Request, state: _State, logits_bv: jax.Array) -> _State:
-    """Samples and stores the next token of each running row; the others get token 0, which is not
-    read."""
+def _emit(
+    request: _Request,
+    state: _State,
+    logits_bv: jax.Array,
+    allowed_bv: jax.Array | np.ndarray | None = None,
+) -> _State:
+    """Samples and stores the next token of each running row, of those allowed; the other rows get
+    token 0, which is not read."""
     keys_b = jax.vmap(jax.random.fold_in, (0, None))(request.keys_b, state.step)
-    token_b = sample(logits_bv, request.filters, keys_b, state.seen_bv)
+    candidates_bv = logits_bv
+    if allowed_bv is not None:
+        candidates_bv = jnp.where(allowed_bv, logits_bv, -jnp.inf)
+    token_b = sample(candidates_bv, request.filters, keys_b, state.seen_bv)
     logprob_bv = jax.nn.log_softmax(logits_bv.astype(jnp.float32), axis=-1)
     logprob_b = jnp.take_along_axis(logprob_bv, token_b[:, None], axis=-1)[:, 0]
     running_b = _running(request, state)

@@ -19,7 +19,8 @@ class Text(NamedTuple):
     """The continuation of one prompt.
 
     text       without the prompt, the stop string and anything after it
-    tokens     ids, up to and including the one that completed a stop string
+    tokens     ids, up to and including the one that completed a stop string. After a prompt that
+               ends in spaces the first one begins with these spaces (`generate_text`)
     logprobs   as in decode.Result
     finished   as in decode.Result; 'stop' for stop strings too
     """
@@ -45,6 +46,10 @@ def generate_text(
 ) -> list[Text]:
     """Continues each prompt, at most to the end of the document.
 
+    Tokenizers encode a space together with the word after it, so models rarely see a lone space
+    token. The spaces at the end of a prompt are therefore taken from its tokens, and the first
+    generated token must begin with them ("token healing"). They are not repeated in the text.
+
     Args:
         prompts: beginnings of documents; may be empty.
         stop: strings that end a row where they first occur in its generated text.
@@ -56,17 +61,19 @@ def generate_text(
     """
     if "" in stop:
         raise UserError("stop='' would stop at once; leave it out.")
-    readers = [_Reader(tokenizer, stop) for _ in prompts]
+    begins = [_begin(tokenizer, prompt) for prompt in prompts]
+    readers = [_Reader(tokenizer, stop, begin.spaces) for begin in begins]
     ended: set[int] = set()
     for results in decode.stream(
         model,
-        [_begin(tokenizer, prompt) for prompt in prompts],
+        [begin.ids for begin in begins],
         context=context,
         max_tokens=max_tokens,
         sampling=sampling,
         key=key,
         stop_tokens=tokenizer.stops,
         cache_dtype=cache_dtype,
+        first_tokens=[begin.first for begin in begins],
         chunk=CHUNK if stop or stream else max_tokens,
         ended=ended,
     ):
@@ -79,21 +86,36 @@ def generate_text(
     return [reader.result() for reader in readers]
 
 
-def _begin(tokenizer: Tokenizer, prompt: str) -> list[int]:
+class _Begin(NamedTuple):
+    """An encoded prompt, without the `spaces` at its end that the first token must repeat."""
+
+    ids: list[int]
+    first: list[int] | None  # ids that begin with the spaces; None: no spaces, any id
+    spaces: int
+
+
+def _begin(tokenizer: Tokenizer, prompt: str) -> _Begin:
     ids = tokenizer.encode(prompt)
     # A chat template may have added the prefix already.
-    has_prefix = ids[: len(tokenizer.prefix)] == list(tokenizer.prefix)
-    return (ids if has_prefix else [*tokenizer.prefix, *ids]) or [tokenizer.bos]
+    if ids[: len(tokenizer.prefix)] != list(tokenizer.prefix):
+        ids = [*tokenizer.prefix, *ids]
+    last = tokenizer.decode_bytes(ids[-1:])
+    first = None
+    if last and not last.strip(b" "):
+        ids = ids[:-1]
+        first = [i for i in range(tokenizer.vocab) if tokenizer.decode_bytes([i]).startswith(last)]
+    return _Begin(ids or [tokenizer.bos], first, len(last) if first else 0)
 
 
 class _Reader:
-    """Decodes the tokens of one row as they are generated."""
+    """Decodes the tokens of one row as they are generated, and drops `spaces` at the beginning."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], spaces: int = 0):
         self._decoder = tokenizer.stream()
         self._stop = stop
         self._last = decode.Result([], [], None)
         self._text = ""
+        self._spaces = spaces  # still to be dropped
         self._emitted = 0  # characters
         self._read = 0  # tokens
         self.stopped = False
@@ -122,6 +144,9 @@ class _Reader:
 
     def _append(self, piece: str) -> None:
         """Appends to the text; cuts it where the first stop string begins."""
+        dropped = min(self._spaces, len(piece))
+        self._spaces -= dropped
+        piece = piece[dropped:]
         before = len(self._text)
         self._text += piece
         # A stop string that ends in this piece begins less than its length before the piece.

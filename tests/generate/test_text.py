@@ -1,5 +1,6 @@
 """Stop strings and streaming: the same text, whatever tokens and chunks it comes in."""
 
+import jax.numpy as jnp
 import pytest
 from small_models import config, parameters
 
@@ -11,7 +12,7 @@ from lm.generate.decode import Result
 from lm.generate.text import _Reader
 
 OPTIONS = {"context": 64, "max_tokens": 24, "sampling": Sampling(temperature=0.7), "key": 1}
-PROMPTS = ["a cat ", "", "on the mat the"]
+PROMPTS = ["a cat", "", "on the mat the"]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,29 @@ def test_a_stop_string_across_tokens_is_cut(speaker, free):
         if found:
             assert stop in tokenizer.decode(text.tokens)
             assert stop not in tokenizer.decode(text.tokens[:-1])
+
+
+@pytest.mark.parametrize("prompt", ["the ", "on the mat  ", " ", "a\n    "])
+def test_spaces_at_the_end_of_a_prompt_belong_to_the_first_token(speaker, prompt):
+    """The first token is the likeliest of those that begin with the spaces."""
+    transformer, tokenizer = speaker
+    ids = [*tokenizer.prefix, *tokenizer.encode(prompt)]
+    spaces = tokenizer.decode_bytes(ids[-1:])
+    assert spaces and not spaces.strip()
+    options = {**OPTIONS, "sampling": Sampling(temperature=0)}
+    pieces = []
+    plain, (text, other) = (
+        generate_text(*speaker, prompts, stream=lambda _, piece: pieces.append(piece), **options)
+        for prompts in (["on the mat"], [prompt, "on the mat"])
+    )
+    logits_v = transformer.logits(transformer(jnp.array([ids[:-1]])).hidden_btd)[0, -1]
+    first = [i for i in range(tokenizer.vocab) if tokenizer.decode_bytes([i]).startswith(spaces)]
+    assert len(first) > 1
+    assert text.tokens[0] == max(first, key=lambda i: logits_v[i])
+    assert spaces.decode() + text.text == tokenizer.decode(text.tokens)
+    assert other == plain[0]
+    sampled = generate_text(*speaker, [prompt], **{**options, "sampling": Sampling(top_k=1)})
+    assert sampled == [text]
 
 
 class Letters:
