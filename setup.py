@@ -29,7 +29,13 @@ setup(
         "tqdm>=4.67",
     ],
     extras_require={
-        "test": ["pytest>=8.3", "hypothesis>=6.120", "ruff>=0.14", "safetensors>=0.5"],
+        "test": [
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.120",
+            "ruff>=0.14",
+            "safetensors>=0.5",
+        ],
         "transformers": ["transformers>=4.55", "torch>=2.5"],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],

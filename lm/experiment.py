@@ -55,6 +55,7 @@ class Experiment:
       name: of the run's folder.
       seed: of the initial weights, the order of the data and dropout.
       start: initial weights: a run folder, a Hugging Face folder, or a stage of the same recipe.
+        They are evaluated before the first update.
       data, tokenizer: the text, and how it becomes tokens; `tokenizer=Stage(...)` takes that of an
         earlier stage of the recipe.
       batch: sequences per step and their length.

@@ -194,6 +194,7 @@ def _play(
             steps=steps,
             rates=rates,
             evaluations=_evaluations(program, prepared, frozen),
+            evaluate_first=bool(experiment.start),  # how good the weights are that it starts from
             writers=writers,
             store=store,
             stopper=stopper,

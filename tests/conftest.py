@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+FOR_EVERY_PLATFORM = ("kernels", "aot", "planning")  # folders whose tests lower for TPUs and GPUs
+PROCESSES = 4  # at most; each takes up to 4 GB of memory
 LAST = ("test_every_axis.py", "test_places.py")  # the longest
 BEGAN = time.monotonic()
 
@@ -20,11 +22,30 @@ os.environ.setdefault(
     os.path.join(tempfile.gettempdir(), f"lm-tests-{getpass.getuser()}"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Most of the time of the tests is compilation; without optimizations it takes a quarter.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests programs as users compile them.
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {flags}".strip()
+
+import jax  # noqa: E402  after its environment
+
+from kernels_pallas import dispatch  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
     parser.addoption("--minutes", type=float, help="slow tests not begun by then are skipped")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Runs the whole suite in several processes (pytest-xdist); -n 0 runs it in one."""
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if whole and config.option.numprocesses is None and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.option.numprocesses = min(len(os.sched_getaffinity(0)), PROCESSES)
+        if config.option.dist == "no":
+            config.option.dist = "worksteal"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,6 +71,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if minutes and item.get_closest_marker("slow") and time.monotonic() - BEGAN > 60 * minutes:
         # The name makes each reason another, so that -rs lists the tests one by one.
         pytest.skip(f"{item.nodeid} is slow, and the {minutes:g} minutes are over")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """Traces and compiles for the CPU, quickly; in FOR_EVERY_PLATFORM as users do."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    as_users = item.path.parent.name in FOR_EVERY_PLATFORM
+    jax.config.update("jax_disable_most_optimizations", before and not as_users)
+    with dispatch.only(None if as_users else "cpu"):
+        try:
+            return (yield)
+        finally:
+            jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

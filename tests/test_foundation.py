@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import virtual_devices
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
@@ -382,7 +383,7 @@ assert choose(places)[0] == "x"
 
 
 def test_on_eight_devices():
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = virtual_devices.flags(8)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-c", ON_EIGHT], env=environment, capture_output=True, text=True

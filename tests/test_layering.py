@@ -229,3 +229,16 @@ def test_nothing_new_lies_at_the_top():
         pytest.skip("not a git checkout")
     top = {path.split("/")[0] for path in listed.stdout.splitlines()}
     assert top <= TOP
+
+
+# ---- Sizes: what a reader can take in
+
+
+def test_files_and_functions_of_lm_are_short():
+    assert len((ROOT / "lm" / "run.py").read_text().splitlines()) < 250
+    for path in sorted((ROOT / "lm").rglob("*.py")):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 450, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 80, f"{path}: {node.name}"

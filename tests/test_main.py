@@ -217,7 +217,8 @@ def test_out_of_memory_is_a_sentence_and_leaves_no_folder(
 
     monkeypatch.setattr(run, "_play", allocate)
     result = door()
-    check_refused(result, "out of memory", part, "microbatches", "remat", "batch.length")
+    check_refused(result, "out of memory", part, "remat", "batch.length")
+    assert "--set places.cpu.microbatches=8" in result[2]
     assert (" of memory are free." in result[2]) == ("hbm" not in message)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["data"]
     monkeypatch.undo()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lm.commands import flags
+from lm.commands import flags, memory
 from lm.errors import UserError
 
 HELP = "Train, or resume where training stopped."
@@ -39,12 +39,25 @@ def run(declare: Callable[[], Any], options: argparse.Namespace) -> None:
     new = [folder for folder in _folders(declared, options.workdir) if not folder.exists()]
     try:
         trained = train(declared, on=options.on, mesh=mesh, workdir=options.workdir)
-    except Exception:
+    except Exception as error:
         if distributed.is_main():
             _remove_untrained(new)
+        if words := memory.sentence(error):
+            advice = OUT_OF_MEMORY.replace("places.PLACE", _place(declared, options.on, mesh))
+            raise UserError(f"{words} {advice}.") from None
         raise
     if trained.stopped is not None:
         sys.exit(128 + signal.Signals[trained.stopped])
+
+
+def _place(declared: Any, on: str | None, mesh: Any) -> str:
+    """The path of the place that is trained at, as --set takes it."""
+    from lm.parallel.mesh import choose
+    from lm.recipe import Recipe
+
+    if isinstance(declared, Recipe):
+        return f"STAGE.places.{on or 'PLACE'}"
+    return f"places.{choose(declared.places, on, mesh)[0]}"
 
 
 def _check_workdir(workdir: str) -> None:

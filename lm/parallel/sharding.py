@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kernels_pallas import dispatch
 from lm import trees
 from lm.errors import UserError, check_name, nearest
 from lm.parallel.mesh import AXES, Mesh, Place
@@ -208,9 +209,17 @@ def use(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
     function, where it is traced."""
     token = _active.set((mesh, rules or Rules()))
     try:
-        yield
+        with dispatch.only(_platform(mesh)):
+            yield
     finally:
         _active.reset(token)
+
+
+def _platform(mesh: jax.sharding.Mesh) -> str | None:
+    """The CPU, where tracing takes as long as compiling; None elsewhere: compiling is longer."""
+    devices = getattr(mesh, "devices", None)
+    on_cpu = devices is not None and devices.flat[0].platform == "cpu"
+    return "cpu" if on_cpu else None
 
 
 _ONE_DEVICE = Mesh().abstract()

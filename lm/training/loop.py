@@ -68,6 +68,7 @@ def loop(
     steps: int,
     rates: Rates,
     evaluations: Sequence[Evaluation] = (),
+    evaluate_first: bool = False,
     writers: Sequence[Writer] = (),
     store: Checkpoints | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -78,13 +79,18 @@ def loop(
     `update(state, batch) -> (state, metrics)` may donate the state; `batches` begins with that of
     update start + 1. While the device computes an update, the host writes the metrics of the
     previous one. A checkpoint begins only after every line up to it is written, and an evaluation
-    precedes the checkpoint of its step. A run that is killed at any moment resumes from its newest
+    precedes the checkpoint of its step. With `evaluate_first`, a run that begins is also evaluated
+    before its first update, as step 0. A run that is killed at any moment resumes from its newest
     checkpoint; later lines are dropped, so each step is logged once.
 
     Saves when due, at the end, and when stopped. Raises UserError after PATIENCE skipped updates in
     a row, and for a checkpoint that `store` cannot save.
     """
     journal = _Journal(writers, rates, store)
+    if evaluate_first and start == 0:
+        for evaluation in evaluations:
+            journal.write_evaluation(0, evaluation.run(0, state.params))
+        journal.resume_clock()
     step, stopped = start, False
     for step, batch in zip(range(start + 1, steps + 1), batches, strict=False):
         state, metrics = update(state, batch)  # asynchronous

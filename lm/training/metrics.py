@@ -181,7 +181,8 @@ class Files:
     def __init__(self, folder: epath.PathLike, *, after: int) -> None:
         paths = [epath.Path(folder) / name for name in ("metrics.jsonl", "eval.jsonl")]
         for path in paths:
-            truncate_after(path, after)
+            # A run that begins again keeps no line, not even an evaluation at step 0.
+            truncate_after(path, after or -1)
         self._metrics, self._evaluations = map(JsonLines, paths)
 
     def step(self, values: Values) -> None:

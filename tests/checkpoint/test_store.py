@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import virtual_devices
 
 from lm.checkpoint import Save, Store
 from lm.checkpoint.store import _checksums
@@ -279,7 +280,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(small_disk: Path) -> None:
 
 
 def _python(code: str, tmp_path: Path, devices: int = 1, **env: str) -> subprocess.Popen[str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = virtual_devices.flags(devices)
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **env},

@@ -16,7 +16,7 @@ import pytest
 from tiny_experiments import experiment, losses
 
 import lm
-from lm import checkpoint, data, optim
+from lm import checkpoint, data, evals, optim
 from lm.commands import flags
 from lm.errors import UserError
 from lm.experiment import Stage
@@ -30,6 +30,7 @@ def recipe(optimizer: str = "keep") -> Recipe:
     first = experiment(name="first", evals=())
     second = dataclasses.replace(
         first,
+        evals=(evals.Perplexity(every=STEPS, batches=1),),
         name="second",
         start=Stage("first", optimizer=optimizer),
         tokenizer=Stage("first"),
@@ -67,6 +68,17 @@ def test_the_second_stage_goes_on_from_the_first_without_a_jump(trained):
     assert learned > 0.5
     assert abs(second[0] - first[-1]) < 0.3 * learned
     assert second[-1] < first[-1] + 0.3 * learned
+
+
+def test_the_weights_of_the_first_stage_are_evaluated_first(trained):
+    """The loss before training is that of the weights that the stage starts from."""
+    lines = [json.loads(line) for line in (trained / "second" / "eval.jsonl").open()]
+    values = {(line["step"], line["name"].split("/")[-1]): line["value"] for line in lines}
+    assert sorted({step for step, _ in values}) == [0, STEPS]
+    first = lm.load(trained / "first").apply
+    ours = dataclasses.replace(lm.load(trained / "second"), params=first.params)
+    result = next(r for r in ours.evaluate() if r.name.endswith("/loss"))
+    assert values[0, "loss"] == pytest.approx(result.value, rel=1e-5)
 
 
 def test_the_optimizer_state_is_kept_or_reset(trained, tmp_path):

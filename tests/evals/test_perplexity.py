@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import virtual_devices
 
 from lm import model
 from lm.data.batch import Batch
@@ -218,7 +219,7 @@ def test_the_mesh_and_the_processes_do_not_matter(params):
     for process in range(2):
         environment = {
             **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": virtual_devices.flags(4),
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": os.path.dirname(__file__),
             "JAX_COORDINATOR_ADDRESS": address,

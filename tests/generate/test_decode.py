@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import virtual_devices
 from small_models import VOCAB, config, parameters
 
 from lm import model
@@ -267,7 +268,7 @@ MESH_SCRIPT = """
 @pytest.mark.slow
 def test_the_same_tokens_on_a_mesh(prompts):
     script = textwrap.dedent(MESH_SCRIPT)
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = virtual_devices.flags(8)
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps([prompts, STEPS, CONTEXT])],
         env={

@@ -10,6 +10,7 @@ from pathlib import Path
 import big_folder
 import numpy as np
 import pytest
+import virtual_devices
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,7 @@ def measure(folder: Path, mesh: str, devices: int, processes: int = 1) -> list[d
     for index in range(processes):
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": virtual_devices.flags(devices),
         }
         if processes > 1:
             environment |= {

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import virtual_devices
 from hf_folders import FAMILIES, read_weights, reference
 
 import lm
@@ -76,7 +77,7 @@ def test_eight_devices_compute_the_same(folder):
     folders = [str(folder(family)) for family in FAMILIES]
     here = Path(__file__)
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": virtual_devices.flags(8),
         "PYTHONPATH": os.pathsep.join([str(here.parents[2]), str(here.parent)])
         + os.pathsep
         + os.environ.get("PYTHONPATH", ""),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tolerance
+import virtual_devices
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from kernel_helpers import jit, normal
 
@@ -81,7 +82,7 @@ check(alibi=2.0 ** -jnp.arange(1, 5))
 
 @pytest.mark.slow
 def test_sharded_sequences():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    flags = virtual_devices.flags(4)
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(PATHS)}
     subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True, timeout=600)
 

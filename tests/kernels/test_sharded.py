@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import virtual_devices
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,7 +129,7 @@ for chunks in ({"chunk": 32}, {"chunk": 32, "vocab_chunk": 10}):
 
 @pytest.mark.slow
 def test_four_devices():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    flags = virtual_devices.flags(4)
     environment = os.environ | {
         "XLA_FLAGS": flags,
         "JAX_PLATFORMS": "cpu",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import virtual_devices
 from tiny_experiments import losses, write_texts
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +60,7 @@ def two_processes(folder: Path, *words: str) -> list[tuple[str, str]]:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     shared = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": virtual_devices.flags(4),
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": "2",
     }

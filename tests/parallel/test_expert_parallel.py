@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import virtual_devices
 
 ROOT = Path(__file__).parents[2]
 DEVICES, EXPERTS, ROWS, WIDTH = 4, 8, 12, 5
@@ -25,7 +26,7 @@ LOADS = {
 
 @pytest.mark.parametrize("form", ["gathered", "ragged"])
 def test_rows_come_back_from_their_experts(form):
-    flags = f"--xla_force_host_platform_device_count={DEVICES}"
+    flags = virtual_devices.flags(DEVICES)
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, form]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import virtual_devices
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("mesh_runs.py")
@@ -27,7 +28,7 @@ TWO_PROCESSES = ("data=8", "data=2,fsdp=2,tensor=2")
 # XLA's CPU executor starts collectives that do not depend on each other in any order, and each
 # blocks its device: two devices may wait in different ones for ever. In program order they do not.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-EIGHT = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {IN_ORDER}"}
+EIGHT = {"XLA_FLAGS": virtual_devices.flags(8, IN_ORDER)}
 
 ONE_STEP, TWENTY_STEPS = 1e-5, 1e-4
 
@@ -97,7 +98,7 @@ def environments(processes: int) -> list[dict[str, str]]:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     shared = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} {IN_ORDER}",
+        "XLA_FLAGS": virtual_devices.flags(8 // processes, IN_ORDER),
         "JAX_COORDINATOR_ADDRESS": address,
         "JAX_NUM_PROCESSES": str(processes),
     }

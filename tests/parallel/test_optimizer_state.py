@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import virtual_devices
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_state_is_born_split_and_steps_agree_with_one_device():
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = virtual_devices.flags(8)
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,16 @@ def test_evaluations_come_at_their_steps_and_at_the_end(tmp_path: Path) -> None:
     lines = read_lines(tmp_path / "eval.jsonl")
     assert [line["step"] for line in lines] == [5, 10, 15, 17]
     assert set(lines[0]) == {"step", "name", "value", "stderr", "count"}
+
+
+def test_a_run_that_begins_can_be_evaluated_before_its_first_update(tmp_path: Path) -> None:
+    for steps in (3, 17, 20):  # begins twice, since 3 steps leave no checkpoint behind; resumes
+        if steps == 17:
+            shutil.rmtree(tmp_path / "checkpoints")
+        tiny_run.run(tmp_path, steps, SAVE, evaluate_first=True)
+    lines = read_lines(tmp_path / "eval.jsonl")
+    assert [line["step"] for line in lines] == [0, 5, 10, 15, 17, 20]
+    assert lines[0]["value"] == 8.0  # of the initial weights
 
 
 def test_the_state_saved_is_that_of_the_step(undisturbed: Path) -> None:

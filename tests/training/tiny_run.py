@@ -87,6 +87,7 @@ def run(
     seconds: float = 0.0,
     log: Log | None = None,
     eval_every: int = 5,
+    evaluate_first: bool = False,
     feed: Any = batches,
 ) -> Outcome:
     """Trains in `folder`, or goes on there, as the conductor of real runs does."""
@@ -104,6 +105,7 @@ def run(
             steps=steps,
             rates=RATES,
             evaluations=[Evaluation(eval_every, evaluate)],
+            evaluate_first=evaluate_first,
             writers=writers,
             store=store,
             metadata={"name": "tiny"},
