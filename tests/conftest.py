@@ -43,7 +43,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Runs the whole suite in several processes (pytest-xdist); -n 0 runs it in one."""
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     if whole and config.option.numprocesses is None and "PYTEST_XDIST_WORKER" not in os.environ:
-        config.option.numprocesses = min(len(os.sched_getaffinity(0)), PROCESSES)
+        config.option.numprocesses = min(os.cpu_count() or 1, PROCESSES)
         if config.option.dist == "no":
             config.option.dist = "worksteal"
 

@@ -390,7 +390,7 @@ def test_eval_prints_a_table_or_json(tiny, door, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("generate", "RUN", "--prompt", "the tree " * 40), ("83 tokens", "context=32")),
+        (("generate", "RUN", "--prompt", "the tree " * 40), ("82 tokens", "context=32")),
         (("generate", "RUN", "--step", "5"), ("no checkpoint of step 5", "only of 4, 8")),
         (("generate", "RUN", "--temperature", "-1"), ("temperature=-1",)),
         (("generate", "RUN", "--top-p", "2"), ("top_p=2",)),

@@ -78,7 +78,7 @@ def test_eight_devices_compute_the_same(folder):
     here = Path(__file__)
     environment = os.environ | {
         "XLA_FLAGS": virtual_devices.flags(8),
-        "PYTHONPATH": os.pathsep.join([str(here.parents[2]), str(here.parent)])
+        "PYTHONPATH": os.pathsep.join(map(str, (here.parents[2], here.parents[1], here.parent)))
         + os.pathsep
         + os.environ.get("PYTHONPATH", ""),
     }

@@ -14,6 +14,7 @@ import pytest
 import virtual_devices
 
 ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 DEVICES, EXPERTS, ROWS, WIDTH = 4, 8, 12, 5
 # Rows of each device for each expert; less than ROWS where tokens are masked.
 LOADS = {
@@ -27,7 +28,10 @@ LOADS = {
 @pytest.mark.parametrize("form", ["gathered", "ragged"])
 def test_rows_come_back_from_their_experts(form):
     flags = virtual_devices.flags(DEVICES)
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
     command = [sys.executable, __file__, form]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -10,12 +10,16 @@ import pytest
 import virtual_devices
 
 ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 @pytest.mark.slow
 def test_state_is_born_split_and_steps_agree_with_one_device():
     flags = virtual_devices.flags(8)
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
     done = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900
     )

@@ -95,7 +95,11 @@ def test_gradients_may_be_summed_in_bfloat16():
     assert summed(programs["bfloat16"]) == pytest.approx(summed(programs["float32"]) / 2, rel=1e-2)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "block", ("qkv",)], ids=str)
+@pytest.mark.parametrize(
+    "remat",
+    ["none", *(pytest.param(r, marks=pytest.mark.slow) for r in ("dots", "block", ("qkv",)))],
+    ids=str,
+)
 def test_what_lies_in_the_hosts_memory_comes_to_the_same(remat):
     """Where it lies, and after three updates the same numbers to the last bit but one: the program
     is another one, and XLA may sum in another order."""
