@@ -1,4 +1,4 @@
-"""`show` summarizes an experiment; `lm bench step` times a training step."""
+"""Tests of `show`, which summarizes an experiment, and `lm bench step`, which times a step."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def test_show_counts_parameters_flops_tokens_and_memory(facts):
     total = facts["parameter_count"]["total"]
     memory = facts["memory_bytes_per_device"]
     assert memory["parameters"] == memory["gradients"] == 4 * total  # float32
-    assert 8 * total <= memory["optimizer"] < 8 * total + 64  # two moments and a count
+    assert 8 * total <= memory["optimizer"] < 8 * total + 64  # two moments and a step count
 
 
 def test_show_prints_declaration_table_and_totals(capsys):
@@ -56,7 +56,7 @@ def test_show_prints_one_json_object(capsys, facts):
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(facts))
 
 
-def test_show_needs_no_devices(capsys):
+def test_show_needs_no_devices_for_a_mesh(capsys):
     main(experiment, ["show", "--json", "--mesh", "fsdp=2,tensor=2"])
     shown = json.loads(capsys.readouterr().out)
     (q,) = (row for row in shown["parameters"] if row["path"] == "blocks/0/attention/q")
@@ -67,20 +67,20 @@ def test_show_needs_no_devices(capsys):
     assert memory["parameters"] < 4 * shown["parameter_count"]["total"] / 2
 
 
-def test_show_accepts_a_place_that_does_not_fit_this_machine():
+def test_show_accepts_place_larger_than_this_machine():
     places = {"v5p-64": Place(mesh=Mesh(fsdp=4))}
     shown = show.facts(experiment(places=places))
     assert shown["place"] == {"name": "v5p-64", "mesh": "fsdp=4", "devices": 4}
 
 
-def test_show_with_changes(capsys):
+def test_show_applies_set_options(capsys):
     main(experiment, ["show", "--json", "--set", "model.layers=3", "--set", "schedule.steps=4"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["steps"] == 4
     assert shown["experiment"]["name"] == "tiny+model.layers=3+schedule.steps=4"
 
 
-def test_bench_prints_its_measurements(tiny, capsys):
+def test_bench_prints_finite_measurements(tiny, capsys):
     lm_main(["bench", "step", str(tiny.folder), "--steps", "4", "--json"])
     measured = json.loads(capsys.readouterr().out)
     assert measured.keys() >= KEYS
@@ -100,7 +100,7 @@ def test_bench_prints_its_measurements(tiny, capsys):
         assert part in table
 
 
-def test_bench_finds_modules_and_run_folders(tiny):
+def test_bench_accepts_modules_and_run_folders(tiny):
     assert measure.find(str(tiny.folder)) == tiny.declare()
     assert measure.find("tiny_experiments") == experiment()
     with pytest.raises(UserError, match="neither a run folder nor a module"):
@@ -109,8 +109,8 @@ def test_bench_finds_modules_and_run_folders(tiny):
         measure.find("lm.errors")
 
 
-def test_bench_llama_is_the_agreed_model():
-    """Published rates depend on these sizes."""
+def test_bench_llama_keeps_its_published_sizes():
+    """The published throughput depends on these sizes."""
     declared = measure.find("experiments.bench_llama")
     c = declared.model
     assert (c.vocab, c.dim, c.layers, c.tied, c.ffn.hidden) == (4096, 384, 6, False, 1024)
@@ -120,8 +120,8 @@ def test_bench_llama_is_the_agreed_model():
     assert type(declared.optimizer).__name__ == "AdamW" and declared.optimizer.clip_norm == 1.0
 
 
-def test_batches_of_the_bench_are_full(tiny):
-    """No padding: counted FLOPs equal executed FLOPs."""
+def test_bench_batches_have_no_padding(tiny):
+    """Without padding, the counted FLOPs equal the executed FLOPs."""
     from lm.program import assemble
 
     declared = experiment()

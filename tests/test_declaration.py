@@ -1,4 +1,4 @@
-"""Typed changes by path, JSON and text, on made-up dataclasses with every kind of field."""
+"""Typed overrides by path, JSON and text, tested on dataclasses with every kind of field."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ class Whole:
     places: dict[str, Wide] = field(default_factory=lambda: {"v5p-64": Wide()})
 
 
-# Only classes of lm and of experiments are read back from a file.
+# from_json imports only classes from `lm` and `experiments`.
 sys.modules["lm.made_up"] = sys.modules[__name__]
 for _cls in (Tokens, Wide, Many, Heads, Whole):
     _cls.__module__ = "lm.made_up"
@@ -120,11 +120,11 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize(("written", "name", "value"), ACCEPTED, ids=[a[0] for a in ACCEPTED])
-def test_a_change_is_read_by_the_type_of_its_field(written, name, value):
+def test_override_is_parsed_by_the_type_of_its_field(written, name, value):
     got = changed(written)
     assert getattr(got, name) == value
     assert type(getattr(got, name)) is type(value)
-    # Nothing else has changed.
+    # The other fields are unchanged.
     assert dataclasses.replace(got, **{name: getattr(Whole(), name)}) == Whole()
 
 
@@ -160,30 +160,30 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("written", "sentence"), REFUSED, ids=[r[0] for r in REFUSED])
-def test_a_wrong_change_is_refused_with_what_is_wanted(written, sentence):
+def test_invalid_override_raises_error_that_names_accepted_values(written, sentence):
     with pytest.raises(UserError, match=sentence):
         changed(written)
 
 
-def test_changes_below_one_object_are_made_at_once():
-    # Neither heads=4 with groups=3 nor heads=6 with groups=4 would be accepted on the way.
+def test_overrides_of_one_object_are_applied_together():
+    # Applied one by one, heads=4 with groups=3 or heads=6 with groups=4 would be rejected.
     assert changed("heads.heads=4", "heads.groups=4").heads == Heads(heads=4, groups=4)
     assert changed("heads.groups=4", "heads.heads=4").heads == Heads(heads=4, groups=4)
 
 
-def test_a_whole_object_is_chosen_before_what_lies_below_it():
+def test_override_of_object_is_applied_before_overrides_of_its_fields():
     both = ["ffn.inner.hidden=4", "ffn=Many(experts=2)"]
     assert changed(*both) == changed(*reversed(both))
     assert changed(*both).ffn == Many(experts=2, inner=Wide(hidden=4))
 
 
-def test_only_real_differences_are_reported():
+def test_change_reports_only_values_that_differ():
     given = {"count": "3", "rate": "0.1", "ffn": "Wide(hidden=8)", "heads.heads": "9"}
     assert declaration.change(Whole(), given)[1] == {"heads.heads": 9}
 
 
 @pytest.mark.parametrize(("written", "name", "value"), ACCEPTED, ids=[a[0] for a in ACCEPTED])
-def test_what_text_writes_parse_reads(written, name, value):
+def test_parse_inverts_text(written, name, value):
     hint = declaration.hints_of(Whole)[name]
     assert declaration.parse(declaration.text(value), hint, name) == value
 
@@ -204,12 +204,12 @@ FIELDS = {
 
 
 @given(st.fixed_dictionaries({}, optional=FIELDS))
-def test_json_gives_back_the_same_value(fields):
+def test_json_round_trip_preserves_value(fields):
     value = Whole(**fields)
     written = json.dumps(serialization.to_json(value), allow_nan=False)
     got = serialization.from_json(json.loads(written))
     assert got == value
-    assert repr(got) == repr(value)  # 1 and 1.0, 0.0 and -0.0 are equal, but not the same
+    assert repr(got) == repr(value)  # == does not distinguish 1 from 1.0 or 0.0 from -0.0
     assert declaration.describe(got) == declaration.describe(value)
 
 
@@ -228,18 +228,18 @@ def test_json_gives_back_the_same_value(fields):
         ({"type": "lm.parallel.mesh.Mesh", "data": 0}, "mesh.data=0 must be above zero"),
     ],
 )
-def test_a_file_of_another_version_is_refused_in_words(written, sentence):
+def test_from_json_rejects_unknown_types_and_fields(written, sentence):
     with pytest.raises(UserError, match=sentence):
         serialization.from_json(written)
 
 
-def test_what_is_not_plain_is_not_written():
+def test_to_json_rejects_unsupported_values():
     for value in ([1], {"type": "x"}, {1: 2}, object()):
         with pytest.raises(TypeError):
             serialization.to_json(value)
 
 
-def test_types_are_checked_at_any_depth():
+def test_check_types_checks_nested_fields():
     declaration.check_types(Whole(rate=1))
     for wrong, sentence in [
         (Whole(count="3"), "count='3' must be a whole number"),
@@ -254,7 +254,7 @@ def test_types_are_checked_at_any_depth():
             declaration.check_types(wrong)
 
 
-def test_differences_name_the_path_and_both_values():
+def test_differences_list_path_and_both_values():
     a, b = Whole(), changed("ffn=Many(experts=2)", "heads.heads=9", "table={'a': 0.5, 'd': 1}")
     assert declaration.differences(a, b) == [
         "ffn: Wide() -> Many(experts=2)",
@@ -265,7 +265,7 @@ def test_differences_name_the_path_and_both_values():
     assert declaration.differences(a, Whole()) == []
 
 
-def test_every_path_can_be_set_to_the_value_that_it_has():
+def test_setting_every_path_to_its_current_value_changes_nothing():
     settings = declaration.settings(Whole())
     assert ("ffn.hidden", 8, "a whole number") in settings
     assert ("places.v5p-64.hidden", 8, "a whole number") in settings
@@ -273,7 +273,7 @@ def test_every_path_can_be_set_to_the_value_that_it_has():
     assert declaration.change(Whole(), given) == (Whole(), {})
 
 
-def test_description_is_the_nesting_of_the_paths():
+def test_describe_indents_fields_by_path():
     value = dataclasses.replace(Whole(), table={}, list=(Heads(),), files=("a", "b"))
     assert declaration.describe(value).splitlines() == [
         "count: 3",

@@ -1,4 +1,4 @@
-"""The documentation is correct: commands parse, links resolve, code runs, maps are complete."""
+"""Checks the documentation: commands parse, links resolve, code runs, module lists are complete."""
 
 import dataclasses
 import importlib.util
@@ -26,7 +26,7 @@ from lm.planning import show
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("lm", "experiments", "kernels_pallas")
 READMES = [ROOT / "README.md", *sorted(p for name in FOLDERS for p in (ROOT / name).rglob("*.md"))]
-# What a reader from another framework searches for.
+# Standard terms that users of other frameworks search for in the README.
 TERMS = (
     *("data parallelism", "tensor, pipeline, context and expert parallelism", "fsdp", "zero-3"),
     *("gradient accumulation", "activation checkpointing", "remat", "mixed precision", "bf16"),
@@ -36,8 +36,8 @@ TERMS = (
 )
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-# Absolute paths of one machine. The documentation uses /data for a path of the reader.
-SOMEWHERE = re.compile(r"(?<![\w.$~/-])/(home|Users|root|work|mnt|tmp|var)/")
+# Absolute paths specific to one machine. The documentation uses /data for the user's own paths.
+LOCAL_PATH = re.compile(r"(?<![\w.$~/-])/(home|Users|root|work|mnt|tmp|var)/")
 
 
 def fences(path: Path, language: str) -> list[str]:
@@ -45,7 +45,7 @@ def fences(path: Path, language: str) -> list[str]:
 
 
 def documented() -> Iterator[tuple[str, str]]:
-    """(file, text with commands): documents and experiment files."""
+    """Yields (file, text) of each documentation page and experiment file."""
     for path in READMES:
         yield str(path.relative_to(ROOT)), path.read_text()
     for path in experiment_files.PATHS:
@@ -53,7 +53,7 @@ def documented() -> Iterator[tuple[str, str]]:
 
 
 def commands() -> Iterator[tuple[str, str, list[str]]]:
-    """(file, module, arguments) of every `python -m MODULE ...` outside text and python fences."""
+    """Yields (file, module, arguments) of `python -m` commands outside text and python blocks."""
     for file, text in documented():
         text = re.sub(r"^```(text|python)\n.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
         for command in re.findall(r"python3? -m [^`\n]+", text):
@@ -63,10 +63,10 @@ def commands() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _words(command: str) -> list[str]:
-    """The words after `python -m`, also if the command is inside a quoted one."""
+    """Splits the words after `python -m`, also of a command nested in a quoted command."""
     try:
         words = shlex.split(command)[2:]
-    except ValueError:  # it ends with the closing quote of the outer command
+    except ValueError:  # the closing quote of the outer command is unmatched
         words = shlex.split(command.rstrip()[:-1])[2:]
     return words[: words.index("&&")] if "&&" in words else words
 
@@ -76,7 +76,7 @@ def _id(value: object) -> str:
 
 
 @pytest.mark.parametrize(("file", "module", "arguments"), list(commands()), ids=_id)
-def test_a_documented_command_parses(file, module, arguments, monkeypatch):
+def test_documented_command_parses(file, module, arguments, monkeypatch):
     assert importlib.util.find_spec(module) is not None
     called = []
 
@@ -86,7 +86,7 @@ def test_a_documented_command_parses(file, module, arguments, monkeypatch):
 
     monkeypatch.setattr(distributed, "initialize", lambda: None)
     monkeypatch.setattr(run, "train", call)
-    monkeypatch.setattr(train, "_folders", lambda *_: [])  # those in a bucket need gcsfs
+    monkeypatch.setattr(train, "_folders", lambda *_: [])  # folders in a bucket need gcsfs
     monkeypatch.setattr(show, "facts", call)
     monkeypatch.setattr(show, "text", lambda shown: "")
     monkeypatch.setattr(json, "dumps", lambda shown: "")
@@ -104,15 +104,15 @@ def test_a_documented_command_parses(file, module, arguments, monkeypatch):
         assert called
 
 
-def test_commands_are_found():
+def test_commands_in_documentation_are_found():
     documented = {(module, *arguments) for _, module, arguments in commands()}
     assert ("experiments.stdlib",) in documented
     assert ("lm", "eval", "runs/stdlib") in documented
-    # Inside the quotes of a gcloud command.
+    # A command nested in the quotes of a gcloud command.
     assert any("gs://my-bucket/runs" in arguments for arguments in documented)
 
 
-def test_the_readme_opens_with_the_two_commands():
+def test_readme_starts_with_train_and_test_commands():
     first, second = fences(ROOT / "README.md", "sh")[:2]
     assert first == "pip install -e . && python -m experiments.stdlib\n"
     assert second == 'pip install -e ".[test]" && pytest\n'
@@ -125,15 +125,15 @@ def python_fences() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("body", [body for _, body in python_fences()])
-def test_code_in_the_docs_is_code(body, tmp_path, monkeypatch):
+def test_python_code_in_documentation_runs(body, tmp_path, monkeypatch):
     compile(body, "README.md", "exec")
     monkeypatch.setattr(runs, "load_declaration", lambda folder: tiny_experiments.experiment())
     if "lm.train" in body:
-        return  # tests/test_notebooks.py runs the same calls
+        return  # tests/test_notebooks.py covers these calls
     module = imported(body, "readme", tmp_path, monkeypatch)
     if not hasattr(module, "experiment"):
         return
-    assert "    main(experiment)\n" in body  # without it, the file does nothing
+    assert "    main(experiment)\n" in body  # otherwise, running the file does nothing
     declared = module.experiment()
     assert declared.evals
     assert from_json(json.loads(json.dumps(to_json(declared)))) == declared
@@ -142,14 +142,14 @@ def test_code_in_the_docs_is_code(body, tmp_path, monkeypatch):
 
 
 def imported(body: str, name: str, folder: Path, monkeypatch) -> types.ModuleType:
-    """A fence as a module that from_json can import by its name."""
+    """Writes a code block to a module that from_json can import by name, and imports it."""
     (folder / f"{name}.py").write_text(body)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module(name)
 
 
-def test_a_model_trains_with_every_example_of_the_page_on_extending(tmp_path, monkeypatch):
+def test_model_trains_with_all_examples_in_extend_md(tmp_path, monkeypatch):
     page = ROOT / "experiments" / "EXTEND.md"
     names = ("objective", "model", "data", "optimizer", "evals")
     bodies = [body for body in fences(page, "python") if "class " in body]
@@ -169,12 +169,12 @@ def test_a_model_trains_with_every_example_of_the_page_on_extending(tmp_path, mo
     assert any(result["name"] == "python/valid" for result in results)
 
 
-def test_the_readme_declares_an_experiment():
+def test_documentation_contains_an_experiment_function():
     assert any("def experiment()" in body for _, body in python_fences())
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_and_paths_resolve(path):
+def test_documentation_links_and_paths_exist(path):
     text = path.read_text()
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert "://" in link or (path.parent / link).exists(), link
@@ -183,7 +183,7 @@ def test_links_and_paths_resolve(path):
         assert (ROOT / name).exists(), name
 
 
-def test_every_experiment_is_in_the_index():
+def test_experiments_readme_links_every_experiment_and_notebook():
     index = (ROOT / "experiments" / "README.md").read_text()
     notebooks = (ROOT / "experiments" / "notebooks").glob("*.ipynb")
     links = [f"({path.name})" for path in experiment_files.PATHS]
@@ -191,43 +191,43 @@ def test_every_experiment_is_in_the_index():
     assert [link for link in links if link not in index] == []
 
 
-def test_maps_quote_the_order_of_imports():
+def test_module_lists_match_the_import_order():
     (in_readme,) = (body for body in fences(ROOT / "README.md", "text") if "hf  " in body)
-    assert mapped(in_readme) == list(ORDER)
-    assert mapped(lm.__doc__) == list(ORDER[1:-1])  # without kernels_pallas and experiments
+    assert listed_modules(in_readme) == list(ORDER)
+    assert listed_modules(lm.__doc__) == list(ORDER[1:-1])  # without kernels_pallas and experiments
 
 
-def test_the_map_names_every_room():
+def test_lm_docstring_lists_every_module():
     paths = (ROOT / "lm").glob("[a-z]*")
-    rooms = [path.stem for path in paths if path.is_file() or (path / "__init__.py").exists()]
-    assert sorted(mapped(lm.__doc__)) == sorted(rooms)
+    modules = [path.stem for path in paths if path.is_file() or (path / "__init__.py").exists()]
+    assert sorted(listed_modules(lm.__doc__)) == sorted(modules)
 
 
-def mapped(text: str) -> list[str]:
-    """The rooms of lines such as 'optim, objectives   optimizers and losses'."""
+def listed_modules(text: str) -> list[str]:
+    """Returns the module names in lines such as 'optim, objectives   optimizers and losses'."""
     lines = re.findall(r"^(?:    )?([a-z_]+(?:, [a-z_]+)*)  ", text, re.MULTILINE)
     return [name for names in lines for name in names.split(", ")]
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_the_readme_has_the_standard_term(term):
+def test_readme_contains_standard_term(term):
     assert term in (ROOT / "README.md").read_text().lower()
 
 
-def test_the_readme_is_short():
+def test_readme_has_at_most_1200_words():
     assert len((ROOT / "README.md").read_text().split()) <= 1_200
 
 
-def test_a_room_names_every_module():
+def test_package_docstring_lists_every_module():
     missing = []
     for path in (ROOT / "lm").glob("*/[a-z]*.py"):
-        room = (path.parent / "__init__.py").read_text()
-        if not re.search(rf"\b{path.stem}\b", room):
+        package_text = (path.parent / "__init__.py").read_text()
+        if not re.search(rf"\b{path.stem}\b", package_text):
             missing.append(str(path.relative_to(ROOT)))
     assert missing == []
 
 
-def test_no_file_names_a_path_of_one_machine():
+def test_no_file_contains_a_machine_specific_path():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
@@ -237,6 +237,6 @@ def test_no_file_names_a_path_of_one_machine():
         if not path.is_file():  # deleted but not committed
             continue
         for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-            if SOMEWHERE.search(line):
+            if LOCAL_PATH.search(line):
                 found.append(f"{name}:{number}: {line.strip()}")
     assert found == []

@@ -1,4 +1,4 @@
-"""A declaration is checked where rooms must agree, changed by path, named, and carried in JSON."""
+"""Experiment: consistency checks, overrides by path, names, and JSON serialization."""
 
 import dataclasses
 import importlib
@@ -65,7 +65,7 @@ def changed(*written, base=BASE):
     return override(base, written)
 
 
-# ---- Agreement between rooms
+# ---- Consistency between configs
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def changed(*written, base=BASE):
         ),
     ],
 )
-def test_a_declaration_that_does_not_agree_is_refused_when_it_is_made(fields, sentence):
+def test_inconsistent_experiment_raises_user_error_on_construction(fields, sentence):
     with pytest.raises(UserError, match=sentence):
         dataclasses.replace(BASE, **fields)
 
@@ -104,25 +104,25 @@ def test_a_declaration_that_does_not_agree_is_refused_when_it_is_made(fields, se
         ("tensor=8", 1, "heads of size 4 does not divide over mesh tensor=8"),
     ],
 )
-def test_a_place_that_does_not_divide_is_refused(mesh, microbatches, sentence):
+def test_place_with_indivisible_sizes_raises_user_error(mesh, microbatches, sentence):
     place = Place(mesh=Mesh.parse(mesh), microbatches=microbatches)
     with pytest.raises(UserError, match=sentence):
         BASE.check_place(place)
 
 
 @pytest.mark.parametrize("mesh", ["data=1", "data=8", "fsdp=8", "data=2,fsdp=2,tensor=2"])
-def test_a_place_that_divides_is_accepted(mesh):
+def test_place_with_divisible_sizes_is_accepted(mesh):
     BASE.check_place(Place(mesh=Mesh.parse(mesh)))
     MIXED.check_place(Place(mesh=Mesh.parse(mesh)))
 
 
-def test_experts_are_divided_too():
+def test_experts_must_be_divisible_over_expert_axis():
     MIXED.check_place(Place(mesh=Mesh(expert=4)))
     with pytest.raises(UserError, match="expert of size 4 does not divide over mesh expert=8"):
         MIXED.check_place(Place(mesh=Mesh(expert=8)))
 
 
-def test_every_stage_of_a_ramp_must_divide():
+def test_every_batch_size_of_a_ramp_must_be_divisible():
     batch = data.BatchShape(sequences=8, length=32, ramp=((10, 2), (20, 4)))
     ramped = dataclasses.replace(BASE, batch=batch)
     ramped.check_place(Place(mesh=Mesh(data=2)))
@@ -130,7 +130,7 @@ def test_every_stage_of_a_ramp_must_divide():
         ramped.check_place(Place(mesh=Mesh(data=4)))
 
 
-# ---- Changes by path
+# ---- Overrides by path
 
 CHANGES = {
     "schedule.steps=50": lambda e: e.schedule.steps == 50,
@@ -173,8 +173,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("written", CHANGES)
-def test_a_change_is_made_and_becomes_part_of_the_name(written):
-    """What may change when a run is resumed stays out of the name."""
+def test_override_is_applied_and_added_to_the_name(written):
+    """Settings that may change when a run is resumed are not part of its name."""
     got = changed(written)
     assert CHANGES[written](got)
     path = written.split("=")[0]
@@ -200,25 +200,25 @@ def test_a_change_is_made_and_becomes_part_of_the_name(written):
         ("optimizer.b2=x", "optimizer.b2=x must be a number"),
         ("optimizer=AdamWW()", r"optimizer=AdamWW\(...\) is not known there. Did you mean 'AdamW'"),
         ("model.ffn=SwiGLU(hiden=2)", "model.ffn.hiden is not known. Did you mean 'hidden'"),
-        ("model.attention.kv_heads=3", "kv_heads=3"),  # the refusal of the object itself
+        ("model.attention.kv_heads=3", "kv_heads=3"),  # raised by the config itself
         ("precision.loss_scale.initial=2", "Choose it whole, as in precision.loss_scale=LossScale"),
         ("tokenizer.vocab=9999", "tokenizer.vocab=9999 is more than model.vocab=512"),
         ("schedule.steps=0", "schedule.steps"),
     ],
 )
-def test_a_wrong_change_is_refused(written, sentence):
+def test_invalid_override_raises_user_error(written, sentence):
     with pytest.raises(UserError, match=sentence):
         changed(written)
 
 
-def test_changes_that_only_fit_together_are_made_together():
+def test_overrides_that_depend_on_each_other_are_applied_together():
     got = changed("tokenizer.vocab=600", "model.vocab=600")
     assert (got.tokenizer.vocab, got.model.vocab) == (600, 600)
     got = changed("model.attention.heads=3", "model.attention.kv_heads=3")
     assert (got.model.attention.heads, got.model.attention.kv_heads) == (3, 3)
 
 
-def test_the_name_says_what_differs_in_any_order():
+def test_name_lists_overrides_independent_of_their_order():
     assert changed().name == "small"
     assert changed("model.layers=2", "optimizer.b2=0.950").name == "small"
     name = changed("schedule.steps=50", "model.layers=1").name
@@ -230,7 +230,7 @@ def test_the_name_says_what_differs_in_any_order():
         changed("model.layers=1", "model.layers=3")
 
 
-def test_names_stay_folder_names_and_differ():
+def test_names_are_distinct_valid_folder_names():
     written = ["data.path=a/*.txt", "data.path=a-*.txt", "data.path=a?.txt", "start=a b"]
     written += ["data.path=" + "y" * 300, "data.path=" + "y" * 301, "start=a  b"]
     written += ["model.ffn=SwiGLU(hidden=128)", "optimizer=Lion(b1=0.5)", "optimizer=Lion(b1=0.6)"]
@@ -243,7 +243,7 @@ def test_names_stay_folder_names_and_differ():
     assert changed(*reversed(many.values())).name == name
 
 
-def test_every_path_can_be_set_to_what_it_is():
+def test_setting_every_path_to_its_current_value_changes_nothing():
     for experiment in (BASE, MIXED):
         known = {each.path: each for each in paths(experiment)}
         assert {"schedule.steps", "save.every", "data", "model.ffn"} <= set(known)
@@ -261,16 +261,16 @@ def through_json(experiment):
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.sampled_from(sorted(CHANGES)), unique_by=lambda written: written.split("=")[0]))
-def test_json_gives_back_what_was_declared(written):
+def test_json_round_trip_preserves_overridden_experiment(written):
     try:
         experiment = changed(*written)
-    except UserError:  # some changes exclude one another
+    except UserError:  # some overrides exclude each other
         return
     assert through_json(experiment) == experiment
     assert repr(through_json(experiment)) == repr(experiment)
 
 
-def test_json_keeps_every_kind_of_object():
+def test_json_round_trip_preserves_every_kind_of_config():
     assert through_json(MIXED) == MIXED
     assert to_json(BASE)["model"]["attention"]["type"] == "lm.model.GQA"
     assert to_json(BASE)["type"] == "lm.experiment.Experiment"
@@ -286,14 +286,14 @@ def test_json_keeps_every_kind_of_object():
         ({"type": "lm.parallel.mesh.Mesh"}, "is not a field of Mesh"),
     ],
 )
-def test_a_file_of_another_version_is_refused(change, sentence):
+def test_from_json_rejects_unknown_types_and_fields(change, sentence):
     with pytest.raises(UserError, match=sentence):
         from_json({**to_json(BASE), **change})
     with pytest.raises(UserError, match="not an experiment but Mesh"):
         from_json({"type": "lm.parallel.mesh.Mesh"})
 
 
-def test_what_may_change_is_not_part_of_the_identity():
+def test_identity_excludes_settings_that_may_change():
     same = changed(
         "name=small",
         "save.every=7",
@@ -308,7 +308,7 @@ def test_what_may_change_is_not_part_of_the_identity():
         assert identity(changed("name=small", written)) != identity(BASE)
 
 
-def test_differences_are_readable():
+def test_differences_list_path_and_both_values():
     other = changed("name=small", "schedule.steps=50", "model.ffn=GeGLU(hidden=24)", "evals=()")
     assert differences(BASE, other) == [
         "model.ffn: SwiGLU(hidden=24) -> GeGLU(hidden=24)",
@@ -318,7 +318,7 @@ def test_differences_are_readable():
     assert differences(BASE, through_json(BASE)) == []
 
 
-def test_description_names_every_value():
+def test_describe_lists_every_value():
     lines = describe(BASE).splitlines()
     assert lines[:7] == [
         "name: 'small'",
@@ -338,7 +338,7 @@ def test_description_names_every_value():
 
 
 @pytest.mark.parametrize("name", experiment_files.NAMES)
-def test_the_experiments_of_the_house(name):
+def test_experiment_in_repository_round_trips_and_accepts_its_places(name):
     for declared in stages_of(importlib.import_module(f"experiments.{name}").experiment()):
         assert through_json(declared) == declared
         for place in declared.places.values():

@@ -1,4 +1,4 @@
-"""errors, trees, mesh, sharding, precision, distributed: what every room stands on."""
+"""Tests of errors, trees, mesh, sharding, precision and distributed, used by the rest of `lm`."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ from lm.parallel.mesh import AXES, Mesh, Place, choose
 # ---- errors
 
 
-def test_refusals_name_field_value_and_fix():
+def test_user_errors_contain_field_value_and_suggestion():
     with pytest.raises(
         UserError, match=r"^ffn.kind='swigl' is not known. Did you mean 'swiglu'\?$"
     ):
@@ -33,7 +33,7 @@ def test_refusals_name_field_value_and_fix():
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), None, "3"])
-def test_only_numbers_above_zero_are_positive(value):
+def test_check_positive_rejects_all_but_numbers_above_zero(value):
     with pytest.raises(UserError, match="dim=.* must be above zero"):
         check_positive(vocab=1, dim=value)
     check_positive(dim=np.float32(0.5), vocab=1)
@@ -50,28 +50,28 @@ TREES = st.recursive(
 
 
 @given(TREES)
-def test_flatten_is_undone_by_unflatten(tree):
+def test_unflatten_inverts_flatten(tree):
     assert trees.unflatten(trees.flatten(tree)) == tree
 
 
 @given(TREES)
-def test_map_with_path_gives_each_leaf_its_path(tree):
+def test_map_with_path_passes_path_of_each_leaf(tree):
     flat = trees.flatten(tree)
     got = trees.map_with_path(lambda path, a, b: (path, a, b), tree, tree)
     assert trees.flatten(got) == {path: (path, x, x) for path, x in flat.items()}
 
 
-def test_trees_of_different_structure_are_not_mapped_together():
+def test_map_with_path_rejects_trees_of_different_structure():
     with pytest.raises(ValueError, match="a/b"):
         trees.map_with_path(lambda _, a, b: a, {"a": {"b": 1}}, {"a": {}})
 
 
-def test_counts_and_norm():
+def test_count_nbytes_and_global_norm():
     tree = {"a": jnp.full((2, 3), 2.0), "b": {"c": jnp.ones(4, jnp.bfloat16)}}
     assert trees.count(tree) == 10
     assert trees.nbytes(tree) == 2 * 3 * 4 + 4 * 2
     assert trees.nbytes(jax.eval_shape(lambda: tree)) == trees.nbytes(tree)
-    # 6 * 2^2 + 4 * 1^2 = 28; the squares and their sum are exact, the root is rounded once.
+    # 6 * 2^2 + 4 * 1^2 = 28; the squares and their sum are exact, only the square root rounds.
     np.testing.assert_allclose(trees.global_norm(tree), np.sqrt(28), rtol=1e-7)
     assert trees.global_norm({}) == 0
 
@@ -79,7 +79,7 @@ def test_counts_and_norm():
 # ---- mesh
 
 
-def test_a_mesh_is_read_and_written_the_same():
+def test_mesh_parse_inverts_str():
     assert Mesh.parse("data=2, fsdp=4") == Mesh(data=2, fsdp=4)
     assert str(Mesh()) == "data=1"
     for text in ("data=2,fsdp=2,tensor=2", "expert=4", "data=1"):
@@ -98,17 +98,17 @@ def test_a_mesh_is_read_and_written_the_same():
         ("", "mesh axis='' is not known"),
     ],
 )
-def test_a_wrong_mesh_is_refused(text, sentence):
+def test_invalid_mesh_raises_user_error(text, sentence):
     with pytest.raises(UserError, match=sentence):
         Mesh.parse(text)
 
 
-def test_a_mesh_splits_the_batch_over_all_but_tensor():
+def test_mesh_batch_size_excludes_tensor_axis():
     assert Mesh(data=2, fsdp=3, expert=5, tensor=7).batch_size == 30
     assert Mesh(data=2, fsdp=3, expert=5, tensor=7).size == 210
 
 
-def test_a_mesh_is_built_over_the_first_devices_and_never_over_too_few():
+def test_mesh_is_built_over_first_devices_and_rejects_too_few():
     built = Mesh().build()
     assert built.axis_names == AXES
     assert built.devices.ravel().tolist() == jax.devices()[:1]
@@ -124,18 +124,18 @@ class Device:
         self.process_index = process_index
 
 
-def test_no_host_may_be_left_without_a_device():
+def test_mesh_must_use_devices_of_every_host():
     with pytest.raises(UserError, match="leave some of the 2 hosts idle; choose a mesh of 4"):
         Mesh(data=2).build([Device(0), Device(0), Device(1), Device(1)])
 
 
-def test_the_abstract_mesh_has_the_same_sizes():
+def test_abstract_mesh_has_the_same_shape():
     wanted = Mesh(data=2, tensor=4)
     assert tuple(wanted.abstract().shape.values()) == wanted.shape
     assert tuple(wanted.abstract().shape) == AXES
 
 
-def test_a_place_checks_its_fields():
+def test_place_validates_its_fields():
     with pytest.raises(UserError, match="place.microbatches=0"):
         Place(microbatches=0)
     with pytest.raises(UserError, match="place.remat='blocks' is not known. Did you mean 'block'"):
@@ -157,14 +157,14 @@ def test_a_place_checks_its_fields():
 
 
 PLACES = {
-    "v5p-8": Place(),  # as large as this machine, but it is no TPU
+    "v5p-8": Place(),  # as many devices as this machine, which has no TPU
     "huge": Place(mesh=Mesh(data=4096)),
     "cpu": Place(microbatches=3),
     "other": Place(),
 }
 
 
-def test_the_first_place_that_fits_is_chosen():
+def test_choose_returns_first_place_that_fits():
     assert choose(PLACES) == ("cpu", PLACES["cpu"])
     assert choose(PLACES, on="huge") == ("huge", PLACES["huge"])
     name, place = choose(PLACES, on="cpu", mesh=Mesh(data=2))
@@ -176,7 +176,7 @@ def test_the_first_place_that_fits_is_chosen():
         choose({"v5p-8": Place()})
 
 
-def test_tpu_places_are_known_by_their_name():
+def test_tpu_places_are_recognized_by_name():
     names = ["v4-8", "v5e-16", "v5p-64", "v6e-256", "tpu7x-16"]
     assert all(mesh._TPU_PLACE.fullmatch(name) for name in names)
     assert not any(mesh._TPU_PLACE.fullmatch(name) for name in ["cpu", "h100-8", "v5p", "laptop"])
@@ -188,21 +188,21 @@ RULES = sharding.Rules()
 EIGHT = Mesh(data=2, fsdp=2, tensor=2).abstract()
 
 
-def test_weights_are_split_by_the_names_of_their_axes():
+def test_weights_are_sharded_by_logical_axis_names():
     spec = RULES.weight(("layers", "embed", "heads", "head"), (3, 8, 4, 5), EIGHT)
     assert spec == PartitionSpec(None, ("fsdp",), ("tensor",), None)
     assert RULES.weight(("vocab", "embed"), (8, 8), EIGHT) == PartitionSpec(("tensor",), ("fsdp",))
-    # An axis of one device does not appear, so that specs of equal placement are equal.
+    # Mesh axes of size 1 are omitted, so that specs of equal placement compare equal.
     one = Mesh().abstract()
     assert RULES.weight(("vocab", "embed"), (7, 5), one) == PartitionSpec(None, None)
 
 
-def test_activations_keep_their_batch_split_over_every_batch_axis():
+def test_activations_are_sharded_over_all_batch_axes():
     spec = RULES.activation(("batch", "seq", "embed"), (4, 3, 5), EIGHT)
     assert spec == PartitionSpec(("data", "fsdp"), None, None)
 
 
-def test_few_key_value_heads_are_copied_where_they_cannot_be_split():
+def test_kv_heads_fewer_than_tensor_axis_are_replicated():
     tensor = Mesh(tensor=8).abstract()
     spec = RULES.weight(("embed", "kv_heads", "head"), (8, 2, 4), tensor)
     assert spec == PartitionSpec(None, None, None)
@@ -219,25 +219,25 @@ def test_few_key_value_heads_are_copied_where_they_cannot_be_split():
         (("heads", "mlp"), (8, 8), "'heads' and 'mlp' are both sharded over mesh axis 'tensor'"),
     ],
 )
-def test_what_cannot_be_split_is_refused(axes, shape, sentence):
+def test_invalid_sharding_raises_user_error(axes, shape, sentence):
     with pytest.raises(UserError, match=sentence):
         RULES.weight(axes, shape, EIGHT, "w")
 
 
-def test_a_rule_may_only_name_axes_of_the_mesh():
+def test_rules_reject_unknown_mesh_axes():
     with pytest.raises(
         UserError, match="rules\\['embed'\\]='fsdb' is not known. Did you mean 'fsdp'"
     ):
         sharding.Rules(weights={"embed": ("fsdb",)})
 
 
-def test_every_axis_has_its_place_in_both_tables():
+def test_sharding_tables_use_known_mesh_axes():
     for table in (sharding.WEIGHTS, sharding.ACTIVATIONS):
         assert {name for names in table.values() for name in names} <= set(AXES)
     assert set(sharding.MAY_REPLICATE) <= set(sharding.WEIGHTS)
 
 
-def test_shard_checks_names_with_and_without_a_mesh():
+def test_shard_checks_axis_names_with_and_without_mesh():
     x_bt = jnp.ones((2, 3))
     assert sharding.shard(x_bt, "batch", "seq") is x_bt
     assert sharding.active_mesh() is None
@@ -263,7 +263,7 @@ def _sharded(built, x, *axes):
 # ---- precision
 
 
-def test_casts_touch_floating_leaves_only():
+def test_precision_casts_only_floating_point_leaves():
     tree = {"w": jnp.ones(2, jnp.float32), "n": jnp.ones(2, jnp.int32)}
     low = precision.BF16.to_compute(tree)
     assert (low["w"].dtype, low["n"].dtype) == (jnp.bfloat16, jnp.int32)
@@ -279,7 +279,7 @@ def test_casts_touch_floating_leaves_only():
         ({"loss_scale": precision.LossScale()}, "has no use with precision.compute='float32'"),
     ],
 )
-def test_a_wrong_precision_is_refused(fields, sentence):
+def test_invalid_precision_raises_user_error(fields, sentence):
     with pytest.raises(UserError, match=sentence):
         precision.Precision(**fields)
     with pytest.raises(UserError, match="growth_interval=0"):
@@ -289,7 +289,7 @@ def test_a_wrong_precision_is_refused(fields, sentence):
 # ---- distributed
 
 
-def test_a_single_process_is_main_and_waits_for_nobody():
+def test_single_process_is_main_and_passes_barrier():
     distributed.barrier("alone")
     assert distributed.is_main()
     assert distributed.any_process(True)
@@ -300,21 +300,21 @@ def test_a_single_process_is_main_and_waits_for_nobody():
     ("environment", "called"),
     [
         ({}, False),
-        ({"SLURM_NTASKS": "4"}, False),  # the shell of an allocation, where nothing is launched
+        ({"SLURM_NTASKS": "4"}, False),  # shell of an allocation, not a job step
         ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, True),
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, False),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"JAX_PLATFORMS": "tpu", "TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"JAX_PLATFORMS": "tpu", "TPU_WORKER_HOSTNAMES": "a,b"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),  # told to use the CPU of a pod's host
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),  # JAX_PLATFORMS=cpu on the host of a TPU pod
     ],
 )
-def test_other_hosts_are_sought_only_where_there_are_some(environment, called, monkeypatch):
+def test_jax_distributed_is_initialized_only_with_several_hosts(environment, called, monkeypatch):
     calls = _initialize(environment, monkeypatch)
     assert bool(calls) == called
 
 
-def test_hosts_may_be_named_by_hand(monkeypatch):
+def test_environment_variables_set_coordinator_and_processes(monkeypatch):
     by_hand = {
         "JAX_COORDINATOR_ADDRESS": "host:1",
         "JAX_NUM_PROCESSES": "2",
@@ -330,7 +330,7 @@ def test_hosts_may_be_named_by_hand(monkeypatch):
 
 
 def _initialize(environment, monkeypatch):
-    """The arguments of jax.distributed.initialize in this environment, call by call."""
+    """Returns the arguments of each call of jax.distributed.initialize in this environment."""
     calls = []
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM", "JAX_PROC", "TPU_")):
@@ -339,12 +339,12 @@ def _initialize(environment, monkeypatch):
         if value is not None:
             monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *a: calls.append(a))
-    monkeypatch.setattr(distributed, "_watch_peers", lambda: None)  # there are none
+    monkeypatch.setattr(distributed, "_watch_peers", lambda: None)  # no peers to watch
     distributed.initialize()
     return calls
 
 
-# ---- on eight devices
+# ---- eight devices
 
 ON_EIGHT = """
 import jax, jax.numpy as jnp, numpy as np
@@ -353,7 +353,7 @@ from lm.parallel.mesh import Mesh, choose, Place
 
 assert jax.device_count() == 8
 mesh = Mesh(data=2, fsdp=2, tensor=2).build()
-# Neighbours on the last axis are neighbours in the list of devices.
+# Devices adjacent on the last mesh axis are adjacent in the list of devices.
 assert [d.id for d in mesh.devices[0, 0, 0, 0, 0]] == [0, 1]
 
 @jax.jit
@@ -375,14 +375,14 @@ assert born["norm"]["scale"].sharding.is_fully_replicated
 tokens = jax.device_put(np.zeros((4, 3), np.int32), sharding.batch_sharding(mesh))
 assert tokens.addressable_shards[0].data.shape == (1, 3)
 
-# A smaller mesh takes the first devices; of several places the first that fits is taken.
+# A smaller mesh uses the first devices; `choose` returns the first place that fits.
 assert Mesh(data=4).build().devices.size == 4
 places = {"v5p-8": Place(mesh=Mesh(data=8)), "nine": Place(mesh=Mesh(data=9)), "x": Place()}
 assert choose(places)[0] == "x"
 """
 
 
-def test_on_eight_devices():
+def test_mesh_and_sharding_on_eight_devices():
     flags = virtual_devices.flags(8)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     done = subprocess.run(

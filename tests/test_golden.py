@@ -1,10 +1,10 @@
-"""What each experiment comes to, as text that is kept: declaration, parameters, shardings, sizes.
+"""Golden files: the output of `show` for each experiment (config, parameters, shardings, sizes).
 
-A change that was meant is written with
+After an intended change, rewrite them and review the diff:
 
     python tests/test_golden.py --write
 
-and read in the diff. Nothing in it depends on the machine.
+Golden files do not depend on the machine.
 """
 
 import difflib
@@ -20,11 +20,11 @@ from lm.planning import show
 from lm.recipe import stages_of
 
 GOLDEN = Path(__file__).parent / "golden"
-EIGHT = Mesh(data=2, fsdp=2, tensor=2)  # every experiment must divide over it
+EIGHT = Mesh(data=2, fsdp=2, tensor=2)  # every experiment must be divisible over this mesh
 
 
 def golden(name: str) -> str:
-    """The text of `show` at the first place, then on eight devices; of each stage of a recipe."""
+    """Returns the output of `show` at the first place and on eight devices, for each stage."""
     texts = []
     for experiment in stages_of(importlib.import_module(f"experiments.{name}").experiment()):
         place = next(iter(experiment.places))
@@ -36,23 +36,23 @@ def golden(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", experiment_files.NAMES)
-def test_an_experiment_comes_to_what_it_did(name):
+def test_experiment_matches_its_golden_file(name):
     path = GOLDEN / f"{name}.txt"
     kept, now = path.read_text() if path.exists() else "", golden(name)
     diff = difflib.unified_diff(
         kept.splitlines(), now.splitlines(), f"golden/{name}.txt", "now", lineterm="", n=2
     )
     assert kept == now, "\n".join(
-        [f"{name} has changed. If that was meant: python tests/test_golden.py --write", *diff]
+        [f"{name} has changed. If intended, run: python tests/test_golden.py --write", *diff]
     )
 
 
-def test_no_text_is_kept_of_an_experiment_that_is_gone():
+def test_golden_files_correspond_to_experiments():
     assert {path.stem for path in GOLDEN.glob("*")} == set(experiment_files.NAMES)
 
 
 def write() -> None:
-    """Writes the text of every experiment as it is now."""
+    """Rewrites all golden files."""
     GOLDEN.mkdir(exist_ok=True)
     for path in GOLDEN.glob("*"):
         path.unlink()

@@ -1,8 +1,9 @@
-"""Imports follow the order of rooms, and private names stay in their room.
+"""Checks the import order of packages, and that private names are not imported across packages.
 
-A file may import its own room and those before it in ORDER, except for the pairs in APART. Imports
-are read from the source, so one inside a function counts too; importing a room by name at run time
-is forbidden.
+"Package" means an entry of ORDER: a subpackage or module of `lm`, or another top-level folder. A
+file may import its own package and those before it in ORDER, except for the pairs in APART. The
+check reads the source, so imports inside functions count too. Importing a package by name at
+run time (`importlib.import_module`) is forbidden.
 """
 
 import ast
@@ -16,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# The one list of the order. The README and lm/__init__.py quote it.
+# The import order. README.md and lm/__init__.py repeat it; test_docs.py checks that they agree.
 ORDER = (
     "kernels_pallas",
     "errors",
@@ -49,7 +50,7 @@ ORDER = (
     "main",
     "experiments",
 )
-# Rooms that must not import each other although the order allows it: (the later, the earlier).
+# Imports that are forbidden although ORDER allows them: (importing package, imported package).
 APART = {
     ("model", "data"),
     ("optim", "data"),
@@ -59,15 +60,15 @@ APART = {
     ("generate", "checkpoint"),
     ("generate", "training"),
 }
-# The contract between data and everything after it has no code that could be depended on.
+# Exempt from APART: the interface between data and later packages, without implementation.
 CONTRACT = "lm.data.batch"
-# lm/__init__.py imports rooms inside functions, __main__ calls main.
+# Exempt from ORDER: lm/__init__.py imports packages inside functions, __main__ calls main.
 ANYWHERE = ("lm/__init__.py", "lm/__main__.py")
 
 NEVER = ("tensorflow", "torch", "clu", "ml_collections", "gin", "hydra")
-# But for the one that is timed beside ours, in a process of its own and only where it is installed.
+# Exempt from NEVER: a benchmark that times torch in a separate process, if torch is installed.
 PEERS = {("kernels_pallas/tools/bench_torch.py", "torch")}
-# Slow to import, or an extra: only inside the function that needs them.
+# Slow to import, or optional dependencies: import only inside the functions that need them.
 LAZY = ("matplotlib", "tensorflow_datasets", "pyarrow", "tensorboardX", "wandb", "IPython", "tqdm")
 
 TOP = {"lm", "experiments", "kernels_pallas", "tests"}
@@ -75,7 +76,7 @@ TOP |= {"setup.py", "README.md", "LICENSE", ".ci", ".gitignore"}
 
 
 class Import(NamedTuple):
-    """`from module import names` (or `import module`), and whether it stands inside a function."""
+    """`from module import names` (or `import module`); `lazy` if inside a function."""
 
     module: str
     names: tuple[str, ...]
@@ -83,16 +84,16 @@ class Import(NamedTuple):
 
 
 def imports(source: str, package: str) -> Iterator[Import]:
-    """Those of a file in `package`, with relative ones resolved."""
+    """Yields the imports of a file in `package`, with relative imports resolved."""
     tree = ast.parse(source)
-    inside = {
+    in_functions = {
         id(below)
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for below in ast.walk(node)
     }
     for node in ast.walk(tree):
-        lazy = id(node) in inside
+        lazy = id(node) in in_functions
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(alias.name, (), lazy)
@@ -103,7 +104,7 @@ def imports(source: str, package: str) -> Iterator[Import]:
             yield Import(module, tuple(alias.name for alias in node.names), lazy)
 
 
-def room(module: str) -> str | None:
+def package_of(module: str) -> str | None:
     """'lm.model.rope' -> 'model', 'experiments.text' -> 'experiments', None for other packages."""
     first, *rest = module.split(".")
     if first == "lm":
@@ -112,19 +113,19 @@ def room(module: str) -> str | None:
 
 
 def modules(found: Import) -> list[str]:
-    """What an import reaches: `from lm import model` reaches lm.model."""
+    """Returns the imported modules: `from lm import model` imports lm.model."""
     if found.module == "lm":
         return [f"lm.{name}" for name in found.names]
     return [found.module]
 
 
 def violations(path: str, source: str) -> list[str]:
-    """What a file at `path` (from the root) does against the arrow, in words."""
+    """Returns messages about forbidden imports of the file at `path` (relative to the root)."""
     package = path.rsplit("/", 1)[0].replace("/", ".")
-    own = room(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+    own = package_of(path.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
     found = []
     if path not in ANYWHERE and own not in ORDER:
-        return [f"{path}: room {own!r} has no place in the order"]
+        return [f"{path}: package {own!r} has no place in the order"]
     for each in imports(source, package):
         for module in modules(each):
             first = module.split(".")[0]
@@ -132,13 +133,13 @@ def violations(path: str, source: str) -> list[str]:
                 found.append(f"{path} imports {first}")
             if first in LAZY and not each.lazy:
                 found.append(f"{path} imports {first} outside a function")
-            if path not in ANYWHERE and room(module):
-                found += _against_the_arrow(path, own, module, each.names)
+            if path not in ANYWHERE and package_of(module):
+                found += _order_violations(path, own, module, each.names)
     return found + [f"{path} imports {name!r} by name" for name in imported_by_name(source)]
 
 
 def imported_by_name(source: str) -> list[str]:
-    """Rooms that import_module or __import__ is called with, as far as the source says."""
+    """Returns the strings in calls of import_module and __import__ that name `lm` or its parts."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and node.args:
@@ -149,8 +150,8 @@ def imported_by_name(source: str) -> list[str]:
     return names
 
 
-def _against_the_arrow(path: str, own: str, module: str, names: tuple[str, ...]) -> list[str]:
-    other = room(module)
+def _order_violations(path: str, own: str, module: str, names: tuple[str, ...]) -> list[str]:
+    other = package_of(module)
     if other == own:
         return []
     if other not in ORDER:
@@ -173,7 +174,7 @@ def sources() -> list[str]:
 
 
 @pytest.mark.parametrize("path", sources())
-def test_imports_follow_the_arrow(path):
+def test_imports_follow_the_order(path):
     assert violations(path, (ROOT / path).read_text()) == []
 
 
@@ -201,7 +202,7 @@ def test_imports_follow_the_arrow(path):
         ("lm/__init__.py", "__import__('lm')", "by name"),
     ],
 )
-def test_the_checker_sees(path, source, why):
+def test_checker_reports_forbidden_import(path, source, why):
     assert [v for v in violations(path, source) if why in v]
 
 
@@ -219,11 +220,11 @@ def test_the_checker_sees(path, source, why):
         ("kernels_pallas/op.py", "import jax\nfrom kernels_pallas.reference import _block"),
     ],
 )
-def test_the_checker_lets_pass(path, source):
+def test_checker_accepts_allowed_import(path, source):
     assert violations(path, source) == []
 
 
-def test_nothing_new_lies_at_the_top():
+def test_repository_root_contains_only_known_entries():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
@@ -231,7 +232,7 @@ def test_nothing_new_lies_at_the_top():
     assert top <= TOP
 
 
-# ---- Sizes: what a reader can take in
+# ---- Sizes of files and functions
 
 
 def test_files_and_functions_of_lm_are_short():

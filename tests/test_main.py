@@ -1,4 +1,4 @@
-"""The two doors: output, error messages and exit codes."""
+"""Command line (`lm.main.main` and `lm.main.lm_main`): output, error messages and exit codes."""
 
 import dataclasses
 import json
@@ -20,11 +20,11 @@ from lm.main import lm_main, main
 
 
 @pytest.fixture
-def door(tiny, tmp_path, capsys):
-    """door("show", "--json", ...) -> (exit code, stdout, stderr), in an empty --workdir; a list of
-    `lm` arguments begins with "lm"."""
+def cli(tiny, tmp_path, capsys):
+    """Function that runs a command in an empty --workdir: cli("show", "--json") returns (exit code,
+    stdout, stderr). Arguments that begin with "lm" run `python -m lm`."""
 
-    def enter(*arguments: str, declare=tiny.declare, workdir: Path = tmp_path / "runs"):
+    def call(*arguments: str, declare=tiny.declare, workdir: Path = tmp_path / "runs"):
         capsys.readouterr()
         code = 0
         try:
@@ -37,11 +37,11 @@ def door(tiny, tmp_path, capsys):
         out, err = capsys.readouterr()
         return code, out, err
 
-    return enter
+    return call
 
 
-def check_refused(result: tuple[int, str, str], *parts: str) -> None:
-    """Exit code 2, nothing on stdout, and one sentence of all these parts as the end of stderr."""
+def check_user_error(result: tuple[int, str, str], *parts: str) -> None:
+    """Checks for exit code 2, empty stdout, and a last line on stderr that contains all parts."""
     code, out, err = result
     assert code == 2, err
     assert out == ""
@@ -55,7 +55,7 @@ def check_refused(result: tuple[int, str, str], *parts: str) -> None:
 # ---- Training
 
 
-def test_training_says_what_happens_and_what_to_do_next(tiny):
+def test_training_prints_progress_results_and_next_commands(tiny):
     for step in (1, 2, 4, 8):
         assert f"step {step}/8" in tiny.err
     for word in ("reading", "tokenizer", "tokenizing", "loss", "bits/byte", "lr", "grad", "MFU"):
@@ -71,8 +71,8 @@ def test_training_says_what_happens_and_what_to_do_next(tiny):
     assert "--set schedule.steps=16" in commands[2]
 
 
-def test_again_says_that_it_is_complete_and_what_to_do(tiny, door):
-    code, out, _ = door(workdir=tiny.home / "runs")
+def test_training_a_complete_run_prints_next_commands(tiny, cli):
+    code, out, _ = cli(workdir=tiny.home / "runs")
     assert code == 0
     assert f"{tiny.folder} is complete at step 8 of 8" in out
     assert "python -m lm generate" in out and "--set schedule.steps=16" in out and "delete" in out
@@ -81,20 +81,22 @@ def test_again_says_that_it_is_complete_and_what_to_do(tiny, door):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
 )
-def test_signal_saves_and_the_same_command_goes_on(tiny, door, tmp_path, monkeypatch, number, code):
+def test_signal_saves_checkpoint_and_same_command_resumes(
+    tiny, cli, tmp_path, monkeypatch, number, code
+):
     folder = tmp_path / "runs/tiny"
     prefetch = data.prefetch
 
     def interrupted(function, start, stop):
         def at_step(step):
-            if step == 2:  # while the loop is before it
+            if step == 2:  # prefetched before the training loop reaches this step
                 os.kill(os.getpid(), number)
             return function(step)
 
         return prefetch(at_step, start, stop)
 
     monkeypatch.setattr(data, "prefetch", interrupted)
-    given, out, err = door()
+    given, out, err = cli()
     monkeypatch.undo()
     assert given == code
     steps = len(losses(folder))
@@ -103,23 +105,23 @@ def test_signal_saves_and_the_same_command_goes_on(tiny, door, tmp_path, monkeyp
     assert "Traceback" not in err and "Trained" not in out
     assert (folder / "checkpoints" / str(steps)).is_dir()
 
-    given, out, err = door()
+    given, out, err = cli()
     assert given == 0
     assert f"Resuming {folder} from step {steps} of {STEPS}" in err
     assert f"Trained tiny to step {STEPS}" in out
-    assert losses(folder) == losses(tiny.folder)  # to the bit, as if it had not been stopped
+    assert losses(folder) == losses(tiny.folder)  # bitwise equal to the uninterrupted run
     assert (folder / "eval.jsonl").read_text() == (tiny.folder / "eval.jsonl").read_text()
 
 
-def test_changes_give_the_run_another_name(door, tmp_path):
-    code, _, err = door("--set", "schedule.steps=1", "--set", "model.layers=1")
+def test_set_options_become_part_of_the_run_name(cli, tmp_path):
+    code, _, err = cli("--set", "schedule.steps=1", "--set", "model.layers=1")
     assert code == 0, err
     assert [p.name for p in (tmp_path / "runs").iterdir() if p.name != "data"] == [
         "tiny+model.layers=1+schedule.steps=1"
     ]
 
 
-# ---- What is refused before training
+# ---- Errors before training
 
 
 @pytest.mark.parametrize(
@@ -150,11 +152,11 @@ def test_changes_give_the_run_another_name(door, tmp_path):
     ],
     ids=lambda value: " ".join(value) if value[0].startswith(("-", "tran")) else "",
 )
-def test_experiment_refuses_in_one_sentence(door, arguments, parts):
-    check_refused(door(*arguments), *parts)
+def test_invalid_experiment_arguments_print_one_line_error(cli, arguments, parts):
+    check_user_error(cli(*arguments), *parts)
 
 
-def test_setting_of_another_framework_in_a_stage_is_named():
+def test_setting_name_of_other_frameworks_is_translated_in_a_stage():
     error = "optimizer.lr is not known. Known: optimizer.b1."
     assert flags._with_synonym(error, ["seed=1", "sft.optimizer.lr=1e-4"]) == (
         "sft.optimizer.lr is not known; that setting is sft.schedule.peak, "
@@ -172,29 +174,29 @@ def test_setting_of_another_framework_in_a_stage_is_named():
     ],
     ids=["empty", "latin-1", "folder"],
 )
-def test_unusable_text_is_refused(door, tmp_path, content, parts):
+def test_unusable_text_prints_error(cli, tmp_path, content, parts):
     path = tmp_path / "0.txt"
     path.mkdir() if content is None else path.write_bytes(content)
-    check_refused(door("--set", f"data.path={path}"), *parts)
+    check_user_error(cli("--set", f"data.path={path}"), *parts)
 
 
-def test_text_that_is_not_there_yet_is_named_with_its_neighbour(door, tmp_path):
+def test_missing_text_file_error_suggests_similar_file_name(cli, tmp_path):
     write_texts(tmp_path / "books", count=1)
-    check_refused(
-        door("--set", f"data.path={tmp_path}/books/00.txt"), "There is no file", "'000.txt'"
+    check_user_error(
+        cli("--set", f"data.path={tmp_path}/books/00.txt"), "There is no file", "'000.txt'"
     )
 
 
 @pytest.mark.parametrize("below", ["", "runs/today"])
-def test_workdir_that_is_a_file_is_refused(door, tmp_path, below):
+def test_workdir_that_is_a_file_prints_error(cli, tmp_path, below):
     (tmp_path / "file").write_text("in the way")
     parts = (f"{tmp_path}/file is a file", "name a folder")
-    check_refused(door(workdir=tmp_path / "file" / below), "--workdir=", *parts)
+    check_user_error(cli(workdir=tmp_path / "file" / below), "--workdir=", *parts)
 
 
-def test_workdir_without_permission_is_refused(door, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    check_refused(door(), "--workdir=", f"{tmp_path} is not writable", "you may write to")
+def test_workdir_without_write_permission_prints_error(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root ignores permissions
+    check_user_error(cli(), "--workdir=", f"{tmp_path} is not writable", "you may write to")
 
 
 # ---- Out of memory
@@ -209,23 +211,23 @@ def test_workdir_without_permission_is_refused(door, tmp_path, monkeypatch):
         ("Ran out of memory. Used 21.31G of 15.75G hbm. Exceeded", "needs 21.31G of 15.75G hbm."),
     ],
 )
-def test_out_of_memory_is_a_sentence_and_leaves_no_folder(
-    door, tmp_path, monkeypatch, message, part
+def test_out_of_memory_prints_error_and_leaves_no_run_folder(
+    cli, tmp_path, monkeypatch, message, part
 ):
     def allocate(*args):
         raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
 
     monkeypatch.setattr(run, "_play", allocate)
-    result = door()
-    check_refused(result, "out of memory", part, "remat", "batch.length")
+    result = cli()
+    check_user_error(result, "out of memory", part, "remat", "batch.length")
     assert "--set places.cpu.microbatches=8" in result[2]
     assert (" of memory are free." in result[2]) == ("hbm" not in message)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["data"]
     monkeypatch.undo()
-    assert door("--set", "schedule.steps=1", "--set", "name=tiny")[0] == 0
+    assert cli("--set", "schedule.steps=1", "--set", "name=tiny")[0] == 0
 
 
-def test_out_of_memory_keeps_what_was_trained(tiny, door, tmp_path, monkeypatch):
+def test_out_of_memory_keeps_existing_checkpoints(tiny, cli, tmp_path, monkeypatch):
     runs = tiny.copy(tmp_path / "trained")
     shutil.rmtree(runs / "tiny/checkpoints/8")
 
@@ -233,30 +235,30 @@ def test_out_of_memory_keeps_what_was_trained(tiny, door, tmp_path, monkeypatch)
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
     monkeypatch.setattr(run, "_play", allocate)
-    check_refused(door(workdir=runs), "an array needs 9 B")
+    check_user_error(cli(workdir=runs), "an array needs 9 B")
     assert len(losses(runs / "tiny")) == STEPS
     assert (runs / "tiny/checkpoints/4").is_dir()
 
 
-# ---- Damage
+# ---- Damaged files
 
 
 def damage(path: Path) -> None:
-    """Other bytes in the middle."""
+    """Inverts eight bytes in the middle of a file."""
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 8] = bytes(255 - byte for byte in content[middle : middle + 8])
     path.write_bytes(content)
 
 
-def test_damaged_shard_is_refused_with_what_to_do(tiny, door, tmp_path):
+def test_damaged_token_shard_prints_error_with_remedy(tiny, cli, tmp_path):
     runs = tiny.copy(tmp_path / "damaged")
     shutil.rmtree(runs / "tiny")
     shard = next(runs.glob("data/*/*/train-*.tokens"))
     damage(shard)
-    check_refused(door(workdir=runs), str(shard), "damaged", "Delete it")
+    check_user_error(cli(workdir=runs), str(shard), "damaged", "Delete it")
     shard.unlink()
-    assert door("--set", "schedule.steps=1", workdir=runs)[0] == 0
+    assert cli("--set", "schedule.steps=1", workdir=runs)[0] == 0
 
 
 def truncate_largest(checkpoint: Path) -> None:
@@ -276,7 +278,7 @@ def empty_files(checkpoint: Path) -> None:
 
 
 def flip_bits(checkpoint: Path) -> None:
-    """Of the parameters' elements, which no format notices by itself."""
+    """Flips bits of parameter values, which the file format itself does not detect."""
     path = max(checkpoint.rglob("d/*"), key=lambda p: p.stat().st_size)
     content = bytearray(path.read_bytes())
     for place in range(2_000, len(content) - 2_000, 500):
@@ -284,26 +286,27 @@ def flip_bits(checkpoint: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("harm", [truncate_largest, damage_arrays, empty_files, flip_bits])
-def test_damaged_checkpoint_is_refused_with_the_one_before(tiny, door, tmp_path, harm):
+@pytest.mark.parametrize("corrupt", [truncate_largest, damage_arrays, empty_files, flip_bits])
+def test_damaged_checkpoint_error_names_previous_checkpoint(tiny, cli, tmp_path, corrupt):
     runs = tiny.copy(tmp_path / "damaged")
     checkpoint = runs / "tiny/checkpoints/8"
-    harm(checkpoint)
+    corrupt(checkpoint)
     parts = (f"{checkpoint} cannot be read", "resume from step 4, the previous", "Delete")
-    check_refused(door("lm", "generate", str(runs / "tiny"), "--json"), *parts)
-    check_refused(door(workdir=runs), *parts)  # complete, as far as names say
+    check_user_error(cli("lm", "generate", str(runs / "tiny"), "--json"), *parts)
+    # Judging by the names of the checkpoint folders, the run is complete.
+    check_user_error(cli(workdir=runs), *parts)
     shutil.rmtree(checkpoint)
-    code, _, err = door(workdir=runs)
+    code, _, err = cli(workdir=runs)
     assert code == 0, err
     assert losses(runs / "tiny") == losses(tiny.folder)
 
 
-def test_damaged_checkpoint_to_resume_from_is_refused(tiny, door, tmp_path):
+def test_damaged_only_checkpoint_prints_error_on_resume(tiny, cli, tmp_path):
     runs = tiny.copy(tmp_path / "damaged")
     shutil.rmtree(runs / "tiny/checkpoints/8")
     truncate_largest(runs / "tiny/checkpoints/4")
-    check_refused(door(workdir=runs), "checkpoints/4 cannot be read", "no earlier checkpoint")
-    assert len(losses(runs / "tiny")) == STEPS  # nothing of the run is lost
+    check_user_error(cli(workdir=runs), "checkpoints/4 cannot be read", "no earlier checkpoint")
+    assert len(losses(runs / "tiny")) == STEPS  # no metrics are lost
 
 
 @pytest.mark.parametrize(
@@ -327,61 +330,61 @@ def test_damaged_checkpoint_to_resume_from_is_refused(tiny, door, tmp_path):
         ),
     ],
 )
-def test_damaged_declaration_is_refused(tiny, door, tmp_path, content, part):
+def test_damaged_experiment_json_prints_error(tiny, cli, tmp_path, content, part):
     runs = tiny.copy(tmp_path / "damaged")
     (runs / "tiny/experiment.json").write_text(content)
-    check_refused(door("lm", "generate", str(runs / "tiny")), "tiny/experiment.json", part)
-    check_refused(door(workdir=runs), "tiny/experiment.json", part)
+    check_user_error(cli("lm", "generate", str(runs / "tiny")), "tiny/experiment.json", part)
+    check_user_error(cli(workdir=runs), "tiny/experiment.json", part)
 
 
-def test_damaged_tokenizer_is_refused(tiny, door, tmp_path):
+def test_damaged_or_missing_tokenizer_prints_error(tiny, cli, tmp_path):
     folder = tiny.copy(tmp_path / "damaged") / "tiny"
     (folder / "tokenizer.model").write_bytes(b"no model")
-    check_refused(door("lm", "generate", str(folder)), "tokenizer.model")
+    check_user_error(cli("lm", "generate", str(folder)), "tokenizer.model")
     (folder / "tokenizer.model").unlink()
-    check_refused(door("lm", "generate", str(folder)), "tokenizer.model")
+    check_user_error(cli("lm", "generate", str(folder)), "tokenizer.model")
 
 
-def test_second_declaration_in_the_same_folder_is_refused(tiny, door):
+def test_different_experiment_in_same_folder_prints_error(tiny, cli):
     declared = dataclasses.replace(tiny.declare(), seed=1)
-    result = door(declare=lambda: declared, workdir=tiny.home / "runs")
-    check_refused(result, "begun with another declaration (seed: 0 -> 1)", "--set name=NAME")
+    result = cli(declare=lambda: declared, workdir=tiny.home / "runs")
+    check_user_error(result, "begun with another declaration (seed: 0 -> 1)", "--set name=NAME")
 
 
-# ---- What is done with a result
+# ---- Commands on a trained run
 
 
-def test_generate_prints_the_prompt_and_what_follows(tiny, door):
+def test_generate_prints_prompt_and_continuation(tiny, cli):
     arguments = ("--prompt", "the tree", "--max-tokens", "6", "--temperature", "0")
-    code, out, _ = door("lm", "generate", str(tiny.folder), *arguments)
+    code, out, _ = cli("lm", "generate", str(tiny.folder), *arguments)
     assert code == 0
     assert out.startswith("the tree")
-    code, printed, _ = door("lm", "generate", str(tiny.folder), *arguments, "--json")
+    code, printed, _ = cli("lm", "generate", str(tiny.folder), *arguments, "--json")
     assert code == 0
     (sample,) = json.loads(printed)["samples"]
     assert sample["prompt"] == "the tree"
     assert out == f"the tree{sample['text']}\n"
 
 
-def test_generate_takes_several_prompts(tiny, door):
+def test_generate_accepts_several_prompts(tiny, cli):
     prompts = ("--prompt", "the tree", "--prompt", "a stone in its river", "--max-tokens", "4")
-    code, out, _ = door("lm", "generate", str(tiny.folder), *prompts, "--json", "--seed", "1")
+    code, out, _ = cli("lm", "generate", str(tiny.folder), *prompts, "--json", "--seed", "1")
     assert code == 0
     found = json.loads(out)
     assert found["step"] == STEPS
     assert [s["prompt"] for s in found["samples"]] == ["the tree", "a stone in its river"]
-    assert door("lm", "generate", str(tiny.folder), *prompts, "--json", "--seed", "1")[1] == out
+    assert cli("lm", "generate", str(tiny.folder), *prompts, "--json", "--seed", "1")[1] == out
 
 
-def test_eval_prints_a_table_or_json(tiny, door, tmp_path):
+def test_eval_prints_table_or_json(tiny, cli, tmp_path):
     text = tmp_path / "other.txt"
     text.write_text("a stone in its river\n" * 9)
-    code, out, _ = door("lm", "eval", str(tiny.folder), "--data", str(text), "--json")
+    code, out, _ = cli("lm", "eval", str(tiny.folder), "--data", str(text), "--json")
     assert code == 0
     results = json.loads(out)["results"]
     assert [r["name"] for r in results] == ["text/loss", "text/perplexity", "text/bits_per_byte"]
     assert all({"value", "stderr", "count", "step"} <= r.keys() for r in results)
-    code, table, _ = door("lm", "eval", str(tiny.folder), "--data", str(text))
+    code, table, _ = cli("lm", "eval", str(tiny.folder), "--data", str(text))
     assert code == 0
     assert "standard error" in table
     assert all(f"{r['value']:.4f}" in table for r in results)
@@ -410,31 +413,31 @@ def test_eval_prints_a_table_or_json(tiny, door, tmp_path):
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_results_refuse_in_one_sentence(tiny, door, arguments, parts):
+def test_invalid_lm_arguments_print_one_line_error(tiny, cli, arguments, parts):
     arguments = [str(tiny.folder) if a == "RUN" else a for a in arguments]
-    check_refused(door("lm", *arguments), *parts)
+    check_user_error(cli("lm", *arguments), *parts)
 
 
-def test_run_without_a_checkpoint_says_so(tiny, door, tmp_path):
+def test_run_without_checkpoint_prints_error(tiny, cli, tmp_path):
     folder = tiny.copy(tmp_path / "early") / "tiny"
     shutil.rmtree(folder / "checkpoints")
-    check_refused(door("lm", "generate", str(folder)), "has no checkpoint yet")
+    check_user_error(cli("lm", "generate", str(folder)), "has no checkpoint yet")
 
 
-def test_help_names_the_verbs(door):
-    code, out, _ = door("lm", "--help")
+def test_help_lists_verbs_and_options(cli):
+    code, out, _ = cli("lm", "--help")
     assert code == 0
     for verb in ("generate", "eval", "import", "export", "bench"):
         assert f"  {verb}" in out
     assert "Continue a prompt with a trained model." in out
-    code, out, _ = door("--help")
+    code, out, _ = cli("--help")
     assert code == 0
     for part in ("Train, or resume", "  show ", "  plan ", "--set PATH=VALUE", "--workdir"):
         assert part in out
 
 
 @pytest.mark.parametrize("verbs", [lm_module.EXPERIMENT_VERBS, lm_module.RESULT_VERBS])
-def test_every_verb_and_option_has_words(verbs):
+def test_every_verb_and_option_has_help_text(verbs):
     for verb in verbs.values():
         assert verb.HELP.endswith(".") and not verb.OUT_OF_MEMORY.endswith(".")
         parser = lm_module.Parser()
@@ -442,23 +445,23 @@ def test_every_verb_and_option_has_words(verbs):
         assert [action.dest for action in parser._actions if not action.help] == []
 
 
-def test_typing_errors_are_answered_before_jax_is_imported():
+def test_argument_errors_are_reported_before_importing_jax():
     program = "import sys; from lm.main import lm_main; lm_main(['generat'])"
     program = f"import atexit, sys; atexit.register(lambda: print('jax' in sys.modules)); {program}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "False\n"), done.stderr
 
 
-def test_bug_keeps_its_traceback(monkeypatch, door):
+def test_unexpected_exception_is_not_caught(monkeypatch, cli):
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
     monkeypatch.setattr(run, "train", broken)
     with pytest.raises(ZeroDivisionError):
-        door()
+        cli()
 
 
-def test_declaring_does_nothing(tmp_path, monkeypatch):
+def test_constructing_experiment_writes_no_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     experiment()
     assert not list(tmp_path.iterdir())

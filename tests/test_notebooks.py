@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom as scripts, and are stored without outputs."""
+"""Notebooks run from top to bottom as scripts, and are committed without outputs."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from lm.errors import UserError
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb"))
 
-# Small values for the names that the cell tagged "parameters" sets. The texts are alike, so that
-# the loss falls within a few updates.
+# Small values that replace those set by the cell tagged "parameters". The documents are similar, so
+# that the loss decreases within a few steps.
 SMALL = {
     "SOURCE": data.Documents(
         tuple(f"def read_{i}(path):\n    return open(path).read({i})\n" * 4 for i in range(64)),
@@ -32,7 +32,7 @@ def cells(path: Path, kind: str = "code") -> list[dict]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs_are_stripped(path):
+def test_notebook_is_stored_without_outputs(path):
     for cell in cells(path):
         assert cell["outputs"] == []
         assert cell["execution_count"] is None
@@ -40,7 +40,7 @@ def test_outputs_are_stripped(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch, capsys):
+def test_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     names: dict = {"__name__": "__main__"}
@@ -61,6 +61,6 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch, capsys)
     assert float(after) < float(before)
 
 
-def test_a_user_error_is_one_sentence_in_ipython():
+def test_ipython_shows_user_error_as_one_line():
     """IPython prints what `_render_traceback_` returns instead of a traceback."""
     assert UserError("a=1 must be 2.")._render_traceback_() == ["UserError: a=1 must be 2."]

@@ -1,4 +1,4 @@
-"""Pipeline schedule: order of groups, bubble, and errors."""
+"""Pipeline schedule: order of layer groups, bubble fraction, and errors."""
 
 import pytest
 
@@ -16,8 +16,8 @@ def schedule(layers=8, stages=2, circular_repeats=1, microbatches=4):
 @pytest.mark.parametrize("stages", [2, 4])
 @pytest.mark.parametrize("circular_repeats", [1, 2, 3])
 @pytest.mark.parametrize("turns", [1, 3])
-def test_every_microbatch_passes_every_group_in_order(stages, circular_repeats, turns):
-    """Simulates which group of which micro-batch each stage computes in each iteration."""
+def test_every_microbatch_passes_every_layer_group_in_order(stages, circular_repeats, turns):
+    """Simulates which layer group of which microbatch each stage computes in each iteration."""
     plan = schedule(
         layers=24, stages=stages, circular_repeats=circular_repeats, microbatches=turns * stages
     )
@@ -35,7 +35,7 @@ def test_every_microbatch_passes_every_group_in_order(stages, circular_repeats, 
     assert plan.bubble == pytest.approx(1 - busy / (plan.iterations * stages))
 
 
-def test_bubble():
+def test_bubble_fraction():
     assert schedule().bubble == pytest.approx(1 / 5)  # (stages - 1) / (microbatches + stages - 1)
     assert schedule(circular_repeats=2).bubble == pytest.approx(1 / 9)
     # Five layers on two stages take the time of six layers.
@@ -43,7 +43,7 @@ def test_bubble():
     assert schedule(layers=5).depth == 3
 
 
-def test_invalid_schedules_are_errors():
+def test_invalid_pipeline_schedule_raises_user_error():
     with pytest.raises(UserError, match=r"microbatches=3 must be a multiple of mesh.pipe=2"):
         schedule(microbatches=3)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Training through `lm.training`, and what `lm.load` gives back."""
+"""Tests of lm.train and lm.load: run folder contents, loading, resuming, and rejected changes."""
 
 import importlib.util
 import inspect
@@ -27,7 +27,7 @@ def loaded(tiny):
     return lm.load(tiny.folder)
 
 
-def test_run_folder_holds_what_the_readme_names(tiny):
+def test_run_folder_contains_documented_files(tiny):
     written = json.loads((tiny.folder / "experiment.json").read_text())
     assert written.keys() >= {"experiment", "data", "place", "devices", "python", "versions", "git"}
     assert set(written["versions"]) == set(runs.PACKAGES)
@@ -37,7 +37,7 @@ def test_run_folder_holds_what_the_readme_names(tiny):
     assert sorted(p.name for p in (tiny.folder / "checkpoints").iterdir()) == ["4", "8"]
 
 
-def test_metrics_have_a_line_for_each_step(tiny):
+def test_metrics_contain_one_line_per_step(tiny):
     lines = [json.loads(x) for x in (tiny.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     wanted = "loss grad_norm learning_rate tokens seconds tokens_per_second bits_per_byte"
@@ -48,7 +48,7 @@ def test_metrics_have_a_line_for_each_step(tiny):
     assert lines[-1]["tokens"] == STEPS * 4 * LENGTH
 
 
-def test_evaluations_say_how_sure_they_are(tiny):
+def test_evaluations_include_standard_error_and_count(tiny):
     lines = [json.loads(x) for x in (tiny.folder / "eval.jsonl").read_text().splitlines()]
     measures = ("loss", "perplexity", "bits_per_byte")
     assert [(line["step"], line["name"]) for line in lines] == [
@@ -59,7 +59,7 @@ def test_evaluations_say_how_sure_they_are(tiny):
     assert by_name["text/perplexity"] == pytest.approx(math.exp(by_name["text/loss"]))
 
 
-def test_loaded_run_is_the_declared_one(tiny, loaded):
+def test_loaded_run_has_declared_experiment_and_parameter_shapes(tiny, loaded):
     assert loaded.experiment == tiny.declare()
     assert loaded.step == STEPS
     assert loaded.stopped is None
@@ -68,7 +68,7 @@ def test_loaded_run_is_the_declared_one(tiny, loaded):
     assert isinstance(loaded.params["blocks"]["0"]["attention"]["q"], jax.Array)
 
 
-def test_logits_are_of_each_position_and_causal(loaded):
+def test_logits_cover_each_position_and_are_causal(loaded):
     tokens_bt = np.arange(2 * 6).reshape(2, 6) + 10
     logits_btv = loaded.logits(tokens_bt)
     assert logits_btv.shape == (2, 6, 320)
@@ -80,26 +80,26 @@ def test_logits_are_of_each_position_and_causal(loaded):
     assert not np.array_equal(logits_btv[:, -1], again_btv[:, -1])
 
 
-def test_generate_gives_strings_for_strings_and_lists_for_lists(loaded):
+def test_generate_returns_string_for_string_and_list_for_list(loaded):
     one = loaded.generate("the tree", max_tokens=8, temperature=0)
     assert isinstance(one, str)
     assert loaded.generate("the tree", max_tokens=8, temperature=0) == one
     both = loaded.generate(["the tree", "a"], max_tokens=8, temperature=0)
-    assert both[0] == one  # whatever stands beside it
+    assert both[0] == one  # independent of the other prompts in the batch
     assert len(both) == 2
 
 
-def test_prompt_longer_than_the_context_is_refused(loaded):
+def test_prompt_longer_than_context_raises_user_error(loaded):
     with pytest.raises(UserError, match="32"):
         loaded.generate("the tree " * 40, max_tokens=4)
 
 
-def test_evaluate_repeats_what_the_loop_wrote(tiny, loaded):
+def test_evaluate_reproduces_results_of_training(tiny, loaded):
     lines = [json.loads(x) for x in (tiny.folder / "eval.jsonl").read_text().splitlines()]
     results = loaded.evaluate()
     for result, line in zip(results, lines[-3:], strict=True):
         assert result.name == line["name"]
-        assert result.value == pytest.approx(line["value"], rel=1e-6)  # the same sums in float32
+        assert result.value == pytest.approx(line["value"], rel=1e-6)  # the same float32 sums
 
 
 def test_earlier_step_can_be_loaded(tiny, loaded):
@@ -118,7 +118,7 @@ def test_run_can_be_loaded_onto_a_mesh(tiny, loaded):
         lm.load(tiny.folder, mesh=Mesh(data=64))
 
 
-def test_copied_run_folder_stands_by_itself(tiny, loaded, tmp_path):
+def test_copied_run_folder_works_without_the_original_files(tiny, loaded, tmp_path):
     folder = tiny.copy(tmp_path) / "tiny"
     hidden = tiny.home.rename(tiny.home.with_name("hidden"))
     try:
@@ -142,7 +142,7 @@ def test_finished_run_is_not_trained_again(tiny, capsys):
     assert "python -m lm generate" in said and "delete" in said
 
 
-def test_next_command_is_the_one_typed_with_twice_the_steps(tiny, capsys, monkeypatch):
+def test_suggested_command_repeats_arguments_with_twice_the_steps(tiny, capsys, monkeypatch):
     spec = importlib.util.spec_from_loader("experiments.mine", loader=None)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     typed = ["--set", "data.path=my books/*.txt", "--set=schedule.steps=8", "--set", "name=one"]
@@ -153,8 +153,8 @@ def test_next_command_is_the_one_typed_with_twice_the_steps(tiny, capsys, monkey
     assert longer in capsys.readouterr().out
 
 
-def test_plot_that_was_not_drawn_is_drawn_by_the_next_call(tiny, tmp_path):
-    """Killed, or out of disk, between the last checkpoint and the plot."""
+def test_missing_plot_is_drawn_by_next_train_call(tiny, tmp_path):
+    """Simulates a run killed, or out of disk, between its last checkpoint and its plot."""
     runs = tiny.copy(tmp_path)
     plot = runs / "tiny/plots/loss.png"
     plot.unlink()
@@ -162,7 +162,7 @@ def test_plot_that_was_not_drawn_is_drawn_by_the_next_call(tiny, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_another_declaration_in_the_same_folder_is_refused(tiny):
+def test_different_experiment_in_same_folder_raises_user_error(tiny):
     other = replace(tiny.declare(), seed=1)
     with pytest.raises(
         UserError, match=r"another declaration \(seed: 0 -> 1\)\. .*--set name=NAME"
@@ -170,14 +170,14 @@ def test_another_declaration_in_the_same_folder_is_refused(tiny):
         lm.train(other, workdir=tiny.home / "runs")
 
 
-def test_what_a_run_may_change_does_not_stop_it(tiny):
+def test_settings_that_may_change_do_not_prevent_resuming(tiny):
     other = replace(tiny.declare(), log=replace(tiny.declare().log, every=1), sample="the")
     assert lm.train(other, workdir=tiny.home / "runs").step == STEPS
 
 
 @pytest.fixture
 def changed_text(tiny):
-    """One of the texts is another one for the time of a test."""
+    """Modifies one of the training texts for the duration of a test."""
     path = next((tiny.home / "texts").iterdir())
     text, times = path.read_text(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     path.write_text(text + "night")
@@ -186,7 +186,7 @@ def changed_text(tiny):
     os.utime(path, ns=times)
 
 
-def test_changed_text_is_refused(tiny, changed_text, tmp_path):
+def test_changed_text_raises_user_error(tiny, changed_text, tmp_path):
     runs = tiny.copy(tmp_path)
     shutil.rmtree(runs / "tiny/checkpoints/8")  # stopped at step 4
     with pytest.raises(UserError, match=r"text has changed since .*tiny was begun"):
@@ -195,44 +195,44 @@ def test_changed_text_is_refused(tiny, changed_text, tmp_path):
         lm.load(runs / "tiny").evaluate()
 
 
-def test_touched_text_is_not_changed_text(tiny, tmp_path):
-    """Copied or checked out anew, files have other times and the same words."""
+def test_new_timestamps_do_not_count_as_changed_text(tiny, tmp_path):
+    """Copying or checking out files changes their timestamps but not their contents."""
     texts = shutil.copytree(tiny.home / "texts", tmp_path / "texts", copy_function=shutil.copyfile)
     declared = replace(tiny.declare(), data=data.Text(path=f"{texts}/*.txt", held_out=0.1))
     one, two = (prepare(e, tmp_path / "runs") for e in (tiny.declare(), declared))
     assert one.fingerprint == two.fingerprint
 
 
-def test_longer_schedule_is_another_run(tiny):
+def test_different_schedule_in_same_folder_raises_user_error(tiny):
     longer = replace(tiny.declare(), schedule=optim.Constant(peak=1e-3, steps=9))
     with pytest.raises(UserError, match="schedule"):
         lm.train(longer, workdir=tiny.home / "runs")
 
 
-def test_too_little_text_is_refused_before_anything_is_compiled(tmp_path):
+def test_too_little_text_raises_user_error_before_compilation(tmp_path):
     declared = experiment(data=data.Documents(texts=("a",), held_out=0.1))
     with pytest.raises(UserError, match="too small to give a held_out part"):
         lm.train(declared, workdir=tmp_path)
 
 
-def test_the_doors_are_plain_functions():
-    assert all(inspect.isfunction(door) for door in (lm.train, lm.load, lm.plan))
+def test_public_api_consists_of_functions_that_check_their_argument():
+    assert all(inspect.isfunction(function) for function in (lm.train, lm.load, lm.plan))
     with pytest.raises(UserError, match=r"call it, as in train\(experiment\(\)\)"):
         lm.train(experiment)
     with pytest.raises(UserError, match="needs an Experiment, not str"):
         lm.train("stdlib")
 
 
-def test_a_run_gives_its_flax_module(loaded):
+def test_run_model_is_flax_module_with_same_logits(loaded):
     tokens_bt = np.arange(6)[None] + 10
     module = loaded.model
     assert isinstance(module, model.Transformer)
     logits_btv = module.logits(module(tokens_bt).hidden_btd)
-    # One is compiled, the other is not: float32 sums in another order.
+    # Only one of them is compiled, so float32 sums are evaluated in another order.
     np.testing.assert_allclose(logits_btv, loaded.logits(tokens_bt), atol=1e-4)
 
 
-def test_a_folder_of_an_older_format_is_refused(tiny, tmp_path):
+def test_run_folder_of_older_format_raises_user_error(tiny, tmp_path):
     folder = tiny.copy(tmp_path) / "tiny"
     facts = json.loads((folder / "experiment.json").read_text())
     del facts["format"]
@@ -251,7 +251,7 @@ def test_a_folder_of_an_older_format_is_refused(tiny, tmp_path):
         ("--workdir w --set model.layers=2 --set=name=mine", " --workdir w --set model.layers=2"),
     ],
 )
-def test_the_next_command_keeps_what_was_typed(typed, kept, monkeypatch):
+def test_suggested_command_keeps_typed_arguments(typed, kept, monkeypatch):
     started = SimpleNamespace(__spec__=SimpleNamespace(name="experiments.stdlib"))
     monkeypatch.setitem(sys.modules, "__main__", started)
     monkeypatch.setattr(sys, "argv", ["stdlib.py", *typed.split()])

@@ -1,4 +1,4 @@
-"""Progress stays out of results and logs; numbers are readable at every magnitude."""
+"""Progress bars, tables and number formatting. Progress goes to stderr, never to stdout."""
 
 import io
 
@@ -22,7 +22,7 @@ from lm import terminal
         (200_000, "2d 07h"),
     ],
 )
-def test_duration(seconds, text):
+def test_duration_formats_seconds(seconds, text):
     assert terminal.duration(seconds) == text
 
 
@@ -31,17 +31,17 @@ def test_duration(seconds, text):
     [(0, "0"), (7, "7"), (950, "950"), (999.6, "1k"), (12_345, "12.3k"), (1.3e6, "1.3M"),
      (355e6, "355M"), (999_600_000, "1B"), (2.5e12, "2.5T"), (-1500, "-1.5k"), (5e18, "5000P")],
 )  # fmt: skip
-def test_number(value, text):
+def test_number_formats_with_magnitude_suffix(value, text):
     assert terminal.number(value) == text
 
 
-def test_sizes_and_rates_carry_their_unit():
+def test_sizes_and_rates_have_units():
     assert terminal.size(1.2e9) == "1.2 GB"
     assert terminal.size(999) == "999 B"
     assert terminal.flops(1.5e11) == "150 GFLOP/s"
 
 
-def test_table_aligns_numbers_right_and_has_no_trailing_space():
+def test_table_right_aligns_numbers_without_trailing_spaces():
     text = terminal.table(("weight", "count"), [("embed", 12), ("blocks/ffn", 3_456)])
     assert text.splitlines() == [
         "weight      count",
@@ -54,7 +54,7 @@ def test_table_aligns_numbers_right_and_has_no_trailing_space():
         terminal.table(("a", "b"), [(1,)])
 
 
-def test_without_a_terminal_progress_is_few_plain_lines_on_stderr(capsys):
+def test_progress_without_terminal_writes_plain_lines_to_stderr(capsys):
     with terminal.progress("Reading", total=1_000) as bar:
         for _ in range(1_000):
             bar.advance()
@@ -66,7 +66,7 @@ def test_without_a_terminal_progress_is_few_plain_lines_on_stderr(capsys):
     assert "\x1b" not in err
 
 
-def test_plain_lines_are_rate_limited_and_show_the_time_left(capsys, monkeypatch):
+def test_plain_progress_lines_are_rate_limited_and_show_time_left(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 4))
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     with terminal.progress("Reading", total=10) as bar:
@@ -77,11 +77,11 @@ def test_plain_lines_are_rate_limited_and_show_the_time_left(capsys, monkeypatch
     assert len(lines) == 4
 
 
-def test_an_unknown_total_and_an_error_inside(capsys):
+def test_progress_with_unknown_total_and_with_error_inside(capsys):
     with pytest.raises(KeyError), terminal.progress("Reading") as bar:
         bar.advance(5)
         raise KeyError
-    # The final line is not written.
+    # After an error, the final line is not written.
     assert capsys.readouterr().err == ""
     with terminal.progress("Reading") as bar:
         bar.advance(5)
@@ -93,7 +93,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_a_bar_is_drawn_and_notes_stand_above_it(monkeypatch, capsys):
+def test_progress_on_terminal_draws_bar_with_notes_above_it(monkeypatch, capsys):
     screen = Terminal()
     monkeypatch.setattr(terminal.sys, "stderr", screen)
     with terminal.progress("Training", total=4) as bar:
@@ -105,7 +105,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_notes_stand_above_it(monkeypatch, caps
     assert capsys.readouterr().out == ""
 
 
-def test_a_bar_of_steps_begins_where_the_run_does_and_shows_the_time_that_it_is_given(monkeypatch):
+def test_progress_bar_starts_at_initial_step_and_shows_given_time_left(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(terminal.sys, "stderr", screen)
     with terminal.progress("training", 4_000, "steps", initial=1_233) as bar:
@@ -115,5 +115,5 @@ def test_a_bar_of_steps_begins_where_the_run_does_and_shows_the_time_that_it_is_
     assert "1234/4000" in screen.getvalue() and "2m 14s left" in screen.getvalue()
 
 
-def test_indent_leaves_no_space_on_empty_lines():
+def test_indent_skips_empty_lines():
     assert terminal.indent("a\n\n  b") == "    a\n\n      b"

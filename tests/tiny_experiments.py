@@ -1,4 +1,4 @@
-"""The smallest experiment that is a whole one, and text for it."""
+"""A complete experiment small enough for tests, and text to train it on."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ _LINE = "the tree of light and a stone in its river by night under one sky"
 
 
 def texts(count: int = 40, seed: int = 0) -> tuple[str, ...]:
-    """Different documents of a few lines."""
+    """Returns distinct documents of a few lines each."""
     draw, words = random.Random(seed), _LINE.split()
 
     def line() -> str:
@@ -30,7 +30,7 @@ def texts(count: int = 40, seed: int = 0) -> tuple[str, ...]:
 
 
 def write_texts(folder: Path, count: int = 40, seed: int = 0) -> str:
-    """The same as files; returns their glob."""
+    """Writes `texts` to files in `folder`; returns a glob pattern that matches them."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, text in enumerate(texts(count, seed)):
         (folder / f"{index:03d}.txt").write_text(text)
@@ -64,12 +64,14 @@ def experiment(**fields) -> Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What training the tiny experiment on files left, through the door of an experiment file.
+    """Result of training the tiny experiment on text files with `lm.main.main`.
 
-    home      holds texts/ and runs/
-    declare   the experiment, as an experiment file gives it
-    folder    the run's
-    out, err  what was said
+    Attributes:
+      home: folder that contains texts/ and runs/.
+      declare: function that returns the experiment, like `experiment` in an experiment file.
+      folder: run folder.
+      out: captured stdout.
+      err: captured stderr.
     """
 
     home: Path
@@ -79,13 +81,13 @@ class Trained:
     err: str
 
     def copy(self, to: Path) -> Path:
-        """Its runs/ elsewhere, to be changed or damaged."""
+        """Copies runs/ into `to`, for tests that modify it; returns the copy."""
         shutil.copytree(self.home / "runs", to / "runs")
         return to / "runs"
 
 
 def trained(home: Path) -> Trained:
-    """Texts, and the tiny experiment trained on them."""
+    """Writes text files to `home` and trains the tiny experiment on them."""
     declared = experiment(data=data.Text(path=write_texts(home / "texts"), held_out=0.1))
 
     def declare() -> Experiment:
@@ -98,7 +100,7 @@ def trained(home: Path) -> Trained:
 
 
 def losses(folder: Path) -> list[float]:
-    """Of metrics.jsonl, after checking that each step is there once."""
+    """Returns the losses in metrics.jsonl; checks that each step is logged exactly once."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for TPUs by libtpu. Tests are skipped where it is not installed."""
+"""Ahead-of-time compilation for TPUs by libtpu. Tests are skipped if it is not installed."""
 
 import functools
 import os
@@ -18,7 +18,7 @@ SIXTEEN = "v5e:4x4"
 
 @functools.cache
 def devices(topology: str) -> list[Any]:
-    """Devices of a slice; skips the test without libtpu."""
+    """Returns the devices of a slice; skips the test if libtpu is not installed."""
     pytest.importorskip("libtpu")
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",

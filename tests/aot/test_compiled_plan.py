@@ -1,4 +1,4 @@
-"""Plans with libtpu's compiler. Skipped where it is not installed."""
+"""Plans compiled by libtpu. Skipped if it is not installed."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def test_a_small_step_compiles_and_fits():
     # State (float32 weights and moments) and batch (five arrays of four bytes per token).
     state = plan["state_bytes_per_device"] + 5 * 4 * 32 * 256 / 4
     assert plan["argument_bytes_per_device"] == pytest.approx(state, rel=1e-3)
-    # Matmuls of the compiled program: those of the model, and a recomputed forward pass.
+    # Matmuls of the compiled program: those of the model and of a recomputed forward pass.
     model_flops = plan["model_flops_per_step"] / plan["devices"]
     assert 1.0 < plan["flops_per_device_per_step"] / model_flops < 2.0
     all_gathers = [row for row in plan["collectives"] if row["kind"] == "all-gather"]
@@ -55,8 +55,8 @@ def test_a_plan_that_does_not_fit_says_by_how_much():
 
 
 @pytest.mark.slow
-def test_offload_moves_memory_to_the_host():
-    """The optimizer state, which only the update fetches, and each layer's input."""
+def test_offloading_moves_memory_to_the_host():
+    """Offloads the optimizer state, which only the update fetches, and the input of each layer."""
     plans = []
     for offload in ((), ("optimizer", "layers")):
         places = {"v5p-8": Place(mesh=Mesh(fsdp=4), remat="block", offload=offload)}
@@ -68,7 +68,7 @@ def test_offload_moves_memory_to_the_host():
     assert after["host_bytes_per_device"] == pytest.approx(optimizer + inputs, rel=0.02)
     arguments = [plan["argument_bytes_per_device"] for plan in plans]
     assert arguments[0] - arguments[1] == pytest.approx(optimizer, rel=0.02)
-    # What the update fetches counts where it exceeds the activations.
+    # State fetched by the update adds to the peak only where it exceeds the activations.
     assert after["peak_bytes_per_device"] < before["peak_bytes_per_device"] - optimizer / 4
 
 
@@ -83,7 +83,7 @@ def test_a_search_compiles_the_best_and_the_declared_place():
 
 
 @pytest.mark.slow
-def test_the_bubble_is_that_of_the_compiled_loops():
+def test_the_pipeline_bubble_matches_the_compiled_loops():
     place = Place(
         mesh=Mesh(data=2, fsdp=2, pipe=4), microbatches=8, circular_repeats=2, remat="block"
     )
@@ -91,7 +91,7 @@ def test_the_bubble_is_that_of_the_compiled_loops():
     program = compiled.step(e, "v5e-16", place, slices.find("v5e-16")).program
     loops = [each for each, *_ in program.executed() if each.op == "while"]
     bodies = {each: re.search(r"body=%([\w.\-]+)", each.rest).group(1) for each in loops}
-    # The loops that send micro-batches to the next stage, forward and backward.
+    # The loops that send microbatches to the next stage, forward and backward.
     trip_counts = [
         program.trips(loop)
         for loop, body in bodies.items()

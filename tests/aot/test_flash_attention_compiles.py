@@ -31,7 +31,7 @@ B = 4
 
 
 def shapes(t, s, n, k, h, hv, options, dtype=jnp.bfloat16):
-    """(q, k, v, *arrays of the options)."""
+    """Returns the types of (q, k, v, *arrays of the options)."""
     shape = {"segment_ids": (B, t), "prefix": (B,), "positions": (B, t), "sinks": (n,)}
     extra = [
         jax.ShapeDtypeStruct(shape[name], jnp.float32 if name == "sinks" else jnp.int32)
@@ -43,7 +43,7 @@ def shapes(t, s, n, k, h, hv, options, dtype=jnp.bfloat16):
 
 
 def step(options, q, k, v, *arrays):
-    """Output, log-sum-exp and gradients."""
+    """Returns output, log-sum-exp and gradients."""
     inputs = dict(zip([name for name in ARRAYS if name in options], arrays, strict=True))
     attend = partial(flash_attention, return_lse=True, **{**options, **inputs})
     out, pull = jax.vjp(attend, q, k, v)
@@ -58,7 +58,7 @@ def kernels(compiled):
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", described.CHIPS)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_each_option_on_each_chip(chip, name):
+def test_each_option_compiles_on_each_chip(chip, name):
     options = OPTIONS[name]
     arrays = shapes(256, 256, 2, 2, 128, 128, options)  # one small block: quick to compile
     assert kernels(described.on_one(chip, partial(step, options), *arrays)) == [True, True]
@@ -67,7 +67,7 @@ def test_each_option_on_each_chip(chip, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", described.CHIPS)
 @pytest.mark.parametrize("width", [64, 80, 96, 112, 128, 192, 256])
-def test_each_head_width(chip, width):
+def test_each_head_width_compiles_on_each_chip(chip, width):
     """With the largest blocks."""
     arrays = shapes(32768, 32768, 8, 2, width, 128 if width == 192 else width, {})
     assert kernels(described.on_one(chip, partial(step, {}), *arrays)) == [True, True]
@@ -75,7 +75,7 @@ def test_each_head_width(chip, width):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", described.CHIPS)
-def test_all_options_with_the_largest_blocks(chip):
+def test_all_options_compile_with_the_largest_blocks(chip):
     options = OPTIONS["everything"]
     arrays = shapes(32768, 32768, 8, 2, 256, 256, options)
     assert kernels(described.on_one(chip, partial(step, options), *arrays)) == [True, True]
@@ -94,21 +94,21 @@ def test_all_options_with_the_largest_blocks(chip):
     ],
     ids=["decode", "few", "chunk", "71_heads", "multi_query", "long"],
 )
-def test_shapes(t, s, n, k, options):
+def test_unusual_shapes_compile(t, s, n, k, options):
     arrays = shapes(t, s, n, k, 64, 64, options)
     assert kernels(described.on_one("v5e", partial(step, options), *arrays)) == [True, True]
 
 
 @pytest.mark.slow
-def test_float32():
+def test_float32_compiles():
     arrays = shapes(1024, 1024, 4, 2, 128, 128, {}, jnp.float32)
     assert kernels(described.on_one("v5p", partial(step, {}), *arrays)) == [True, True]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
-def test_sixteen_chips(name):
-    """Batch over one axis and heads over the other, with check_vma: no collectives."""
+def test_shard_map_over_sixteen_chips_needs_no_collectives(name):
+    """Shards the batch over one axis and heads over the other, with check_vma."""
     options = OPTIONS[name]
     arrays = shapes(256, 256, 8, 8, 128, 128, options)
     heads = P("a", None, "b", None)

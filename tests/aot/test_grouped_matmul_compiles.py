@@ -22,7 +22,7 @@ def types(m, d, f, e, dtype, w_dtype=None):
 
 
 def step(x, w, sizes):
-    """Value and both gradients."""
+    """Returns the value and both gradients."""
     y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
     return y, *pull(y)
 
@@ -37,13 +37,13 @@ def step(x, w, sizes):
     ],
     ids=["whole", "deep", "float32"],
 )
-def test_each_chip(chip, arrays):
+def test_the_kernels_compile_on_each_chip(chip, arrays):
     # Compilation fails if blocks exceed the chip's vector memory.
     assert described.on_one(chip, step, *arrays).as_text().count("tpu_custom_call") >= 3
 
 
 @pytest.mark.parametrize("chip", described.CHIPS)
-def test_weights_of_8_bits(chip):
+def test_int8_weights_compile_on_each_chip(chip):
     def step(x, w, sizes, scales):
         y, pull = jax.vjp(lambda x: grouped_matmul(x, w, sizes, scales_ef=scales), x)
         return pull(y)
@@ -53,8 +53,8 @@ def test_weights_of_8_bits(chip):
     assert "tpu_custom_call" in described.on_one(chip, step, *arrays).as_text()
 
 
-def test_sixteen_chips():
-    """Rows over one axis, columns over the other; gradients of both are all-reduced."""
+def test_shard_map_over_sixteen_chips_compiles():
+    """Shards rows over one axis and columns over the other; both gradients are all-reduced."""
     arrays = types(2048, 512, 1024, 8, jnp.bfloat16)
 
     def loss(sizes, x, w):

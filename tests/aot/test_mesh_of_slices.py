@@ -1,4 +1,4 @@
-"""Multi-slice meshes: the first axes are split over slices, which a slow network connects."""
+"""Multi-slice meshes: the first axes are split over slices, connected by a slow network."""
 
 import pytest
 from described import devices
@@ -34,7 +34,7 @@ def test_slices_are_split_by_the_first_axis(two_slices, mesh, split):
         assert {device.slice_index for device in half.flat} == {side}
 
 
-def test_an_axis_must_divide_over_slices():
+def test_the_leading_axes_must_divide_over_slices():
     assert Mesh(pipe=2, data=6, tensor=4).across(4) == (2, 2, 1, 1, 1, 1)
     with pytest.raises(
         UserError, match=r"does not divide over 4 slices; choose mesh.data or mesh.pipe"

@@ -1,5 +1,5 @@
-"""A model's gradients compile for 16 chips with attention kernels on each device's rows and heads;
-without remat each kernel runs once."""
+"""The gradients of a model compile for 16 chips, with attention kernels on the rows and heads of
+each device. Without activation checkpointing each kernel runs once."""
 
 import re
 
@@ -17,7 +17,7 @@ from lm.parallel.mesh import AXES, Mesh
 
 
 @pytest.mark.slow
-def test_fsdp_and_tensor():
+def test_fsdp_and_tensor_parallelism_run_each_kernel_once():
     layout = Mesh(fsdp=4, tensor=4)
     devices = np.array(described.devices("v5e:4x4")).reshape(layout.shape)
     mesh = jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))

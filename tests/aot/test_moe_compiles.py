@@ -22,7 +22,7 @@ CONFIG = MoE(experts=8, experts_per_token=2, hidden=512, balance=None)
 
 
 def compiled(topology, where, **sizes):
-    """(text, collectives) of both gradients, for 128 tokens of width 256 per device."""
+    """Returns (text, collectives) of both gradients, for 128 tokens of width 256 per device."""
     shape = [sizes.get(axis, 1) for axis in AXES]
     devices = np.array(described.devices(topology)).reshape(shape)
     mesh = jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -46,7 +46,7 @@ def compiled(topology, where, **sizes):
     return text, links.collectives(hlo.parse(text), links.Layout(devices, AXES, slices.find(where)))
 
 
-def test_dropless_experts():
+def test_dropless_experts_use_grouped_matmuls_and_all_to_all():
     text, moved = compiled(described.SIXTEEN, "v5e-16", fsdp=2, expert=4, tensor=2)
     # Three matmuls, each with gradients of its rows and weights.
     kernels = [line for line in text.splitlines() if "tpu_custom_call" in line]
@@ -60,7 +60,7 @@ def test_dropless_experts():
 
 
 def test_rows_are_all_gathered_without_ragged_all_to_all():
-    """The compiler does not support it on larger slices of v5e."""
+    """The compiler does not support ragged all-to-all on larger slices of v5e."""
     _, moved = compiled("v5e:4x8", "v5e-32", fsdp=8, expert=4)
     kinds = {row.kind for row in moved if row.axes == "expert" and row.dtype == "bf16"}
     assert "all-gather" in kinds and "all-to-all" not in kinds

@@ -35,14 +35,14 @@ def types(dtype, b=8, t=1, n=16, k=8, h=128, slots=128, pages=64):
     ],
     ids=["plain", "window", "float32"],
 )
-def test_each_chip(chip, arrays, options):
+def test_the_kernel_compiles_on_each_chip(chip, arrays, options):
     compiled = described.on_one(chip, partial(paged_attention, **options), *arrays)
     assert "tpu_custom_call" in compiled.as_text()
 
 
 @pytest.mark.parametrize("chip", described.CHIPS)
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn], ids=["int8", "fp8"])
-def test_quantized_pages(chip, dtype):
+def test_quantized_pages_compile_on_each_chip(chip, dtype):
     def run(*arrays):
         return paged_attention(*arrays[:5], k_scales_pks=arrays[5], v_scales_pks=arrays[6])
 
@@ -51,8 +51,8 @@ def test_quantized_pages(chip, dtype):
     assert "tpu_custom_call" in compiled.as_text()
 
 
-def test_sixteen_chips():
-    """Sequences over one axis, heads over the other: no collectives."""
+def test_shard_map_over_sixteen_chips_needs_no_collectives():
+    """Shards sequences over one axis and heads over the other."""
     heads, pages = P("a", None, "b"), P("a", "b")
     specs = heads, pages, pages, P("a"), P("a")
     compiled = described.on_sixteen(paged_attention, specs, heads, *types(jnp.bfloat16))

@@ -38,7 +38,7 @@ def ours(w, x, schedule=SCHEDULE, weight=WEIGHT):
 
 
 def plain(w, x):
-    """Plain implementation: every stage holds all micro-batches of its `data` shard."""
+    """Plain implementation: every stage holds all microbatches of its `data` shard."""
     stages, microbatches = SCHEDULE.stages, SCHEDULE.microbatches
     w = w.reshape(stages, SCHEDULE.depth, *w.shape[1:])
     x = x.reshape(-1, microbatches, LENGTH, WIDTH).swapaxes(0, 1)
@@ -61,7 +61,7 @@ def plain(w, x):
 
 
 def compiled(form, weight=WEIGHT, **sizes):
-    """(collectives, peak bytes) of one device, forward and backward."""
+    """Returns (collectives, peak bytes) of one device, forward and backward."""
     sizes = sizes or {"data": 4, "pipe": 4}
     shape = [sizes.get(axis, 1) for axis in AXES]
     devices = np.array(described.devices(described.SIXTEEN)).reshape(shape)
@@ -83,11 +83,11 @@ def compiled(form, weight=WEIGHT, **sizes):
     return collectives, program.memory_analysis().peak_memory_in_bytes
 
 
-def test_only_activations_are_sent_and_gradients_are_summed_once():
+def test_only_activations_are_sent_and_gradients_are_all_reduced_once():
     collectives, peak = compiled(ours)
     moved = {(row.kind, row.axes, row.dtype): row for row in collectives}
     stream = moved.pop(("collective-permute", "pipe", "bf16"))
-    # Activations and waiting micro-batches, forward and backward, and once more after the loop.
+    # Activations and waiting microbatches, forward and backward, and once more after the loop.
     assert stream.count == 4 * SCHEDULE.iterations + 2
     assert stream.hidden == stream.seconds
     gradients = moved.pop(("all-reduce", "data", "bf16"))

@@ -1,7 +1,7 @@
-"""Compiles each declared place and compares memory and collectives with the text kept for it.
+"""Compiles each declared place and compares memory and collectives with its stored text.
 
-    python tests/aot/test_places.py --write llama3_8b:v6e-256     compiles one place, keeps its text
-    python tests/aot/test_places.py --write                       all places of all experiments
+    python tests/aot/test_places.py --write llama3_8b:v6e-256    compiles one place, stores its text
+    python tests/aot/test_places.py --write                      all places of all experiments
 
 Both print the rows of the table in lm/planning/README.md. Compiling takes one to several minutes
 per place. The first line of each text therefore names jax, libtpu and a hash of the program
@@ -46,12 +46,12 @@ def declared() -> list[str]:
 
 
 def path_of(name: str) -> Path:
-    """File of the kept text."""
+    """Returns the file of the stored text."""
     return KEPT / f"{name.replace(':', '@')}.txt"
 
 
 def kept_text(name: str) -> str:
-    """The kept text, '' where there is none."""
+    """Returns the stored text, or '' if there is none."""
     return path_of(name).read_text() if path_of(name).exists() else ""
 
 
@@ -60,7 +60,7 @@ def experiment(name: str) -> Experiment:
 
 
 def table_row(plan: planning.Plan) -> str:
-    """Row of the table. Names the collectives that take more than 1 % of the time on the links."""
+    """Returns a table row. Lists collectives that take more than 1 % of the time on the links."""
     size = terminal.size
     link_seconds = sum(each["seconds"] for each in plan["collectives"])
     collectives = "; ".join(
@@ -81,7 +81,7 @@ def table_row(plan: planning.Plan) -> str:
 
 
 def first_line(name: str) -> str:
-    """Versions of the compiler and hash of the program."""
+    """Returns the compiler versions and the hash of the program."""
     # Pallas kernels carry the file and line of their source unless tracebacks are off.
     jax.config.update("jax_traceback_in_locations_limit", 0)
     name, _, place = name.partition(":")
@@ -98,8 +98,9 @@ _SYMBOL = re.compile(r'(custom_call )?@([\w.$\-]+|"[^"]*")')
 
 
 def canonical(stablehlo: str) -> str:
-    """Text of a lowered program, independent of the names of Python functions: without the names of
-    the module and of results, symbols numbered in order of appearance. Custom-call targets stay."""
+    """Makes the text of a lowered program independent of the names of Python functions: removes the
+    names of the module and of results, and numbers symbols in order of appearance. Custom-call
+    targets stay."""
     numbers: dict[str, int] = {}
 
     def renumber(match: re.Match) -> str:
@@ -109,7 +110,7 @@ def canonical(stablehlo: str) -> str:
     return _SYMBOL.sub(renumber, _NAMES.sub("", stablehlo))
 
 
-def test_a_renamed_function_is_the_same_program():
+def test_renaming_a_function_does_not_change_the_canonical_program():
     def lower(name, constant, output):
         def inner(x):
             return x * constant
@@ -129,7 +130,7 @@ def test_a_renamed_function_is_the_same_program():
 
 
 def summary(plan: planning.Plan) -> str:
-    """The facts that must not change unnoticed: peak, arguments, modelled time, collectives."""
+    """Returns the facts to compare: peak, arguments, modelled time, collectives."""
     lines = [
         f"{plan['experiment']} on {plan['place']}: mesh {plan['mesh']}, "
         f"{plan['microbatches']} micro-batches, remat {plan['remat']}",
@@ -146,9 +147,9 @@ def summary(plan: planning.Plan) -> str:
 
 @pytest.fixture(scope="module")
 def compilations(request):
-    """{place: future of its process}. Two run at a time, each in a process of its own: libtpu keeps
-    hundreds of MB of every program that it compiles."""
-    test = test_a_place_compiles_and_fits_as_before.__name__
+    """{place: future of its process}. Two run at a time, each in a separate process, since libtpu
+    retains hundreds of MB of every program that it compiles."""
+    test = test_a_place_compiles_to_its_stored_memory_and_collectives.__name__
     items = [each for each in request.session.items if each.name.startswith(test)]
     pool = ThreadPoolExecutor(2)
     yield {name: pool.submit(in_process, name) for name in (i.callspec.id for i in items)}
@@ -165,16 +166,16 @@ def in_process(name: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.skipif(not compiled.available(), reason="libtpu is not installed")
 @pytest.mark.parametrize("name", declared())
-def test_a_place_compiles_and_fits_as_before(name, compilations):
+def test_a_place_compiles_to_its_stored_memory_and_collectives(name, compilations):
     done = compilations[name].result()
     assert done.returncode == 0, done.stderr[-3000:]
     text, kept = done.stdout.splitlines(), kept_text(name).splitlines()
-    assert kept, f"no text is kept; run: python tests/aot/test_places.py --write {name}"
+    assert kept, f"no text is stored; run: python tests/aot/test_places.py --write {name}"
     # Memory layout depends on the compiler's version.
     if kept[0].startswith(f"{VERSIONS},"):
         assert text[1:] == kept[1:]
         if text[0] != kept[0]:
-            message = f"{name}: the program differs from the one of the kept text; compiled again"
+            message = f"{name}: the program differs from that of the stored text; compiled again"
             warnings.warn(message, stacklevel=1)
 
 
@@ -189,12 +190,12 @@ def test_the_mesh_of_a_place_covers_its_torus(name):
     assert len({device.id for device in grid.flat}) == tpu_slice.devices
 
 
-def test_each_kept_text_belongs_to_a_declared_place():
+def test_each_stored_text_belongs_to_a_declared_place():
     assert {*KEPT.glob("*")} <= {path_of(name) for name in declared()}
 
 
 def write(names: list[str]) -> None:
-    """Compiles, and keeps the text of each place that fits."""
+    """Compiles places and stores the text of each one that fits."""
     KEPT.mkdir(exist_ok=True)
     for each in names:
         plan = compile_place(each)
@@ -206,7 +207,7 @@ def write(names: list[str]) -> None:
 
 
 def text_of(name: str) -> str:
-    """The kept text where compiler and program are unchanged; else compiles."""
+    """Returns the stored text if compiler and program are unchanged; else compiles."""
     first, kept = first_line(name), kept_text(name)
     if name not in ALWAYS and kept.startswith(f"{first}\n"):
         return kept

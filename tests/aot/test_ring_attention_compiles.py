@@ -1,5 +1,5 @@
-"""Ring attention compiled for 64 chips, forward and backward: keys and values move by
-collective-permute alone, and attention is the TPU kernel."""
+"""Ring attention compiled for 64 chips, forward and backward: keys and values move only by
+collective-permute, and attention runs in the TPU kernel."""
 
 import re
 
@@ -20,7 +20,7 @@ ROWS = P("fsdp", "context")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal", "documents_and_window"])
-def test_keys_move_by_collective_permute_alone(name):
+def test_keys_and_values_move_only_by_collective_permute(name):
     grid = np.array(described.devices("v5p:4x4x4")).reshape(FSDP, CONTEXT)
     mesh = Mesh(grid, ("fsdp", "context"), axis_types=(AxisType.Auto,) * 2)
     with_documents = name == "documents_and_window"

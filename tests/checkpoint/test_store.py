@@ -1,4 +1,4 @@
-"""Checkpoints restore bit for bit, on any mesh; damaged and mismatched ones are refused."""
+"""Checkpoints restore bit for bit on any mesh; damaged and mismatched checkpoints are rejected."""
 
 import asyncio
 import gc
@@ -26,7 +26,7 @@ OPTIMIZER = optax.adamw(1e-3)
 
 
 class State(NamedTuple):
-    """Shaped like the state of a run: named tuples, a None, three dtypes."""
+    """Has the structure of a run's state: named tuples, a None, three dtypes."""
 
     step: Any
     params: Any
@@ -60,7 +60,7 @@ def save_steps(folder: Path, *steps: int, save: Save | None = None) -> None:
             store.save(step, make_state(step), {"name": "run"})
 
 
-def test_a_state_restores_with_its_bits_dtypes_and_named_tuples(tmp_path: Path) -> None:
+def test_state_restores_bit_for_bit_with_dtypes_and_named_tuples(tmp_path: Path) -> None:
     save_steps(tmp_path, 1, 2)
     store = Store(tmp_path)
     assert store.steps() == [1, 2]
@@ -70,7 +70,7 @@ def test_a_state_restores_with_its_bits_dtypes_and_named_tuples(tmp_path: Path) 
 
 
 def test_any_optax_state_restores(tmp_path: Path) -> None:
-    """Nested states, in which some parameters are missing."""
+    """Nested states, each without some of the parameters."""
     params = make_state(1).params
     labels = {"embed": "adam", "blocks": "trace"}
     transformation = optax.multi_transform(
@@ -84,12 +84,12 @@ def test_any_optax_state_restores(tmp_path: Path) -> None:
     assert_same(Store(tmp_path).restore(abstract(state)), state)
 
 
-def test_params_restore_alone_as_a_nested_dict(tmp_path: Path) -> None:
+def test_params_restore_separately_as_a_nested_dict(tmp_path: Path) -> None:
     save_steps(tmp_path, 3)
     assert_same(Store(tmp_path).restore_params(), make_state(3).params)
 
 
-def test_a_state_may_be_donated_while_it_is_saved(tmp_path: Path) -> None:
+def test_state_may_be_donated_while_it_is_being_saved(tmp_path: Path) -> None:
     bump = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)
     state = {"params": {"w": jnp.zeros((512, 512))}}  # large enough that writing takes a while
     with Store(tmp_path, Save(every=1, keep_last=10)) as store:
@@ -104,12 +104,12 @@ def test_a_state_may_be_donated_while_it_is_saved(tmp_path: Path) -> None:
         np.testing.assert_array_equal(bump(restored)["w"], np.full((512, 512), 3.0 * step + 1))
 
 
-def test_the_newest_and_every_nth_are_kept(tmp_path: Path) -> None:
+def test_newest_and_every_nth_checkpoints_are_kept(tmp_path: Path) -> None:
     save_steps(tmp_path, *range(1, 12), save=Save(every=1, keep_last=2, keep_every=4))
     assert Store(tmp_path).steps() == [4, 8, 10, 11]
 
 
-def test_due_by_steps_and_by_minutes(tmp_path: Path) -> None:
+def test_save_is_due_by_steps_and_by_minutes(tmp_path: Path) -> None:
     with Store(tmp_path, Save(every=10, minutes=1.0)) as store:
         now = store._saved_at
         assert [step for step in range(1, 31) if store.due(step, now + 59)] == [10, 20, 30]
@@ -127,12 +127,12 @@ def test_due_by_steps_and_by_minutes(tmp_path: Path) -> None:
         ({"every": 10, "keep_every": 15}, "multiple of save.every=10"),
     ],
 )
-def test_a_bad_field_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_invalid_fields_raise_errors(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Save(**fields)
 
 
-def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_missing_checkpoint_raises_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint in"):
         Store(tmp_path / "none").restore_params()
     assert Store(tmp_path / "none").latest() is None
@@ -142,7 +142,7 @@ def test_a_missing_checkpoint_is_refused(tmp_path: Path) -> None:
         Store(tmp_path).restore_params(4)
 
 
-def test_another_model_is_refused_naming_the_first_difference(tmp_path: Path) -> None:
+def test_error_for_a_checkpoint_of_another_model_names_the_first_difference(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     store = Store(tmp_path)
     with pytest.raises(
@@ -165,7 +165,7 @@ def test_another_model_is_refused_naming_the_first_difference(tmp_path: Path) ->
         store.restore_params(shardings=jax.tree.map(lambda _: first, more.params))
 
 
-def test_a_folder_without_a_checkpoint_of_a_run_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_run_checkpoint_raises_an_error(tmp_path: Path) -> None:
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "model.bin").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match="7"):
@@ -188,11 +188,11 @@ def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("left", ["nothing", "half", "all but a byte", "no file"])
-def test_a_damaged_checkpoint_is_refused_or_restores_correctly(
+def test_damaged_checkpoint_is_rejected_or_restores_correctly(
     two_saved: Path, tmp_path: Path, left: str
 ) -> None:
-    """Damages each file in turn. Some hold nothing that is needed, but no damage may load wrong
-    numbers."""
+    """Damages each file in turn. Some files hold nothing that is needed, but no damage may lead to
+    wrong numbers."""
     refused = 0
     shapes = abstract(make_state(0))
     for path in _files(two_saved / "2"):
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_refused_or_restores_correctly(
     assert refused >= 6  # at least the tree metadata, the index and the data, read both ways
 
 
-def test_an_incomplete_save_is_not_listed_and_is_removed_by_a_writer(tmp_path: Path) -> None:
+def test_incomplete_save_is_not_listed_and_is_removed_by_a_writer(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     incomplete = tmp_path / "2.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "1", incomplete)
@@ -235,7 +235,7 @@ def test_an_incomplete_save_is_not_listed_and_is_removed_by_a_writer(tmp_path: P
     assert Store(tmp_path).steps() == [1, 2]
 
 
-def test_a_failed_save_is_reported_and_loses_nothing(
+def test_failed_save_is_reported_and_keeps_earlier_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_steps(tmp_path, 1, save=Save(every=1, keep_last=1))
@@ -254,17 +254,17 @@ def test_a_failed_save_is_reported_and_loses_nothing(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
-    """A file system of 2 MB; skips where mounting one is not allowed."""
+    """A file system of 2 MB. Skips the test if mounting is not permitted."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
+        pytest.skip("needs permission to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_reported_and_loses_nothing(small_disk: Path) -> None:
+def test_full_disk_is_reported_and_keeps_earlier_checkpoints(small_disk: Path) -> None:
     # Random numbers, since a constant would be compressed.
     states = [{"params": {"w": jax.random.normal(jax.random.key(i), (300_000,))}} for i in (0, 1)]
     store = Store(small_disk, Save(every=1, keep_last=1))
@@ -316,7 +316,9 @@ SAVE_ON_A_MESH = """
 """
 
 
-def test_eight_devices_to_one_and_to_other_meshes(tmp_path: Path) -> None:
+def test_checkpoint_of_eight_devices_restores_on_one_device_and_on_other_meshes(
+    tmp_path: Path,
+) -> None:
     _finish(_python(SAVE_ON_A_MESH, tmp_path, devices=8))
     w = np.arange(16 * 8, dtype=np.float32).reshape(16, 8) / 7
     restored = Store(tmp_path).restore_params()["w"]
@@ -343,7 +345,7 @@ def test_eight_devices_to_one_and_to_other_meshes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_save_together(tmp_path: Path) -> None:
+def test_two_processes_save_one_checkpoint(tmp_path: Path) -> None:
     """Each process has four of the eight devices; the result is one checkpoint."""
     start = "from lm.parallel import distributed; distributed.initialize()\n"
     port = 20_000 + os.getpid() % 10_000
@@ -380,11 +382,11 @@ def test_one_flipped_bit_changes_the_checksum(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("file", "records"), [("orbax/checkpoint/writes.py", 0), ("mine.py", 1)])
-def test_an_abandoned_task_of_orbax_prints_no_traceback(
+def test_abandoned_orbax_task_logs_no_traceback(
     caplog: pytest.LogCaptureFixture, file: str, records: int
 ) -> None:
-    """On a full disk several writes fail. `wait` raises the first error; asyncio logs the others as
-    it collects their tasks."""
+    """On a full disk several writes fail. `wait` raises the first error; asyncio logs the others
+    when their tasks are garbage collected."""
     code: dict[str, Any] = {}
     exec(compile("async def write(): raise ValueError('RESOURCE_EXHAUSTED')", file, "exec"), code)
 

@@ -18,7 +18,7 @@ def tokenizer(tokenizer_config):
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, tokenizer_config):
-    """Two sources of unequal size with a tenth held out."""
+    """Two prepared sources of unequal size, with 10% of each held out."""
     mixture = data.Mixture(
         sources={
             "a": data.Documents(documents(60, seed=1), held_out=0.1),

@@ -1,4 +1,4 @@
-"""A small synthetic corpus, deterministic."""
+"""A small, deterministic synthetic corpus."""
 
 import random
 
@@ -20,7 +20,7 @@ WORDS = (
 
 
 def documents(count: int, seed: int = 0, longest: int = 60) -> tuple[str, ...]:
-    """`count` distinct texts of up to `longest` lines, some indented."""
+    """Returns `count` distinct texts of up to `longest` lines, some indented."""
     draw = random.Random(seed)
     texts = []
     for index in range(count):

@@ -1,4 +1,4 @@
-"""Every token of every document is evaluated once, with the index of its document."""
+"""Evaluation covers every token of every document once and gives the index of its document."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from lm.errors import UserError
 
 
 @pytest.mark.parametrize("length, sequences", [(16, 4), (64, 3), (1024, 2)])
-def test_every_prediction_occurs_once(tokenizer, length, sequences):
+def test_every_target_is_evaluated_exactly_once(tokenizer, length, sequences):
     texts = documents(12)
     evaluation = data.evaluation(data.Documents(texts), tokenizer, length, sequences)
     assert evaluation.bytes_d.tolist() == [len(text.encode()) for text in texts]
@@ -26,7 +26,7 @@ def test_every_prediction_occurs_once(tokenizer, length, sequences):
     assert len(list(evaluation)) == len(evaluation)
 
 
-def test_rows_of_a_batch(tokenizer):
+def test_selected_rows_equal_those_of_the_whole_batch(tokenizer):
     evaluation = data.evaluation(data.Documents(documents(12)), tokenizer, 64, 4)
     batch, documents_bt = evaluation.batch(1)
     rows, row_documents_bt = evaluation.batch(1, slice(1, 3))
@@ -34,7 +34,7 @@ def test_rows_of_a_batch(tokenizer):
     assert np.array_equal(documents_bt[1:3], row_documents_bt)
 
 
-def test_the_held_out_documents(prepared):
+def test_evaluation_covers_the_held_out_documents(prepared):
     assert prepared.held_out == ("a", "b")
     for name in prepared.held_out:
         evaluation = prepared.evaluation(name, 64, 4)

@@ -1,4 +1,4 @@
-"""batch(step) depends on seed and step alone."""
+"""batch(step) depends only on the seed and the step."""
 
 import collections
 import dataclasses
@@ -48,7 +48,7 @@ def test_batch_is_a_pure_function_of_step(prepared, packing):
 def test_rows_equal_those_of_the_global_batch(prepared):
     loader = prepared.loader(SHAPE, seed=0)
     batch = loader.batch(5)
-    # For any number of hosts and any choice of rows.
+    # Holds for any number of hosts and any selection of rows.
     for hosts in (1, 2, 4, 8):
         parts = [loader.batch(5, slice(i, i + 8 // hosts)) for i in range(0, 8, 8 // hosts)]
         assert equal(batch, [np.concatenate(arrays) for arrays in zip(*parts)])
@@ -85,16 +85,16 @@ def first(count, weights, seed=0):
     return [order[index] for index in range(count)]
 
 
-def test_proportions_hold_in_every_window():
+def test_source_proportions_hold_in_every_100_sequences():
     names = [name for name, _ in first(2_000, WEIGHTS)]
     for start, stop, table in ((0, 700, WEIGHTS[0][1]), (700, 2_000, WEIGHTS[1][1])):
         for index in range(start, stop - 100, 100):
             counts = collections.Counter(names[index : index + 100])
-            # Evenly spread: any hundred consecutive sequences are close to the exact fractions.
+            # Sources are spread evenly: any 100 sequences are close to the exact fractions.
             assert all(abs(counts[name] - 100 * table[name]) <= 3 for name in table)
 
 
-def test_sources_continue_where_weights_change():
+def test_sources_keep_their_position_when_weights_change():
     for name, size in SEQUENCES.items():
         numbers = [number for source, number in first(2_000, WEIGHTS) if source == name]
         for epoch in range(0, len(numbers), size):
@@ -114,7 +114,7 @@ def test_epochs_are_different_permutations(count):
     units=st.lists(st.integers(0, 50), min_size=1, max_size=5).filter(sum),
     count=st.integers(0, 10**12),
 )
-def test_one_source_per_sequence(units, count):
+def test_each_sequence_comes_from_one_source(units, count):
     before, after = mixture._shares(count, units), mixture._shares(count + 1, units)
     assert sum(before) == count
     assert sorted(b - a for a, b in zip(before, after)) == [0] * (len(units) - 1) + [1]
@@ -123,7 +123,7 @@ def test_one_source_per_sequence(units, count):
     assert all(abs(a - b) <= len(units) + 1e-3 for a, b in zip(before, exact))
 
 
-def test_seeds_do_not_share_epochs():
+def test_different_seeds_have_different_epochs():
     one, two = first(100, {"a": 1.0}, seed=0), first(50, {"a": 1.0}, seed=1)
     assert two not in (one[:50], one[50:])
 
@@ -162,7 +162,7 @@ RAMPS = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9)), max_size=3).m
 
 
 @given(ramp=RAMPS, tokens=st.integers(0, 50_000), length=st.sampled_from([1, 7, 64]))
-def test_ramp(ramp, tokens, length):
+def test_token_counts_of_a_batch_ramp(ramp, tokens, length):
     shape = data.BatchShape(sequences=40, length=length, ramp=ramp)
     before = [0, *itertools.accumulate(shape.sequences_at(step) * length for step in range(200))]
     assert [shape.tokens_before(step) for step in range(201)] == before
@@ -171,7 +171,7 @@ def test_ramp(ramp, tokens, length):
     assert steps == 0 or shape.tokens_before(steps - 1) < tokens
 
 
-def test_a_ramp_keeps_the_order_of_the_data(prepared):
+def test_a_batch_ramp_does_not_change_the_data_order(prepared):
     ramped = data.BatchShape(sequences=8, length=32, ramp=((2, 2), (3, 4)))
     assert [ramped.sequences_at(step) for step in range(5)] == [2, 2, 4, 8, 8]
     a, b = prepared.loader(ramped, seed=0), prepared.loader(SHAPE, seed=0)
@@ -179,7 +179,7 @@ def test_a_ramp_keeps_the_order_of_the_data(prepared):
     assert np.array_equal(joined, np.concatenate([b.batch(0).tokens, b.batch(1).tokens]))
 
 
-def test_invalid_shapes_are_errors():
+def test_invalid_batch_shapes_are_errors():
     for fields in (
         {"sequences": 0, "length": 4},
         {"sequences": 8, "length": 4, "ramp": ((5, 4), (3, 6))},
@@ -205,7 +205,7 @@ def test_prefetch_keeps_the_order_and_runs_ahead():
     assert called == [0, 1, 2, 3, 4]
 
 
-def test_prefetch_raises_in_place_of_the_value():
+def test_prefetch_raises_the_error_when_its_value_is_requested():
     def work(step):
         if step == 2:
             raise RuntimeError("step 2")

@@ -1,4 +1,4 @@
-"""A user's own data source, written outside of lm."""
+"""Custom data sources and tokenizers, defined outside the lm package."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class Numbered(data.Source):
-    """Texts that count."""
+    """A source of `count` documents."""
 
     count: int
     path: str = "x"
@@ -34,7 +34,7 @@ class Numbered(data.Source):
 
 @dataclass(frozen=True, kw_only=True)
 class Upper(data.Source):
-    """Another source in capitals."""
+    """The documents of another source in upper case."""
 
     source: data.Source
 
@@ -42,7 +42,7 @@ class Upper(data.Source):
         return (text.upper() for text in self.source.documents())
 
 
-def test_two_methods_make_a_source(tmp_path, tokenizer_config):
+def test_a_custom_source_needs_only_fields_and_read(tmp_path, tokenizer_config):
     source = Numbered(count=30)
     prepared = data.prepare(source, tokenizer_config, tmp_path)
     texts = [*prepared.texts("numbered", "train"), *prepared.texts("numbered")]
@@ -53,7 +53,7 @@ def test_two_methods_make_a_source(tmp_path, tokenizer_config):
         data.prepare(Numbered(count=31), tokenizer_config, tmp_path)
 
 
-def test_the_recipe_names_the_module_and_every_field():
+def test_the_recipe_contains_the_module_and_every_field():
     recipe = Numbered(count=30).recipe()
     assert recipe["source"] == f"{__name__}.Numbered"
     assert (recipe["count"], recipe["path"], recipe["held_out"]) == (30, "x", 0.05)
@@ -64,7 +64,7 @@ def test_the_recipe_names_the_module_and_every_field():
     assert data.Documents(("x",)).recipe()["source"] == "Documents"
 
 
-def test_a_source_of_another_source(tmp_path):
+def test_a_source_that_wraps_another_source(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("abc")
     source = Upper(source=data.Text(str(path)))
@@ -104,13 +104,13 @@ def module(tmp_path, monkeypatch):
     return make
 
 
-def test_classes_of_the_same_name_differ(module):
+def test_classes_of_the_same_name_in_different_modules_differ(module):
     one, two = module("one")(), module("two")()
     assert (one.recipe()["source"], two.recipe()["source"]) == ("one.Mine", "two.Mine")
 
 
 @pytest.mark.parametrize("base", ["Source", "Text"])
-def test_another_read_is_another_recipe(module, base, tmp_path):
+def test_changing_read_changes_the_recipe(module, base, tmp_path):
     (tmp_path / "a.txt").write_text("x")
     fields = {"path": str(tmp_path / "a.txt")} if base == "Text" else {}
     one = module("mine", "x", base=base)(**fields).recipe()
@@ -118,14 +118,14 @@ def test_another_read_is_another_recipe(module, base, tmp_path):
     assert module("mine", "y", base=base)(**fields).recipe() != one
 
 
-def test_a_fingerprint_of_ones_own_decides_alone(module):
+def test_a_custom_fingerprint_replaces_the_default_one(module):
     more = "    def fingerprint(self):\n        return '1'"
     one, two = module("mine", "x", more)().recipe(), module("mine", "y", more)().recipe()
     assert one == two
     assert one["fingerprint"] == "1"
 
 
-def test_a_module_that_runs_as_a_script_keeps_its_name(tmp_path):
+def test_a_module_run_as_a_script_keeps_its_name(tmp_path):
     lines = ("\nfrom lm.data.identity import class_name", "print(class_name(Mine))")
     code = MODULE.format(base="Source", text="x", more="\n".join(lines))
     (tmp_path / "package").mkdir()
@@ -140,7 +140,7 @@ def test_a_module_that_runs_as_a_script_keeps_its_name(tmp_path):
     assert ended.stdout.split() == ["package.mine.Mine"], ended.stderr
 
 
-def test_classes_of_lm_keep_their_bare_names():
+def test_classes_of_lm_are_named_without_their_module():
     assert [class_name(cls) for cls in (data.Text, data.SentencePiece)] == ["Text", "SentencePiece"]
 
 
@@ -156,7 +156,7 @@ def test_a_source_that_does_not_yield_text_is_an_error():
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(data.TokenizerConfig):
-    """A tokenizer declaration around SentencePiece."""
+    """A tokenizer declaration that wraps SentencePiece."""
 
     vocab: int = 384
     sample_bytes: int = 1 << 16
@@ -165,14 +165,14 @@ class Trained(data.TokenizerConfig):
         return data.SentencePiece(vocab=self.vocab).build(texts)
 
 
-def test_a_tokenizer_declaration(tmp_path):
+def test_a_custom_tokenizer_declaration(tmp_path):
     prepared = data.prepare(data.Documents(documents(30)), Trained(), tmp_path)
     assert prepared.tokenizer.vocab == 384
     recipe = Trained().recipe()
     assert (recipe["tokenizer"], recipe["vocab"]) == (f"{__name__}.Trained", 384)
 
 
-def test_the_command_line_chooses_it_by_name():
+def test_the_command_line_selects_a_custom_source_by_name():
     from experiments import stdlib
 
     changed = override(stdlib.experiment(), ["data=Numbered(count=7)", "data.path=y"])

@@ -15,7 +15,7 @@ BOS, EOS = 1, 2
 
 
 def make_stream(sizes, shards=1):
-    """Documents of the given sizes, all tokens distinct, in the given number of shards."""
+    """Returns documents of these sizes in `shards` shards, with all tokens distinct."""
     documents, next_token = [], 10
     for size in sizes:
         body = np.arange(next_token, next_token + size)
@@ -39,7 +39,7 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 @settings(deadline=None)
 @given(sizes=SIZES, length=st.integers(1, 17), shards=st.integers(1, 4))
-def test_best_fit(sizes, length, shards):
+def test_best_fit_predicts_each_token_once(sizes, length, shards):
     stream, documents = make_stream(sizes, shards)
     batch = all_rows(stream, BestFit().plan(stream, length), length)
     follows = {int(a): int(b) for d in documents for a, b in pairwise(d[1:])}
@@ -61,7 +61,7 @@ def test_best_fit(sizes, length, shards):
 
 @settings(deadline=None)
 @given(sizes=SIZES, length=st.integers(1, 17), shards=st.integers(1, 4))
-def test_concatenate(sizes, length, shards):
+def test_concatenate_predicts_each_token_except_bos(sizes, length, shards):
     stream, documents = make_stream(sizes, shards)
     batch = all_rows(stream, Concatenate().plan(stream, length), length)
     everything = np.concatenate(documents)
@@ -70,13 +70,13 @@ def test_concatenate(sizes, length, shards):
     assert (batch.targets.ravel()[used] == everything[1:]).all()
     assert set(batch.segments.ravel()) <= {0, 1}
     assert (batch.positions[0] == np.arange(length))[batch.segments[0] > 0].all()
-    # All targets except begin tokens have a loss.
+    # All targets except BOS tokens contribute to the loss.
     assert (batch.weights.ravel()[used] == (everything[1:] != BOS)).all()
     assert not batch.weights.ravel()[~used].any()
 
 
 def reference_best_fit(lengths, capacity):
-    """Best-fit decreasing, chunk by chunk: the remaining room of each sequence, sorted."""
+    """Best-fit decreasing, one chunk at a time. Returns the free space per sequence, sorted."""
     rooms = []
     for length in sorted(lengths, reverse=True):
         fitting = [(room, index) for index, room in enumerate(rooms) if room >= length]
@@ -94,7 +94,7 @@ def test_best_fit_equals_the_reference(lengths):
     assert sorted(20 - used) == reference_best_fit(lengths, 20)
 
 
-def test_a_million_chunks_are_packed_tightly():
+def test_one_million_chunks_fill_99_percent_of_the_sequences():
     draw = np.random.default_rng(0)
     lengths = np.minimum(draw.lognormal(6, 1.2, 1_000_000), 4096).astype(int) + 1
     lengths = np.minimum(lengths, 4096)

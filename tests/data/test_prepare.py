@@ -1,4 +1,4 @@
-"""Prepared data is identical after any interruptions, and damaged files are named."""
+"""Prepared data is identical after any interruption, and errors name damaged files."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_documents_are_restored(complete):
+def test_documents_are_read_back_unchanged(complete):
     _, prepared = complete
     texts = [*prepared.texts("a", "train"), *prepared.texts("a", "held_out")]
     assert sorted(texts) == sorted(CORPUS.sources["a"].texts)
@@ -54,7 +54,7 @@ def test_documents_are_restored(complete):
     assert tuple(a + b for a, b in zip(heads, tails)) == CORPUS.sources["b"].texts
 
 
-def test_each_document_has_begin_and_end_tokens(complete):
+def test_each_document_has_bos_and_eos_tokens(complete):
     _, prepared = complete
     stream = prepared.stream("a", "train")
     tokens = stream.read(0, stream.tokens)
@@ -82,7 +82,7 @@ class Interrupted(BaseException):
     pass
 
 
-def test_interruptions_at_every_write_change_nothing(complete, tmp_path, monkeypatch):
+def test_interrupting_any_write_does_not_change_the_result(complete, tmp_path, monkeypatch):
     expected = content(complete[0])
     write, state = folders._write_atomically, {"writes": 0, "partial": False}
 
@@ -132,7 +132,7 @@ data.prepare(CORPUS, TOKENIZER, sys.argv[1])
 
 
 @pytest.mark.slow
-def test_kills_change_nothing(complete, tmp_path):
+def test_killing_the_process_does_not_change_the_result(complete, tmp_path):
     paths = [str(HERE), str(HERE.parent.parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     for writes in (0, 2, 4, 9, 100):
@@ -142,7 +142,7 @@ def test_kills_change_nothing(complete, tmp_path):
     assert content(tmp_path) == content(complete[0])
 
 
-def test_finished_shards_are_kept(complete, tmp_path, monkeypatch):
+def test_finished_shards_are_not_rebuilt(complete, tmp_path, monkeypatch):
     data.prepare(CORPUS, TOKENIZER, tmp_path)
     (tmp_path / "a" / "train-00002.tokens").unlink()
     built = []
@@ -157,7 +157,7 @@ def test_a_complete_folder_is_only_read(complete, monkeypatch):
     folder, prepared = complete
 
     def forbidden(*_):
-        raise AssertionError("written or trained again")
+        raise AssertionError("wrote a file or trained the tokenizer again")
 
     monkeypatch.setattr(folders, "_write_atomically", forbidden)
     monkeypatch.setattr(data.SentencePiece, "train_on", forbidden)
@@ -165,7 +165,7 @@ def test_a_complete_folder_is_only_read(complete, monkeypatch):
     assert again.fingerprint == prepared.fingerprint and again.counts == prepared.counts
 
 
-def test_the_number_of_threads_does_not_matter(complete, tmp_path, monkeypatch):
+def test_the_number_of_threads_does_not_change_the_result(complete, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     data.prepare(CORPUS, TOKENIZER, tmp_path)
     assert content(tmp_path) == content(complete[0])
@@ -177,7 +177,7 @@ def error(corpus, tokenizer, folder):
     return str(caught.value)
 
 
-def test_another_recipe_is_an_error(complete):
+def test_a_different_recipe_is_an_error(complete):
     folder, _ = complete
     before = content(folder)
     message = error(CORPUS, data.SentencePiece(vocab=400), folder)
@@ -205,20 +205,20 @@ def test_weights_are_not_part_of_the_recipe(complete):
         ("manifest.json", lambda content: content[:-9]),
     ],
 )
-def test_a_damaged_file_is_named(name, damage, complete, tmp_path):
+def test_the_error_names_a_damaged_file(name, damage, complete, tmp_path):
     data.prepare(CORPUS, TOKENIZER, tmp_path)
     name = name if (tmp_path / name).exists() else name.replace("00000", "00001")
     path = tmp_path / name
     path.write_bytes(damage(path.read_bytes()))
     message = error(CORPUS, TOKENIZER, tmp_path)
     assert f"{path} is damaged" in message and "elete" in message
-    if name != "manifest.json":  # and the suggested fix works
+    if name != "manifest.json":  # the suggested fix works
         path.unlink()
         data.prepare(CORPUS, TOKENIZER, tmp_path)
         assert content(tmp_path) == content(complete[0])
 
 
-def test_a_prepared_folder_is_a_source(complete):
+def test_a_prepared_folder_can_be_used_as_a_source(complete):
     folder, prepared = complete
     again = data.prepare(data.Shards(str(folder)), None, "unused")
     assert again.counts == prepared.counts
@@ -233,7 +233,7 @@ def test_a_prepared_folder_is_a_source(complete):
         data.prepare(data.Shards(str(HERE)), None, "unused")
 
 
-def test_a_folder_at_a_url(complete, tmp_path, monkeypatch):
+def test_preparing_into_a_folder_at_a_url(complete, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     prepared = data.prepare(CORPUS, TOKENIZER, "memory://prepared")
     assert prepared.fingerprint == complete[1].fingerprint
@@ -249,7 +249,7 @@ def test_a_folder_at_a_url(complete, tmp_path, monkeypatch):
         stream.read(0, 5)
 
 
-def test_an_existing_tokenizer(complete, tmp_path):
+def test_preparing_with_an_existing_tokenizer(complete, tmp_path):
     existing = data.TokenizerFile(path=str(complete[0] / "tokenizer.model"))
     prepared = data.prepare(CORPUS, existing, tmp_path)
     assert prepared.tokenizer.model == complete[1].tokenizer.model
@@ -257,12 +257,12 @@ def test_an_existing_tokenizer(complete, tmp_path):
     assert "tokenizer.tokenizer=" in error(CORPUS, TOKENIZER, tmp_path)
 
 
-def test_large_vocabularies_take_four_bytes():
+def test_vocabularies_above_65536_take_four_bytes_per_token():
     assert shards.token_dtype(65_536).itemsize == 2
     assert shards.token_dtype(65_537).itemsize == 4
 
 
-def test_progress_reaches_its_totals(tmp_path):
+def test_progress_bars_reach_their_totals(tmp_path):
     seen = {}
 
     class Bar:

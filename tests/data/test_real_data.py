@@ -1,4 +1,4 @@
-"""Real text, where it is present: read, tokenized without loss, and prepared."""
+"""Real text is read, tokenized and prepared without loss. Absent corpora are skipped."""
 
 from pathlib import Path
 
@@ -29,12 +29,11 @@ def test_no_text_is_lost(name, tmp_path):
         return
     train, held_out = (set(prepared.texts(source.label, s)) for s in ("train", "held_out"))
     assert train | held_out == texts and not train & held_out
-    assert (
-        0.02 < len(held_out) / len(texts) < 0.09
-    )  # 0.05 of hundreds of documents plus or minus three standard deviations
+    # 0.05 of hundreds of documents, plus or minus three standard deviations.
+    assert 0.02 < len(held_out) / len(texts) < 0.09
 
 
-def test_the_standard_library(tmp_path):
+def test_preparing_the_standard_library(tmp_path):
     prepared = data.prepare(data.StandardLibrary(), data.SentencePiece(vocab=2048), tmp_path)
     loader = prepared.loader(data.BatchShape(sequences=4, length=128), seed=0)
     assert loader.batch(0).weights.mean() > 0.95  # little padding

@@ -1,4 +1,4 @@
-"""Every format yields the same documents, and every unreadable file one message."""
+"""Every format yields the same documents, and every unreadable file raises one error message."""
 
 import bz2
 import csv
@@ -67,7 +67,7 @@ def test_text_is_one_document_per_file_in_sorted_order(tmp_path):
 
 
 @pytest.mark.parametrize("module, ending", [(gzip, ".gz"), (bz2, ".bz2"), (lzma, ".xz")])
-def test_compressed_files(module, ending, tmp_path):
+def test_compressed_files_are_read(module, ending, tmp_path):
     path = tmp_path / f"a.txt{ending}"
     path.write_bytes(module.compress(TEXTS[0].encode()))
     assert read(data.Text(str(path))) == [TEXTS[0]]
@@ -76,7 +76,7 @@ def test_compressed_files(module, ending, tmp_path):
     assert read(data.Jsonl(str(records))) == [TEXTS[1]]
 
 
-def test_urls():
+def test_files_at_urls_are_read():
     memory = fsspec.filesystem("memory")
     memory.pipe({f"/corpus/{i}.txt": text.encode() for i, text in enumerate(TEXTS)})
     assert read(data.Text("memory://corpus/*.txt")) == TEXTS
@@ -95,7 +95,7 @@ def test_a_long_text_file_is_split_without_loss(tmp_path, monkeypatch):
     assert all(part.endswith("\n") for part in parts[:-1])
 
 
-def test_characters_across_blocks(tmp_path, monkeypatch):
+def test_characters_that_span_blocks_are_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "BLOCK", 3)
     path = tmp_path / "a.txt"
     path.write_bytes(("\ufeff" + TEXTS[0]).encode())
@@ -114,7 +114,7 @@ def test_other_encodings(tmp_path):
         data.Text(str(path), encoding="latn-1")
 
 
-def test_an_invalid_byte_is_named_by_its_offset_in_the_file(tmp_path, monkeypatch):
+def test_the_error_gives_the_file_offset_of_an_invalid_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "BLOCK", 10)
     path = tmp_path / "a.txt"
     path.write_bytes("é".encode() * 50 + b"\xff")
@@ -128,7 +128,7 @@ def test_empty_texts_and_nulls_are_skipped(tmp_path):
     assert read(data.Jsonl(str(path))) == ["x"]
 
 
-def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
+def test_an_unpaired_surrogate_becomes_a_replacement_character(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a\\ud800b \\ud83d\\ude00"}')
     assert read(data.Jsonl(str(path))) == ["a\ufffdb 😀"]
@@ -196,7 +196,7 @@ def test_unreadable_files_are_errors(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("x")
 
-    def forbidden(*_, **__):  # file modes do not stop a superuser
+    def forbidden(*_, **__):  # file permissions do not apply to root
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(fsspec, "open", forbidden)
@@ -211,7 +211,7 @@ def test_truncated_compressed_files_are_errors(tmp_path):
         assert f"{name}.txt.gz is cut short or damaged" in error(data.Text(str(path)))
 
 
-def test_invalid_records_are_errors_with_their_line(tmp_path):
+def test_errors_give_the_line_of_an_invalid_record(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n{"txt": "y"}\n')
     assert "line 2 has no field 'text'" in error(data.Jsonl(str(path)))
@@ -236,7 +236,7 @@ def test_invalid_tables_are_errors(tmp_path):
     assert "is not a complete Parquet file" in error(data.Parquet(str(table)))
 
 
-def test_held_out_is_checked():
+def test_an_invalid_held_out_fraction_is_an_error():
     for fraction in (-0.1, 1.0):
         with pytest.raises(UserError, match="held_out"):
             data.Documents(("x",), held_out=fraction)
@@ -256,7 +256,7 @@ def test_the_recipe_depends_on_content_and_not_on_location(tmp_path):
     assert original.recipe() != data.Text(str(paths[0]), held_out=0.1).recipe()
 
 
-def test_the_standard_library_without_its_tests():
+def test_the_standard_library_excludes_its_tests_and_site_packages():
     source = data.StandardLibrary()
     paths = source._paths()
     assert any(path.endswith("json/decoder.py") for path in paths)

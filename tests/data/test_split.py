@@ -1,4 +1,4 @@
-"""Whether a document is held out depends on its text alone."""
+"""Whether a document is held out depends only on its text."""
 
 import pytest
 from made_up_corpus import documents
@@ -25,14 +25,14 @@ def test_about_the_declared_fraction_is_held_out():
     assert 30 < len(held) < 100  # 60 plus or minus four standard deviations
 
 
-def test_order_and_other_documents_do_not_matter():
+def test_the_split_does_not_depend_on_order_or_other_documents():
     texts = documents(100, longest=3)
     before = sides(texts)
     after = sides((*reversed(texts), *documents(50, seed=9)))
     assert all(after[text] == side for text, side in before.items())
 
 
-def test_copies_are_on_the_same_side():
+def test_identical_documents_are_in_the_same_split():
     texts = documents(40, longest=3) * 3
     train = {head for head, _ in split(texts) if head}
     held = {tail for _, tail in split(texts) if tail}
@@ -46,7 +46,7 @@ def test_at_least_one_document_is_held_out(seed):
     assert any(tail for _, tail in parts) and any(head for head, _ in parts)
 
 
-def test_few_documents_hold_out_their_ends():
+def test_with_few_documents_the_end_of_each_is_held_out():
     texts = documents(3)
     for text, (head, tail) in zip(texts, split(texts)):
         assert head + tail == text
@@ -57,7 +57,7 @@ def test_zero_holds_out_nothing():
     assert all(tail == "" for _, tail in split(documents(30), held_out=0))
 
 
-def test_the_tokenizer_never_sees_held_out_text():
+def test_the_tokenizer_is_not_trained_on_held_out_text():
     for count in (3, 20, 100):
         texts = documents(count, seed=5)
         sample = Sample(1 << 20, 0)
@@ -66,7 +66,7 @@ def test_the_tokenizer_never_sees_held_out_text():
         assert "".join(sampled) == "".join(train)
 
 
-def test_too_little_text_is_refused():
+def test_too_little_text_is_an_error():
     with pytest.raises(UserError, match="'x' has no text"):
         split([])
     with pytest.raises(UserError, match="no two different documents"):

@@ -1,4 +1,4 @@
-"""Prepared TFDS datasets are read without TensorFlow, in both of its formats."""
+"""Prepared TFDS datasets are read without TensorFlow, as ArrayRecord and as TFRecord."""
 
 import json
 import struct
@@ -46,7 +46,7 @@ def read(**fields):
     return list(data.Tfds(**fields).documents())
 
 
-def test_all_documents_by_name_and_by_folder(folder):
+def test_a_dataset_is_found_by_name_and_by_folder(folder):
     by_name = read(name="made_up_corpus", data_dir=str(folder))
     assert sorted(by_name) == sorted(TRAIN)  # TFDS shuffles during preparation
     assert read(name=str(folder / "made_up_corpus" / "1.0.0")) == by_name
@@ -62,8 +62,8 @@ def test_splits_and_slices(folder):
 
 
 def as_tfrecord(folder, target):
-    """The same dataset as TFRecord, the format of published datasets. TFDS itself needs TensorFlow
-    to write it."""
+    """Writes the dataset as TFRecord, the format of published datasets. TFDS itself would need
+    TensorFlow for this."""
     source = data.Tfds("made_up_corpus", data_dir=str(folder))
     version = target / "made_up_corpus" / "1.0.0"
     version.mkdir(parents=True)
@@ -81,7 +81,7 @@ def as_tfrecord(folder, target):
     return target
 
 
-def test_tfrecord(folder, tmp_path):
+def test_tfrecord_yields_the_same_documents_as_array_record(folder, tmp_path):
     tfrecord = {"name": "made_up_corpus", "data_dir": str(as_tfrecord(folder, tmp_path))}
     array_record = {"name": "made_up_corpus", "data_dir": str(folder)}
     for split in ("train", "train[3:10]", "test", "train+test"):
@@ -133,6 +133,6 @@ def test_the_recipe_identifies_the_dataset(folder):
         ({"name": "tiny_shakespeare"}, "is not prepared in"),
     ],
 )
-def test_errors(fields, words, folder):
+def test_invalid_fields_are_errors(fields, words, folder):
     with pytest.raises(UserError, match=words):
         read(**{"name": "made_up_corpus", "data_dir": str(folder), **fields})

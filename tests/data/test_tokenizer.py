@@ -8,7 +8,7 @@ from made_up_corpus import documents
 from lm import data
 from lm.errors import UserError
 
-# All of Unicode except surrogates, which have no UTF-8; difficult characters occur more often.
+# All of Unicode except surrogates, which UTF-8 cannot encode; difficult characters are frequent.
 TEXT = st.text(
     st.one_of(
         st.characters(exclude_categories=["Cs"]),
@@ -32,14 +32,14 @@ def any_tokenizer(request):
 @example(text=AWKWARD)
 @example(text="\u2581")
 @example(text=" " * 20_000 + "\n" * 20_000)
-def test_round_trip(any_tokenizer, text):
+def test_decoding_restores_the_encoded_text(any_tokenizer, text):
     ids = any_tokenizer.encode(text)
     assert any_tokenizer.decode(ids) == text
     stream = any_tokenizer.stream()
     assert "".join([stream.push([i]) for i in ids]) + stream.finish() == text
 
 
-def test_batches_equal_single_texts(any_tokenizer):
+def test_encoding_a_batch_equals_encoding_each_text(any_tokenizer):
     texts = [*documents(4), "", "\u2581", AWKWARD]
     assert [ids.tolist() for ids in any_tokenizer.encode_batch(texts)] == [
         any_tokenizer.encode(text) for text in texts
@@ -51,21 +51,21 @@ def test_text_is_never_encoded_as_control_ids(any_tokenizer):
         assert not {0, 1, 2, 3} & set(any_tokenizer.encode(text))
 
 
-def test_symbols_are_single_pieces(any_tokenizer):
+def test_symbols_are_encoded_as_single_tokens(any_tokenizer):
     for symbol in data.CHAT_SYMBOLS:
         (piece,) = any_tokenizer.encode(symbol)
         assert any_tokenizer.decode([piece]) == symbol
         assert piece in any_tokenizer.encode(f"x{symbol}y")
 
 
-def test_ids(tokenizer):
+def test_special_ids_and_ids_beyond_the_vocabulary(tokenizer):
     assert (tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.unk) == (0, 1, 2, 3)
     assert tokenizer.decode([0, 1, *tokenizer.encode("a"), 2]) == "a"
-    # A model's vocabulary may be rounded up beyond the tokenizer's.
+    # A model's vocabulary may be padded beyond that of the tokenizer.
     assert tokenizer.decode([tokenizer.vocab + 5]) == ""
 
 
-def test_a_partial_character_is_held_back(tokenizer):
+def test_streaming_yields_only_complete_characters(tokenizer):
     stream = tokenizer.stream()
     ids = tokenizer.encode("\U0010ffff")
     assert len(ids) == 4
@@ -81,7 +81,7 @@ def test_training_is_deterministic(kind):
     assert config.train(documents(20)).model == config.train(documents(20)).model
 
 
-def test_digits_are_split():
+def test_numbers_are_split_into_digits():
     tokenizer = data.SentencePiece(vocab=320).train(["2024 2024 2024 " * 50])
     assert [tokenizer.decode([piece]) for piece in tokenizer.encode("2024")] == list("2024")
 
@@ -109,8 +109,8 @@ def test_save_and_load(tokenizer, tmp_path):
         assert loaded.encode("def x") == tokenizer.encode("def x")
 
 
-def test_a_model_that_adds_a_space(tmp_path):
-    # As Llama's; trained here with SentencePiece's own defaults.
+def test_a_model_that_adds_a_leading_space(tmp_path):
+    # Like the tokenizer of Llama; trained here with the defaults of SentencePiece.
     import io
 
     import sentencepiece
@@ -132,7 +132,7 @@ def test_a_model_that_adds_a_space(tmp_path):
     assert tokenizer.pad == tokenizer.eos  # the model has no padding id
 
 
-def test_errors(tmp_path):
+def test_invalid_settings_and_files_are_errors(tmp_path):
     with pytest.raises(UserError, match="Did you mean 'unigram'"):
         data.SentencePiece(vocab=500, kind="unigrm")
     with pytest.raises(UserError, match=r"tokenizer\.vocab=200 must be above 260"):

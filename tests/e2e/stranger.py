@@ -1,4 +1,4 @@
-"""An experiment file with a loss, FFN block, data, optimizer and evaluator of its own."""
+"""An experiment file that defines its own loss, FFN block, data source, optimizer and evaluator."""
 
 import time
 from dataclasses import dataclass

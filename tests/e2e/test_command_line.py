@@ -1,4 +1,4 @@
-"""A few things that only whole processes show: `python -m`, real signals, pipes, stray output."""
+"""Behavior that needs separate processes: `python -m`, real signals, pipes and stray output."""
 
 import json
 import os
@@ -30,7 +30,7 @@ SMALL = {
 
 
 def settings(folder: Path, steps: int, **more: str) -> list[str]:
-    """The options that make experiments.text a tiny one on generated texts."""
+    """Returns options that make experiments.text a tiny experiment on generated texts."""
     changes = SMALL | {"data.path": str(folder / "texts/*.txt"), "schedule.steps": str(steps)}
     changes |= more
     pairs = (("--set", f"{path}={value}") for path, value in changes.items())
@@ -38,7 +38,7 @@ def settings(folder: Path, steps: int, **more: str) -> list[str]:
 
 
 def python(folder: Path, *words: str) -> subprocess.Popen:
-    """`python -m words` in `folder`."""
+    """Starts `python -m words` in `folder`."""
     return subprocess.Popen(
         [sys.executable, "-m", *words],
         cwd=folder,
@@ -63,7 +63,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_refusal_is_one_line_and_loads_no_more_than_needed(folder):
+def test_an_invalid_setting_prints_one_line_and_creates_no_run(folder):
     code, out, err = finish(python(folder, "experiments.text", "--set", "model.layer=2"))
     assert code == 2
     assert out == ""
@@ -74,7 +74,7 @@ def test_refusal_is_one_line_and_loads_no_more_than_needed(folder):
 
 
 @pytest.mark.slow
-def test_from_text_to_generated_text(folder):
+def test_training_on_text_and_generating_text(folder):
     code, out, err = finish(python(folder, "experiments.text", *settings(folder, 10)))
     assert code == 0, err
     assert "Traceback" not in err and "Warning" not in err
@@ -93,8 +93,8 @@ def test_from_text_to_generated_text(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stopped_run_goes_on(folder, number, code):
-    """A signal from outside while the run prints its steps."""
+def test_a_stopped_run_resumes(folder, number, code):
+    """Sends a signal from another process while the run logs its steps."""
     command = ("experiments.text", *settings(folder, 2_000, **{"save.every": "1000"}))
     process = python(folder, *command)
     metrics = folder / "runs/small/metrics.jsonl"
@@ -122,8 +122,8 @@ def test_stopped_run_goes_on(folder, number, code):
 
 
 @pytest.mark.slow
-def test_damaged_checkpoint_leaves_no_other_output(folder):
-    """Threads that die with it print nothing."""
+def test_a_damaged_checkpoint_prints_only_one_line(folder):
+    """Threads that fail along with the restore print nothing."""
     code, _, err = finish(python(folder, "experiments.text", *settings(folder, 5)))
     assert code == 0, err
     saved = folder / "runs/small/checkpoints/5"
@@ -135,8 +135,8 @@ def test_damaged_checkpoint_leaves_no_other_output(folder):
     assert "checkpoints/5 cannot be read" in err
 
 
-def test_closed_pipe_is_not_an_error(folder):
-    """`... show | head -1` ends quietly."""
+def test_a_closed_pipe_is_not_an_error(folder):
+    """`... show | head -1` ends without an error message."""
     process = python(folder, "experiments.stdlib", "show")
     process.stdout.readline()
     process.stdout.close()
@@ -147,7 +147,7 @@ def test_closed_pipe_is_not_an_error(folder):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of a few hundred kB; `disk(size)` makes it larger."""
+    """A small disk (tmpfs); `disk(size)` resizes it and returns its path."""
     place = tmp_path / "disk"
     place.mkdir()
 
@@ -167,8 +167,9 @@ def disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_full_disk_loses_nothing(folder, disk):
-    """Wherever it happens, it is one sentence; with room again the same command finishes."""
+def test_a_full_disk_loses_no_steps(folder, disk):
+    """The error is one sentence at any point of the run; with more space the same command finishes
+    the run."""
     command = ("experiments.text", *settings(folder, 10))
     code, _, err = finish(python(folder, *command))
     assert code == 0, err

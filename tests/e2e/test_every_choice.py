@@ -1,5 +1,4 @@
-"""Everything that a declaration may choose trains: a few steps through the conductor, and the loss
-falls."""
+"""Every option of an experiment trains: the loss decreases over a few steps of run.train."""
 
 import dataclasses
 import json
@@ -16,7 +15,7 @@ STEPS = 12
 
 
 def declare(**fields):
-    """The tiny experiment with one layer, no evaluation, and a high rate from the first step on."""
+    """The tiny experiment with one layer, no evaluation and a constant high learning rate."""
     base = experiment(
         model=LAYER, schedule=optim.Constant(peak=2e-2, steps=STEPS), evals=(), save=SAVE
     )
@@ -74,7 +73,7 @@ def train(runs, name, declared):
     return trained, losses(runs / declared.name)
 
 
-# Those whose arithmetic or state differs most; the others with --slow.
+# Without --slow, only the variants whose arithmetic or state differs most.
 @pytest.mark.parametrize(
     "name",
     [
@@ -83,10 +82,10 @@ def train(runs, name, declared):
         for name in VARIANTS
     ],
 )
-def test_loss_falls(runs, name):
+def test_the_loss_decreases(runs, name):
     trained, found = train(runs, name, VARIANTS[name])
     assert trained.step == STEPS == len(found)
-    assert found[0] == pytest.approx(5.77, abs=0.15)  # ln 320: nothing is known yet
+    assert found[0] == pytest.approx(5.77, abs=0.15)  # ln 320, the loss of uniform predictions
     assert sum(found[-3:]) / 3 < found[0] - 0.5
 
 
@@ -94,13 +93,13 @@ def lines(runs, name):
     return [json.loads(x) for x in (runs / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_ramp_counts_its_tokens(runs):
+def test_a_batch_ramp_logs_its_token_counts(runs):
     train(runs, "batch ramp", VARIANTS["batch ramp"])
     counted = [line["tokens"] for line in lines(runs, "batch_ramp")]
     assert counted == [64 * step if step <= 6 else 384 + 128 * (step - 6) for step in range(1, 13)]
 
 
-def test_fp16_finds_its_scale(runs):
+def test_fp16_loss_scaling_skips_no_step_at_the_end(runs):
     train(runs, "fp16", VARIANTS["fp16"])
     scales = [line["loss_scale"] for line in lines(runs, "fp16")]
     assert all(scale >= 1 for scale in scales)
@@ -108,8 +107,8 @@ def test_fp16_finds_its_scale(runs):
 
 
 @pytest.mark.slow
-def test_micro_batches_are_the_whole_batch(runs):
-    """The same sums in another order: float32 keeps 1e-5 over a dozen steps."""
+def test_gradient_accumulation_equals_the_whole_batch(runs):
+    """The order of sums differs; in float32 losses agree to 1e-5 over a dozen steps."""
     _, whole = train(runs, "whole", declare())
     parts = declare(places={"cpu": Place(mesh=Mesh(), microbatches=2)})
     _, halves = train(runs, "halves", parts)
@@ -117,8 +116,8 @@ def test_micro_batches_are_the_whole_batch(runs):
 
 
 @pytest.mark.slow
-def test_a_place_may_change_while_a_run_goes_on(runs, monkeypatch):
-    """Hardware is not identity: stopped at one place, finished at another."""
+def test_a_run_may_resume_at_another_place(runs, monkeypatch):
+    """The place is not part of a run's identity: this run stops at one and finishes at another."""
     _, whole = train(runs, "whole", declare())
     first = dataclasses.replace(declare(), name="moved", save=dataclasses.replace(SAVE, every=6))
 

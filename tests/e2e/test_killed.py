@@ -1,5 +1,5 @@
-"""SIGKILL at random moments, data preparation included: the same command finishes the run as if
-nothing had happened."""
+"""A run is killed with SIGKILL at random moments, also during data preparation. The same command
+then finishes it with the same results as an uninterrupted run."""
 
 import os
 import random
@@ -16,8 +16,8 @@ from tiny_experiments import losses, texts
 ROOT = Path(__file__).parents[2]
 STEPS = 400
 
-# Enough text, and steps that save and evaluate often enough, for each phase to take a good part of
-# the time that is not Python's start.
+# Enough text and frequent enough saves and evaluations that each phase takes a large part of the
+# time after Python's start-up.
 SETTINGS = {
     "name": "killed",
     "data.path": "texts/*.txt",
@@ -58,7 +58,7 @@ class Timeline(NamedTuple):
 
 
 def finish(folder: Path) -> Timeline:
-    """Runs the command to its end; a phase that was over before begins at 0."""
+    """Runs the command to its end. A phase that was complete before has time 0."""
     log = folder / "log.txt"
     began = time.monotonic()
     process = start(folder, log)
@@ -76,7 +76,7 @@ def finish(folder: Path) -> Timeline:
 
 
 def phase(folder: Path) -> str:
-    """How far a run has come."""
+    """Returns the phase that a run has reached."""
     if written(folder):
         return "training"
     if (folder / "runs/killed/experiment.json").exists():
@@ -85,28 +85,28 @@ def phase(folder: Path) -> str:
 
 
 def written(folder: Path) -> int:
-    """When metrics.jsonl was last written; 0 while it holds nothing."""
+    """Returns when metrics.jsonl was last written, or 0 while it is missing or empty."""
     metrics = folder / "runs/killed/metrics.jsonl"
     found = metrics.stat() if metrics.exists() else None
     return found.st_mtime_ns if found and found.st_size else 0
 
 
 def kill(folder: Path, seconds: float, *, training: bool) -> str:
-    """Starts the command and kills it so long after its start, or after it has taken up training;
-    returns where that was."""
+    """Starts the command and kills it `seconds` after its start, or, with `training`, after it has
+    logged a step. Returns a description of the state of the run."""
     before = written(folder)
     process = start(folder, folder / "log.txt")
     while training and written(folder) == before and process.poll() is None:
         time.sleep(0.005)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was complete before it could be killed"
+    assert process.wait() == -signal.SIGKILL, "the run was complete before it could be killed"
     saved = sorted(p.name for p in (folder / "runs/killed/checkpoints").glob("*"))
     return f"killed after {seconds:.2f} s: {phase(folder)}, {saved}"
 
 
 @pytest.mark.slow
-def test_killed_ten_times_it_finishes_as_if_undisturbed(tmp_path):
+def test_a_run_killed_ten_times_equals_an_uninterrupted_run(tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     for folder in (undisturbed, killed):
         folder.mkdir()
@@ -115,7 +115,7 @@ def test_killed_ten_times_it_finishes_as_if_undisturbed(tmp_path):
     for index in range(400):
         (tmp_path / f"texts/{index:03d}.txt").write_text("\n".join(texts(100, seed=index)))
 
-    finish(undisturbed)  # compiles, which later starts find done
+    finish(undisturbed)  # fills the compilation cache for later starts
     wanted = losses(undisturbed / "runs/killed")
     assert len(wanted) == STEPS
     (undisturbed / "runs").rename(undisturbed / "first")
@@ -127,12 +127,12 @@ def test_killed_ten_times_it_finishes_as_if_undisturbed(tmp_path):
     for _ in range(4):
         moment = draw.uniform(timeline.preparing, timeline.prepared)
         print(kill(killed, moment, training=False))
-    part = (timeline.done - timeline.training) / 5  # so that six of them do not get to the end
+    part = (timeline.done - timeline.training) / 5  # so that six of them do not reach the end
     for _ in range(6):
         print(kill(killed, draw.uniform(0, part), training=True))
     finish(killed)
 
-    assert losses(killed / "runs/killed") == wanted  # each step once, to the bit
+    assert losses(killed / "runs/killed") == wanted  # each step once, bit for bit
     for name in ("eval.jsonl", "tokenizer.model"):
         ours, theirs = (f / "runs/killed" / name for f in (killed, undisturbed))
         assert ours.read_bytes() == theirs.read_bytes(), name

@@ -1,5 +1,5 @@
-"""The compiled program: its size does not depend on the number of layers, and it is compiled once
-for all processes."""
+"""The size of the compiled program does not depend on the number of layers, and later processes
+take it from the compilation cache."""
 
 import os
 import re
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def lowered(remat: str = "none", **fields) -> list[str]:
-    """The lines of the training step's program, numbers left out."""
+    """Returns the lines of the lowered training step, with every number replaced by 0."""
     place = Place(mesh=Mesh(), remat=remat)
     assembled = program.assemble(experiment(model=config(**fields), places={"cpu": place}))
     whole = jax.ShapeDtypeStruct((4, LENGTH), jnp.int32)
@@ -44,23 +44,23 @@ LOCAL = model.GQA(heads=2, kv_heads=1, head_dim=8, position=model.RoPE(), window
     ],
     ids=["dense", "remat", "moe", "pattern"],
 )
-def test_program_does_not_grow_with_the_layers(fields, depths):
+def test_the_program_size_does_not_depend_on_the_number_of_layers(fields, depths):
     programs = [lowered(layers=layers, **fields) for layers in depths]
     assert len(programs[0]) > 100
     assert len({len(lines) for lines in programs}) == 1
-    # What is left to differ are the names that the compiler numbers.
+    # Compare sorted lines: only the names that the compiler numbers may differ.
     assert all(sorted(lines) == sorted(programs[0]) for lines in programs[1:])
 
 
-def test_unrolled_layers_would_be_seen():
-    """A pattern as long as the model is not repeated, so its program does grow."""
+def test_the_program_grows_if_layers_are_unrolled():
+    """A pattern as long as the model is not repeated, so the program grows with it."""
     two, four = (lowered(layers=n, pattern=(model.Block(),) * n) for n in (2, 4))
     assert len(four) > 1.2 * len(two)
 
 
 @pytest.mark.slow
-def test_second_process_compiles_nothing(tmp_path):
-    """Start-up with a warm cache of compiled programs adds none to it."""
+def test_a_second_process_compiles_nothing(tmp_path):
+    """A start with a warm compilation cache adds no program to it."""
     cache = tmp_path / "cache"
     script = (
         "from tiny_experiments import experiment; from lm import run, program; import sys; "
@@ -83,6 +83,6 @@ def test_second_process_compiles_nothing(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         said.append((programs(), done.stderr))
     (cold, _), (warm, log) = said
-    assert cold, "nothing was kept"
+    assert cold, "the first process cached no program"
     assert warm == cold
-    assert "Persistent compilation cache hit for 'jit_on_mesh'" in log  # the step
+    assert "Persistent compilation cache hit for 'jit_on_mesh'" in log  # the training step

@@ -1,4 +1,4 @@
-"""A recipe of two stages: trained in order, killed in the second, resumed there; overrides."""
+"""A recipe of two stages: training in order, resuming in the second stage, and overrides."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def recipe(optimizer: str = "keep") -> Recipe:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The recipe, trained without an interruption."""
+    """The folder of the recipe, trained without interruption."""
     workdir = tmp_path_factory.mktemp("stages")
     run = lm.train(recipe(), workdir=workdir)
     assert run.folder == workdir / "both" / "second"
@@ -50,7 +50,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 def state_at(folder: Path, step: int) -> dict:
-    """Path -> array of a checkpoint."""
+    """Returns the arrays of a checkpoint by path."""
     from orbax.checkpoint import v1 as ocp
 
     tree = ocp.load(str(folder / "checkpoints" / str(step)))
@@ -59,19 +59,19 @@ def state_at(folder: Path, step: int) -> dict:
     }
 
 
-def test_the_second_stage_goes_on_from_the_first_without_a_jump(trained):
+def test_the_second_stage_starts_near_the_final_loss_of_the_first(trained):
     first, second = losses(trained / "first"), losses(trained / "second")
     assert len(first) == len(second) == STEPS
-    # The first batch of the second stage has loss that the first one ended with, not that of fresh
-    # weights; other text moves it by less than a tenth of what was learned.
+    # The second stage starts at the final loss of the first, not at that of random weights. The
+    # different text changes the loss by less than a tenth of its decrease in the first stage.
     learned = first[0] - first[-1]
     assert learned > 0.5
     assert abs(second[0] - first[-1]) < 0.3 * learned
     assert second[-1] < first[-1] + 0.3 * learned
 
 
-def test_the_weights_of_the_first_stage_are_evaluated_first(trained):
-    """The loss before training is that of the weights that the stage starts from."""
+def test_the_second_stage_first_evaluates_the_weights_of_the_first(trained):
+    """The evaluation at step 0 uses the weights that the stage starts from."""
     lines = [json.loads(line) for line in (trained / "second" / "eval.jsonl").open()]
     values = {(line["step"], line["name"].split("/")[-1]): line["value"] for line in lines}
     assert sorted({step for step, _ in values}) == [0, STEPS]
@@ -82,7 +82,7 @@ def test_the_weights_of_the_first_stage_are_evaluated_first(trained):
 
 
 def test_the_optimizer_state_is_kept_or_reset(trained, tmp_path):
-    """Adam's count continues in one and restarts in the other; the schedule restarts in both."""
+    """Adam's step count continues or restarts accordingly; the schedule restarts in both cases."""
     kept = state_at(trained / "second", STEPS)
     lm.train(recipe("reset"), workdir=tmp_path)
     reset = state_at(tmp_path / "both" / "second", STEPS)
@@ -111,19 +111,19 @@ def test_another_tokenizer_is_refused(tmp_path):
         lm.train(Recipe(name="both", stages=(first, other)), workdir=tmp_path)
 
 
-def test_a_finished_recipe_trains_nothing(trained, capsys):
+def test_a_complete_recipe_is_not_trained_again(trained, capsys):
     before = (trained / "second" / "metrics.jsonl").stat().st_mtime_ns
     assert lm.train(recipe(), workdir=trained.parent).step == STEPS
     assert (trained / "second" / "metrics.jsonl").stat().st_mtime_ns == before
     out = capsys.readouterr().out
     assert "is complete" in out
-    # As a recipe takes it.
+    # In the form that a recipe accepts.
     assert f"--set first.schedule.steps={2 * STEPS}" in out
     assert f"--set second.schedule.steps={2 * STEPS}" in out
 
 
-def test_killed_before_its_first_checkpoint_a_stage_starts_from_the_one_before(trained, tmp_path):
-    """Not from fresh weights: experiment.json is there before the first checkpoint."""
+def test_a_stage_killed_before_its_first_checkpoint_starts_over(trained, tmp_path):
+    """From the previous stage, not random weights, although experiment.json exists already."""
     runs = tmp_path / "both"
     shutil.copytree(trained, runs)
     for name in ("checkpoints", "metrics.jsonl", "eval.jsonl", "plots"):
@@ -135,7 +135,7 @@ def test_killed_before_its_first_checkpoint_a_stage_starts_from_the_one_before(t
 
 
 @pytest.mark.slow
-def test_killed_in_the_second_stage_it_resumes_there(trained, tmp_path):
+def test_a_recipe_killed_in_the_second_stage_resumes_there(trained, tmp_path):
     script = (
         "import sys, lm; sys.path.insert(0, sys.argv[2]); from test_stages import recipe; "
         "lm.train(recipe(), workdir=sys.argv[1])"
@@ -166,13 +166,13 @@ def test_killed_in_the_second_stage_it_resumes_there(trained, tmp_path):
         ("second.name=x", "would rename a stage"),
     ],
 )
-def test_bad_changes_are_refused(change, sentence):
+def test_invalid_overrides_are_refused(change, sentence):
     with pytest.raises(UserError, match=sentence):
         override(recipe(), [change])
 
 
-def test_a_setting_without_its_stage_is_not_offered_itself():
-    """`steps` is a synonym of schedule.steps elsewhere, and schedule.steps is none of itself."""
+def test_a_setting_without_a_stage_is_not_suggested_as_its_own_fix():
+    """`steps` is a synonym of schedule.steps; schedule.steps is not a synonym of itself."""
     with pytest.raises(UserError, match=r"must begin with a stage .* first\.schedule\.steps=3"):
         flags.change(recipe(), ["schedule.steps=3"])
     with pytest.raises(
@@ -181,7 +181,7 @@ def test_a_setting_without_its_stage_is_not_offered_itself():
         flags.change(recipe(), ["second.lr=3"])
 
 
-def test_changes_reach_into_a_stage_and_the_name():
+def test_overrides_change_a_stage_and_the_name():
     changed = override(recipe(), ["second.schedule.steps=3", "first.log.every=1"])
     assert changed.stage("second").schedule.steps == 3
     assert changed.stage("first").log.every == 1
@@ -189,7 +189,7 @@ def test_changes_reach_into_a_stage_and_the_name():
     assert override(recipe(), ["name=mine", "second.seed=1"]).name == "mine"
 
 
-def test_bad_recipes_are_refused():
+def test_invalid_recipes_are_refused():
     first, second = recipe().stages
     with pytest.raises(UserError, match="not an earlier stage"):
         Recipe(name="both", stages=(second, first))

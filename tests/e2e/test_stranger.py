@@ -1,5 +1,5 @@
-"""An experiment file outside of lm that defines parts of its own (stranger.py) is served like ours:
-trained, killed, resumed, shown, changed by --set, opened again, and refused by name."""
+"""An experiment file outside of lm with custom components (stranger.py) works like a built-in one:
+training, resuming after a kill, show, --set, loading, and errors that name the component."""
 
 import importlib.machinery
 import json
@@ -36,20 +36,20 @@ OWN = {
 
 
 def at(content, path: str):
-    """What JSON holds at a path of the declaration."""
+    """Returns the JSON value at a path of the declaration."""
     for key in path.split("."):
         content = content[int(key)] if isinstance(content, list) else content[key]
     return content
 
 
-def test_it_is_short_and_needs_nothing_of_lm_changed():
+def test_the_file_is_short_and_its_classes_are_serialized_by_name():
     assert len(FILE.read_text().splitlines()) < 80
     declared = stranger.declare()
     for path, name in OWN.items():
         assert at(to_json(declared), path)["type"] == f"stranger.{name}"
 
 
-def test_set_and_json_and_show():
+def test_overrides_and_json_support_custom_components():
     declared = stranger.declare()
     own = ["objective.gamma=2", "model.ffn.hidden=48", "data.count=30", "evals.0.pause=1e-3"]
     changed = override(declared, own)
@@ -60,7 +60,7 @@ def test_set_and_json_and_show():
     assert changed.data.count == 30 and changed.evals[0].pause == 1e-3
     assert changed.name == "stranger+data.count=30+model.ffn.hidden=48+objective.gamma=2.0"
     assert from_json(json.loads(json.dumps(to_json(changed)))) == changed
-    # A whole object, ours in place of theirs and theirs in place of ours.
+    # Replace whole objects: custom by built-in, and built-in by custom.
     whole = override(changed, ["objective=NextToken()", "model.ffn=SwiGLU(hidden=8)"])
     assert whole.objective == objectives.NextToken() and whole.model.ffn == model.SwiGLU(hidden=8)
     assert override(whole, ["model.ffn=SineFFN(hidden=8)"]).model.ffn == stranger.SineFFN(hidden=8)
@@ -75,12 +75,12 @@ def test_set_and_json_and_show():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(workdir, run): trained in this process."""
+    """(workdir, run) of the experiment, trained in this process."""
     workdir = tmp_path_factory.mktemp("stranger")
     return workdir, lm.train(stranger.declare(), workdir=workdir)
 
 
-def test_it_trains_and_is_opened(trained):
+def test_a_custom_experiment_trains_and_loads(trained):
     workdir, _ = trained
     folder = workdir / "stranger"
     values = losses(folder)
@@ -95,14 +95,14 @@ def test_it_trains_and_is_opened(trained):
     assert all(isinstance(result, evals.Result) for result in results) and len(results) == 3
 
 
-def test_an_export_names_the_block(trained, tmp_path):
+def test_the_export_error_names_the_custom_block(trained, tmp_path):
     workdir, _ = trained
     with pytest.raises(UserError, match=r"model\.ffn=SineFFN\(hidden=32\) of layer 0"):
         export_run(workdir / "stranger", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
 
-def test_show(capsys):
+def test_show_prints_custom_components(capsys):
     main.main(stranger.declare, ["show", "--set", "objective.gamma=3"])
     shown = capsys.readouterr().out
     for name in OWN.values():
@@ -126,7 +126,7 @@ class Outer:
         pass
 
 
-def test_what_could_not_be_read_back_is_refused_before_anything_is_written(tmp_path):
+def test_components_that_cannot_be_read_back_are_refused_before_writing(tmp_path):
     @dataclass(frozen=True, kw_only=True)
     class Local(stranger.Focal):
         pass
@@ -144,9 +144,9 @@ def test_what_could_not_be_read_back_is_refused_before_anything_is_written(tmp_p
 
 
 @pytest.mark.parametrize("started", ["mine", "package.mine", "package"])
-def test_a_class_is_named_by_the_module_that_was_started(started, tmp_path, monkeypatch):
-    """`python -m MODULE` runs it as __main__; another process finds the class in MODULE, for a
-    package in its __main__.py."""
+def test_a_class_is_named_by_the_module_that_runs_as_main(started, tmp_path, monkeypatch):
+    """`python -m MODULE` runs MODULE as __main__. Other processes import the class from MODULE, or
+    for a package from its __main__.py."""
     name = {"package": "package.__main__"}.get(started, started)
     path = tmp_path / f"{name.replace('.', '/')}.py"
     path.parent.mkdir(exist_ok=True)
@@ -171,11 +171,11 @@ def test_a_class_is_named_by_the_module_that_was_started(started, tmp_path, monk
         sys.modules.pop(module, None)
 
 
-# In processes of its own
+# Tests in separate processes
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen:
-    """`python -m WORDS` in a folder that holds stranger.py."""
+    """Starts `python -m WORDS` in a folder that holds stranger.py."""
     return subprocess.Popen(
         [sys.executable, "-m", *words],
         cwd=folder,
@@ -195,9 +195,9 @@ def said(folder: Path, *words: str, code: int = 0) -> str:
 
 
 @pytest.mark.slow
-def test_killed_it_resumes_and_is_opened_by_other_commands(trained, tmp_path):
+def test_a_killed_run_resumes_and_loads_in_other_commands(trained, tmp_path):
     (tmp_path / "stranger.py").write_text(FILE.read_text())
-    # With time for the kill between a checkpoint and the end.
+    # The pause leaves time for the kill between a checkpoint and the end.
     train = ("stranger", "--set", "save.every=4", "--set", "evals.0.pause=0.5")
     process, folder = start(tmp_path, *train), tmp_path / "runs/stranger"
     while not (folder / "checkpoints/4").exists() and process.poll() is None:

@@ -1,4 +1,5 @@
-"""Perplexity of packed, padded, sharded batches is that of each document alone, in float64."""
+"""Perplexity over packed, padded and sharded batches matches a float64 reference computed from each
+document alone."""
 
 import json
 import math
@@ -30,8 +31,8 @@ CONFIG = model.Config(
     logit_softcap=20.0,
     embed_std=1.0,
 )
-# Documents with their begin and end tokens; none is longer than a sequence, so that each has all of
-# its context in any packing.
+# Document lengths including begin and end tokens. No document is longer than a sequence, so each
+# has its full context in any packing.
 LENGTHS = (5, 9, 3, 12, 2, 17, 7, 4, 11, 6)
 
 
@@ -41,7 +42,7 @@ def documents(lengths=LENGTHS) -> list[np.ndarray]:
 
 
 class Packed:
-    """Documents one after another in each sequence as long as they fit, `sequences` in a batch."""
+    """Packs the documents in order into sequences, as many as fit, with `sequences` per batch."""
 
     name = "test:held_out"
 
@@ -79,7 +80,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def nll_d(params) -> np.ndarray:
-    """Of each document alone, from the logits in float64."""
+    """Negative log-likelihood of each document alone, from the logits in float64."""
 
     @jax.jit
     def logits(tokens_bt):
@@ -99,7 +100,7 @@ def by_measure(results) -> dict[str, tuple[float, float | None, int]]:
     return {r.name.rpartition("/")[2]: (r.value, r.stderr, r.count) for r in results}
 
 
-def test_equals_plain_float64(params, nll_d):
+def test_results_match_a_float64_reference(params, nll_d):
     evaluation = Packed(documents(), 3)
     results = perplexity(model.Model(CONFIG, params), evaluation, step=7)
     assert {r.step for r in results} == {7}
@@ -107,7 +108,7 @@ def test_equals_plain_float64(params, nll_d):
     got = by_measure(results)
     loss, error = ratio(nll_d, evaluation.tokens_d)
     tokens = int(evaluation.tokens_d.sum())
-    # Float32 logits of about 10 are good to 1e-6, and a loss is a mean of them.
+    # float32 logits of about 10 are accurate to 1e-6, and a loss is a mean over them.
     assert got["loss"] == pytest.approx((loss, error, tokens), rel=1e-5)
     assert got["perplexity"] == pytest.approx(
         (math.exp(loss), math.exp(loss) * error, tokens), rel=1e-4
@@ -121,14 +122,14 @@ def test_equals_plain_float64(params, nll_d):
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 8])
-def test_the_batch_size_does_not_matter(params, sequences):
+def test_results_do_not_depend_on_the_batch_size(params, sequences):
     expected = by_measure(perplexity(model.Model(CONFIG, params), Packed(documents(), 3)))
     got = by_measure(perplexity(model.Model(CONFIG, params), Packed(documents(), sequences)))
     for measure, values in expected.items():
         assert got[measure] == pytest.approx(values, rel=1e-5)
 
 
-def test_a_limit_counts_what_was_met(params, nll_d):
+def test_batch_limit_counts_only_the_evaluated_documents(params, nll_d):
     evaluation = Packed(documents(), 2)
     met = [i for row in evaluation.rows[:2] for i in row]
     got = by_measure(perplexity(model.Model(CONFIG, params), evaluation, batches=1))
@@ -138,7 +139,7 @@ def test_a_limit_counts_what_was_met(params, nll_d):
     assert got["bits_per_byte"][0] == pytest.approx(bits, rel=1e-5)
 
 
-def test_a_part_of_a_document_counts_with_its_share_of_the_bytes(params):
+def test_partial_document_counts_its_share_of_the_bytes(params):
     evaluation = Packed(documents(), 4)
     whole = by_measure(perplexity(model.Model(CONFIG, params), evaluation))
     evaluation.tokens_d = 2 * evaluation.tokens_d  # as if the other half came in later batches
@@ -146,7 +147,7 @@ def test_a_part_of_a_document_counts_with_its_share_of_the_bytes(params):
     assert by_measure(perplexity(model.Model(CONFIG, params), evaluation)) == whole
 
 
-def test_one_document_is_clustered_by_sequence(params):
+def test_single_document_is_clustered_by_sequence(params):
     evaluation = Packed(documents([17] * 4), 2)
 
     class OneDocument:
@@ -180,7 +181,7 @@ def test_repeated_evaluations_compile_once(params, monkeypatch):
     assert traces == 1
 
 
-def test_refusals(params):
+def test_invalid_arguments_raise_errors(params):
     with pytest.raises(UserError, match="test:held_out"):
         perplexity(model.Model(CONFIG, params), Packed([], 2))
     with pytest.raises(UserError, match="evals.every=0"):
@@ -211,7 +212,7 @@ SCRIPT = """
 
 
 @pytest.mark.slow
-def test_the_mesh_and_the_processes_do_not_matter(params):
+def test_results_do_not_depend_on_the_mesh_or_the_number_of_processes(params):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"

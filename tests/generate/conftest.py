@@ -1,4 +1,4 @@
-"""What the tests of generation share."""
+"""Fixtures shared by the generation tests."""
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ def small():
 
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
-    """Of different lengths; the same everywhere so that compiled programs are shared."""
+    """Prompts of different lengths; all tests use the same ones so that compiled programs are
+    shared."""
     random = np.random.default_rng(3)
     return [random.integers(0, VOCAB, n).tolist() for n in (1, 13, 5)]

@@ -1,4 +1,4 @@
-"""Small models of every kind of attention."""
+"""Small models with any kind of attention."""
 
 import jax
 

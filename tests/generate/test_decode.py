@@ -1,4 +1,4 @@
-"""Decoding with a cache, in batches and in chunks, gives what the plain forward pass says."""
+"""Decoding with a KV cache, in batches and in chunks, matches the plain forward pass."""
 
 import json
 import os
@@ -52,13 +52,15 @@ def forward_logprobs(config, params, tokens_bt):
 
 
 def plain_logprobs(config, params, texts: list[list[int]]) -> np.ndarray:
-    """Without a cache, [B, CONTEXT, V]. Padded on the right, which a causal model does not see."""
+    """Log-probabilities without a cache, [B, CONTEXT, V]. Padding is on the right, where it does
+    not affect a causal model."""
     padded = [text + [0] * (CONTEXT - len(text)) for text in texts]
     return np.asarray(forward_logprobs(config, params, jnp.array(padded)))
 
 
 def uncached(config, params, prompts, steps: int) -> list[tuple[list[int], list[float]]]:
-    """Greedy continuation by the plain forward pass over the whole text, and its logprobs."""
+    """Greedy continuations by the plain forward pass over the whole sequence, and their
+    logprobs."""
     texts, chosen = [list(prompt) for prompt in prompts], [[] for _ in prompts]
     for _ in range(steps):
         logprobs_btv = plain_logprobs(config, params, texts)
@@ -69,17 +71,17 @@ def uncached(config, params, prompts, steps: int) -> list[tuple[list[int], list[
     return [(t[len(p) :], c) for t, p, c in zip(texts, prompts, chosen, strict=True)]
 
 
-SOON = ("gqa", "local and global", "experts")  # the rest runs with the slow tests
+FAST = ("gqa", "local and global", "experts")  # the others are marked slow
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param(changes, id=name, marks=() if name in SOON else pytest.mark.slow)
+        pytest.param(changes, id=name, marks=() if name in FAST else pytest.mark.slow)
         for name, changes in VARIANTS.items()
     ],
 )
-def test_greedy_is_the_argmax_of_the_plain_forward(changes, prompts):
+def test_greedy_decoding_matches_the_argmax_of_the_plain_forward_pass(changes, prompts):
     variant = config(**changes)
     params = parameters(variant)
     results = generate(
@@ -89,7 +91,8 @@ def test_greedy_is_the_argmax_of_the_plain_forward(changes, prompts):
         results, uncached(variant, params, prompts, STEPS), strict=True
     ):
         assert result.tokens == tokens
-        # Float32 sums in another order: rounding of 1e-7 on logits of about 10, a few times over.
+        # float32 sums in a different order: a few relative rounding errors of 1e-7 on logits of
+        # about 10.
         np.testing.assert_allclose(result.logprobs, logprobs, atol=1e-4)
         assert result.finished == "max_tokens"
 
@@ -98,7 +101,7 @@ SAMPLED = Sampling(temperature=1.5, top_k=40, top_p=0.95, min_p=0.001, repetitio
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_row_is_the_same_alone_and_in_any_batch(small, prompts, sampling):
+def test_row_does_not_depend_on_the_rest_of_the_batch(small, prompts, sampling):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": sampling}
     keys = jax.random.split(jax.random.key(5), len(prompts))
     together = generate(small, prompts, key=keys, **options)
@@ -110,7 +113,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch(small, prompts, sampling):
     assert [r.tokens for r in backwards[::-1]] == [r.tokens for r in together]
 
 
-def test_a_seed_gives_each_row_its_own_stream(small, prompts):
+def test_seed_gives_each_row_its_own_random_stream(small, prompts):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": Sampling(temperature=2.0)}
     same = [prompts[1]] * 3
     rows = [tuple(r.tokens) for r in generate(small, same, key=7, **options)]
@@ -119,7 +122,7 @@ def test_a_seed_gives_each_row_its_own_stream(small, prompts):
     assert rows != [tuple(r.tokens) for r in generate(small, same, key=8, **options)]
 
 
-def test_logprobs_are_the_models_own(small, prompts):
+def test_logprobs_are_those_of_the_model_before_filtering(small, prompts):
     results = generate(small, prompts, context=CONTEXT, max_tokens=STEPS, sampling=SAMPLED)
     texts = [prompt + result.tokens for prompt, result in zip(prompts, results, strict=True)]
     logprobs_btv = plain_logprobs(small.config, small.params, texts)
@@ -132,7 +135,7 @@ def test_logprobs_are_the_models_own(small, prompts):
         )
 
 
-def test_stop_tokens_end_their_row_only(small, prompts):
+def test_stop_tokens_end_only_their_row(small, prompts):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": GREEDY}
     free = generate(small, prompts, **options)
     stop = free[1].tokens[4]
@@ -144,7 +147,7 @@ def test_stop_tokens_end_their_row_only(small, prompts):
         assert after.finished == ("stop" if ends else "max_tokens")
 
 
-def test_a_row_ends_where_the_context_does(small, prompts):
+def test_row_ends_when_the_context_is_full(small, prompts):
     context = 16
     results = generate(small, prompts, context=context, max_tokens=STEPS, sampling=GREEDY)
     free = generate(small, prompts, context=CONTEXT, max_tokens=STEPS, sampling=GREEDY)
@@ -155,7 +158,7 @@ def test_a_row_ends_where_the_context_does(small, prompts):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 100])
-def test_chunks_change_nothing(small, prompts, chunk):
+def test_chunk_size_does_not_change_the_results(small, prompts, chunk):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": SAMPLED, "key": 2}
     whole = generate(small, prompts, **options)
     parts = list(stream(small, prompts, chunk=chunk, **options))
@@ -165,7 +168,7 @@ def test_chunks_change_nothing(small, prompts, chunk):
         assert all(r.finished is None for r in part)
 
 
-def test_the_caller_ends_rows(small, prompts):
+def test_caller_can_end_rows(small, prompts):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": GREEDY}
     whole = generate(small, prompts, **options)
     ended: set[int] = set()
@@ -179,7 +182,7 @@ def test_the_caller_ends_rows(small, prompts):
     assert [(len(r.tokens), r.finished) for r in results] == [(4, "ended")] * 3
 
 
-def test_repeated_calls_share_programs(small, monkeypatch):
+def test_repeated_calls_share_compiled_programs(small, monkeypatch):
     traces = 0
     forward = model.Model.__call__
 
@@ -189,7 +192,7 @@ def test_repeated_calls_share_programs(small, monkeypatch):
         return forward(*arguments, **options)
 
     monkeypatch.setattr(model.Model, "__call__", counting)
-    # A size of its own, so that no program of another test serves.
+    # A size that no other test uses, so that no compiled program can be reused.
     fresh = config(dim=24)
     params = parameters(fresh)
     for length in range(1, 16):
@@ -207,12 +210,12 @@ def test_repeated_calls_share_programs(small, monkeypatch):
                 stop_tokens=[60 - length],
                 key=length,
             )
-    # Forward is traced for the prefill and in the loop, for caches of 16 and of 32 slots. (JAX may
-    # trace a loop's body twice, to find the types of what it carries.)
+    # The forward pass is traced for the prefill and in the decode loop, for caches of 16 and of 32
+    # slots. (JAX may trace a loop body twice to find the types of its carry.)
     assert traces <= 2 * 3
 
 
-def test_bad_prompts_are_refused(small):
+def test_invalid_prompts_raise_errors(small):
     options = {"context": 8, "max_tokens": 2}
     with pytest.raises(UserError, match="prompt 1 is empty"):
         generate(small, [[1], []], **options)
@@ -227,11 +230,12 @@ def test_bad_prompts_are_refused(small):
     assert generate(small, [], **options) == []
 
 
-def test_a_cache_of_bfloat16_is_half_as_large_and_nearly_right(small, prompts):
+def test_bfloat16_cache_gives_nearly_the_same_logprobs(small, prompts):
     options = {"context": CONTEXT, "max_tokens": STEPS, "sampling": GREEDY}
     exact = generate(small, prompts, **options)
     rounded = generate(small, prompts, cache_dtype="bfloat16", **options)
-    # Keys and values keep 8 bits: the first logprob, of equal text, moves by some hundredths.
+    # Keys and values keep 8 significant bits: for equal tokens, an early logprob changes by a few
+    # hundredths.
     first = [
         (a.logprobs[1], b.logprobs[1])
         for a, b in zip(exact, rounded)
@@ -266,7 +270,7 @@ MESH_SCRIPT = """
 
 
 @pytest.mark.slow
-def test_the_same_tokens_on_a_mesh(prompts):
+def test_generation_on_a_mesh_gives_the_same_tokens(prompts):
     script = textwrap.dedent(MESH_SCRIPT)
     flags = virtual_devices.flags(8)
     done = subprocess.run(
@@ -284,5 +288,5 @@ def test_the_same_tokens_on_a_mesh(prompts):
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout.splitlines()[-1])
     assert out["data=8"] == out["fsdp=8"] == out["data=2,fsdp=2,tensor=2"] == out["single"]
-    # One program per mesh: the cache comes back laid out as it went in.
+    # One compiled program per mesh: the cache is returned with the sharding that it was passed in.
     assert out["programs"] == 3

@@ -1,4 +1,5 @@
-"""Each filter keeps the tokens that NumPy finds by its definition; draws have their frequencies."""
+"""Each filter keeps the tokens that its definition in NumPy selects; sampled tokens have the
+expected frequencies."""
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ def kept(sampling: Sampling, logits: np.ndarray = LOGITS) -> np.ndarray:
 
 
 def smallest_set(p_v: np.ndarray, share: float) -> np.ndarray:
-    """The fewest most probable tokens that sum to `share`."""
+    """The smallest set of most probable tokens whose probabilities sum to `share` or more."""
     order = np.argsort(-p_v)
     enough = np.searchsorted(np.cumsum(p_v[order]), share) + 1
     mask = np.zeros(len(p_v), bool)
@@ -40,7 +41,7 @@ def test_top_k_keeps_the_k_largest(k):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("p", [1e-6, 0.3, 0.9, 0.99, 1.0])
-def test_top_p_keeps_the_fewest_that_reach_p(p, temperature):
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p, temperature):
     probabilities = softmax(LOGITS.astype(np.float64) / temperature)
     expected = [smallest_set(row, p) for row in probabilities]
     got = kept(Sampling(top_p=p, temperature=temperature))
@@ -48,13 +49,13 @@ def test_top_p_keeps_the_fewest_that_reach_p(p, temperature):
 
 
 @pytest.mark.parametrize("p", [0.01, 0.5, 1.0])
-def test_min_p_keeps_a_share_of_the_largest(p):
+def test_min_p_keeps_tokens_above_a_fraction_of_the_largest(p):
     probabilities = softmax(LOGITS)
     expected = probabilities >= p * probabilities.max(-1, keepdims=True)
     np.testing.assert_array_equal(kept(Sampling(min_p=p)), expected)
 
 
-def test_top_p_counts_what_top_k_left():
+def test_top_p_applies_to_the_tokens_left_by_top_k():
     order = np.argsort(np.argsort(-LOGITS, axis=-1), axis=-1)
     first_five = np.where(order < 5, softmax(LOGITS), 0)
     first_five /= first_five.sum(-1, keepdims=True)
@@ -76,7 +77,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_s
     np.testing.assert_allclose(got, expected, rtol=1e-6)  # one rounding of float32 per operation
 
 
-def test_temperature_zero_takes_the_most_probable_whatever_the_filters():
+def test_temperature_zero_takes_the_most_probable_token_with_any_filters():
     keys = jax.random.split(jax.random.key(0), ROWS)
     for sampling in (Sampling(temperature=0), Sampling(temperature=0, top_k=7, top_p=0.5)):
         got = run_sample(LOGITS, sampling.filters(), keys)
@@ -84,21 +85,21 @@ def test_temperature_zero_takes_the_most_probable_whatever_the_filters():
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=4, min_p=0.05)])
-def test_frequencies(sampling):
+def test_sampled_tokens_have_the_expected_frequencies(sampling):
     draws = 20_000
     logits = np.broadcast_to(LOGITS[:1], (draws, VOCAB))
     keys = jax.random.split(jax.random.key(1), draws)
     tokens = np.asarray(run_sample(logits, sampling.filters(), keys))
     counts = np.bincount(tokens, minlength=VOCAB)
     p = softmax(np.asarray(run_filtered(LOGITS[:1], sampling.filters()), np.float64))[0]
-    # Each count is binomial. That one of 50 leaves five standard deviations (and one count, where
-    # they are tiny) has a probability below 1e-4.
+    # Each count is binomial. The probability that any of the 50 counts is off by more than five
+    # standard deviations plus one count (for tiny deviations) is below 1e-4.
     bound = 5 * np.sqrt(draws * p * (1 - p)) + 1
     assert (np.abs(counts - draws * p) <= bound).all()
     assert counts[p == 0].sum() == 0
 
 
-def test_a_row_depends_on_its_own_key_and_logits_alone():
+def test_row_depends_only_on_its_own_key_and_logits():
     keys = jax.random.split(jax.random.key(2), ROWS)
     filters = Sampling(top_p=0.9).filters()
     together = run_sample(LOGITS, filters, keys)
@@ -106,7 +107,7 @@ def test_a_row_depends_on_its_own_key_and_logits_alone():
     np.testing.assert_array_equal(together, alone)
 
 
-def test_values_are_arguments_and_only_the_choice_of_filters_compiles():
+def test_only_the_choice_of_filters_triggers_recompilation():
     traces = 0
 
     @jax.jit
@@ -134,6 +135,6 @@ def test_values_are_arguments_and_only_the_choice_of_filters_compiles():
         ("repetition_penalty", 0),
     ],
 )
-def test_bad_values_are_refused_by_name(field, value):
+def test_errors_for_invalid_values_name_the_field(field, value):
     with pytest.raises(UserError, match=f"sampling.{field}={value!r}"):
         Sampling(**{field: value})

@@ -1,4 +1,4 @@
-"""Stop strings and streaming: the same text, whatever tokens and chunks it comes in."""
+"""Stop strings and streaming: the text does not depend on token and chunk boundaries."""
 
 import jax.numpy as jnp
 import pytest
@@ -26,11 +26,11 @@ def speaker():
 
 @pytest.fixture(scope="module")
 def free(speaker):
-    """What is generated without stop strings."""
+    """Results generated without stop strings."""
     return generate_text(*speaker, PROMPTS, **OPTIONS)
 
 
-def test_text_is_the_decoded_tokens(speaker, free):
+def test_text_equals_the_decoded_tokens(speaker, free):
     tokenizer = speaker[1]
     for text in free:
         assert text.text == tokenizer.decode(text.tokens)
@@ -51,10 +51,10 @@ def test_streamed_pieces_concatenate_to_the_text(speaker, free):
     assert calls > len(PROMPTS)
 
 
-def test_a_stop_string_across_tokens_is_cut(speaker, free):
+def test_stop_string_across_tokens_is_cut_off(speaker, free):
     tokenizer = speaker[1]
     row = max(range(len(free)), key=lambda i: len(free[i].text))
-    # From within one token's text to within another's.
+    # The stop string begins within the text of one token and ends within that of another.
     start = len(tokenizer.decode(free[row].tokens[:9])) - 1
     stop = free[row].text[start : start + 4]
     assert not any(stop in tokenizer.decode([token]) for token in free[row].tokens)
@@ -76,8 +76,8 @@ def test_a_stop_string_across_tokens_is_cut(speaker, free):
 
 
 @pytest.mark.parametrize("prompt", ["the ", "on the mat  ", " ", "a\n    "])
-def test_spaces_at_the_end_of_a_prompt_belong_to_the_first_token(speaker, prompt):
-    """The first token is the likeliest of those that begin with the spaces."""
+def test_trailing_spaces_of_a_prompt_become_part_of_the_first_token(speaker, prompt):
+    """The first token is the most likely of those that begin with the spaces."""
     transformer, tokenizer = speaker
     ids = [*tokenizer.prefix, *tokenizer.encode(prompt)]
     spaces = tokenizer.decode_bytes(ids[-1:])
@@ -99,7 +99,7 @@ def test_spaces_at_the_end_of_a_prompt_belong_to_the_first_token(speaker, prompt
 
 
 class Letters:
-    """A tokenizer of bytes, for readers."""
+    """A byte-level tokenizer for `_Reader`."""
 
     def stream(self):
         return self
@@ -139,26 +139,26 @@ def read(text: bytes, stop: tuple[str, ...], chunk: int) -> tuple[list[str], _Re
         ("aaab", ("ab", "aab"), "a", "stop"),
     ],
 )
-def test_reader(text, stop, expected, finished, chunk):
+def test_reader_cuts_at_stop_strings_for_any_chunk_size(text, stop, expected, finished, chunk):
     pieces, reader = read(text.encode(), stop, chunk)
     assert "".join(pieces) == expected
     assert reader.result().text == expected
     assert reader.result().finished == finished
-    # No piece holds half a character, nor anything that was taken back.
+    # No piece contains a partial character or text that was later removed.
     assert "\ufffd" not in "".join(pieces)
 
 
-def test_what_may_begin_a_stop_string_is_held_back():
+def test_possible_beginning_of_a_stop_string_is_held_back():
     pieces, _ = read(b"a<|b<|end", ("<|end|>",), 1)
     assert pieces == ["a", "", "", "<|b", "", "", "", "", "<|end"]
 
 
-def test_half_a_character_at_the_end_is_marked():
+def test_partial_character_at_the_end_becomes_a_replacement_character():
     pieces, _ = read("a☃".encode()[:-1], (), 1)
     assert pieces == ["a", "", "\ufffd"]
 
 
-def test_refusals(speaker):
+def test_invalid_arguments_raise_errors(speaker):
     with pytest.raises(UserError, match="stop=''"):
         generate_text(*speaker, ["a"], stop=("",), **OPTIONS)
     with pytest.raises(UserError, match=r"prompt 0 has 101 tokens.*context=64"):

@@ -1,4 +1,4 @@
-"""Writes a Llama folder of any size with random weights, to measure its import.
+"""Writes a Hugging Face Llama folder of any size with random weights, to benchmark its import.
 
 python tests/hf/big_folder.py FOLDER --gigabytes 3
 python -m lm bench import FOLDER
@@ -48,7 +48,7 @@ def write(folder: Path, layers: int, dim: int, vocab: int, shard_bytes: int) -> 
 
 
 def layers_for(gigabytes: float, dim: int, vocab: int) -> int:
-    """The number of layers whose weights have about this size."""
+    """Returns the number of layers whose weights take about `gigabytes`."""
     for layers in itertools.count(1):
         weights = 2 * vocab * dim + layers * dim * dim * (2.5 + 3 * 3.5)
         if 2 * weights >= gigabytes * 1e9:

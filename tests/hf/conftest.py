@@ -11,7 +11,7 @@ import lm
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """folder(family): a Hugging Face folder. Tests must not change it."""
+    """folder(family) returns a Hugging Face folder. Tests must not change it."""
     to = tmp_path_factory.mktemp("hf")
 
     @functools.cache
@@ -23,5 +23,5 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def opened(folder):
-    """opened(family): the folder as a Run."""
+    """opened(family) returns the folder loaded as a Run."""
     return functools.cache(lambda family: lm.load(folder(family)))

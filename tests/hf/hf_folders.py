@@ -1,8 +1,9 @@
 """Ten tiny models in Hugging Face format, with reference outputs of transformers 5.23 in float32.
 
 folders/FAMILY/ holds config.json and reference.npz: tokens [2, 96], positions (every fourth), the
-logits there, a greedy_prompt [1, 16] and greedy [1, 40], the prompt with 24 more tokens. Weights
-are generated from the recipe in weights.json, or are in model.safetensors.
+logits at these positions, greedy_prompt [1, 16], and greedy [1, 40], the prompt followed by 24
+generated tokens. Weights are generated from the recipe in weights.json or stored in
+model.safetensors.
 """
 
 import json
@@ -16,15 +17,15 @@ import numpy as np
 HERE = Path(__file__).parent / "folders"
 FAMILIES = (
     "llama2",  # as many key/value heads as query heads
-    "llama3",  # fewer, a scaled RoPE, bfloat16
-    "mistral",  # a sliding window of 16
-    "qwen2",  # biases, tied
-    "qwen3",  # QK-norm, head_dim set apart from the model width, tied
-    "gemma2",  # soft caps, alternating windows, norms on both sides
+    "llama3",  # fewer key/value heads, scaled RoPE, bfloat16
+    "mistral",  # sliding window of 16
+    "qwen2",  # biases, tied embeddings
+    "qwen3",  # QK-norm, head_dim independent of the model width, tied embeddings
+    "gemma2",  # logit soft caps, alternating windows, norms before and after each sublayer
     "gemma3",  # QK-norm, local and global RoPE
     "mixtral",  # bfloat16
     "qwen3_moe",  # bfloat16
-    "olmo2",  # output norms, QK-norm over the whole projection
+    "olmo2",  # norms after each sublayer, QK-norm over the whole projection
 )
 CODES = {"F32": np.dtype("float32"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -43,7 +44,7 @@ def write_folder(family: str, to: Path) -> Path:
 
 
 def drawn(recipe: dict) -> dict[str, np.ndarray]:
-    """float32(mean + std * normal), by name, cast to the recipe's dtype."""
+    """Returns weights by name: float32(mean + std * normal), cast to the recipe's dtype."""
     arrays = {}
     for name, w in recipe["weights"].items():
         random = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()) + recipe["seed"]))
@@ -66,7 +67,7 @@ def write_weights(folder: Path, arrays: dict[str, np.ndarray], name="model.safet
 
 
 def read_weights(folder: Path) -> dict[str, np.ndarray]:
-    """The weights of all files of a folder."""
+    """Reads the weights from all files of a folder."""
     arrays = {}
     for path in sorted(folder.glob("*.safetensors")):
         data = path.read_bytes()

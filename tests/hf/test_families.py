@@ -1,5 +1,5 @@
-"""Tables and functions of the families, without weights: a Config written as config.json is read
-back the same, and every parameter is filled by tensors exactly once."""
+"""Model families, without weights: a Config is unchanged after writing and reading config.json, and
+the tensors of a folder fill every parameter exactly once."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def test_a_config_is_written_and_read_back(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_weight_is_filled_once(name):
+def test_every_parameter_is_filled_exactly_once(name):
     """The tensors of a folder fill each parameter exactly once."""
     _, fields = CONFIGS[name]
     config = tiny_experiments.config(**{"attention": gqa(), **fields})

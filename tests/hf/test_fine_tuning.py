@@ -1,4 +1,4 @@
-"""Fine-tuning from the weights of a folder, and the export of the result."""
+"""Fine-tuning from the weights of a folder, and exporting the result."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def start(tiny, tmp_path_factory):
 
 
 def tuned(start, **fields):
-    """An experiment of two updates that starts from this folder."""
+    """Returns an experiment of two steps that starts from this folder."""
     base = runs.load_declaration(start)
     return dataclasses.replace(
         base,
@@ -35,8 +35,8 @@ def tuned(start, **fields):
     )
 
 
-def test_training_starts_from_the_weights(start, tmp_path):
-    """With a learning rate near zero the weights stay those of the folder."""
+def test_training_starts_from_the_weights_of_the_folder(start, tmp_path):
+    """With a learning rate near zero, the weights stay equal to those of the folder."""
     still = optim.Constant(peak=1e-12, steps=1)
     e = dataclasses.replace(tuned(start), schedule=still)
     after = lm.train(e, workdir=tmp_path)
@@ -45,7 +45,7 @@ def test_training_starts_from_the_weights(start, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-9)
 
 
-def test_a_tuned_run_is_exported(start, tmp_path):
+def test_a_fine_tuned_run_is_exported(start, tmp_path):
     after = lm.train(tuned(start), workdir=tmp_path)
     moved = [
         np.abs(np.asarray(a) - np.asarray(b)).max()
@@ -62,8 +62,8 @@ def test_a_tuned_run_is_exported(start, tmp_path):
     assert all((out / name).read_bytes() == (start / name).read_bytes() for name in names)
 
 
-def test_training_starts_from_a_run(tiny, tmp_path):
-    """`start` may be a run folder; the run records the config.json that its weights came with."""
+def test_training_starts_from_a_run_folder(tiny, tmp_path):
+    """`start` may be a run folder; the new run records the config.json of imported weights."""
     tokenizer = data.TokenizerFile(path=str(tiny.folder))
     e = dataclasses.replace(tuned(tiny.folder, tokenizer=tokenizer), start=str(tiny.folder))
     lm.train(e, workdir=tmp_path)
@@ -76,7 +76,7 @@ def test_training_starts_from_a_run(tiny, tmp_path):
     assert facts["origin"]["config"] == json.loads((out / "config.json").read_text())
 
 
-def test_another_model_is_refused_by_name(start, tmp_path):
+def test_a_model_with_other_shapes_is_refused(start, tmp_path):
     e = tuned(start)
     wider = dataclasses.replace(e.model, ffn=dataclasses.replace(e.model.ffn, hidden=48))
     with pytest.raises(UserError, match=r"ffn/down is \[2, 32, 16\] there and \[2, 48, 16\] here"):
@@ -91,8 +91,7 @@ def test_evaluation_without_text_is_refused(start):
         lm.load(start).evaluate()
 
 
-def test_a_folder_generates_and_is_evaluated(tiny, start):
-    """With the results of the run that it was exported from."""
+def test_an_exported_folder_generates_and_evaluates_like_its_run(tiny, start):
     run, exported = lm.load(tiny.folder), lm.load(start, mesh=Mesh())
     texts = [each.generate("the tree", temperature=0, max_tokens=8) for each in (run, exported)]
     assert texts[0] == texts[1]

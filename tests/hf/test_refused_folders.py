@@ -1,4 +1,4 @@
-"""Refusals to read or write a folder are one sentence that names the file or the field."""
+"""Errors on reading or writing a folder are one sentence that names the file or the field."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from lm.hf.llama import LLAMA
 
 @pytest.fixture
 def copy(folder, tmp_path):
-    """copy(family): a folder that the test may damage."""
+    """copy(family) returns a copy of the folder that the test may modify."""
 
     def make(family):
         return shutil.copytree(folder(family), tmp_path / family)
@@ -38,7 +38,7 @@ def check_refused(folder, *parts):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_truncated_file(copy):
+def test_a_truncated_file_is_refused(copy):
     path = copy("llama2") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     check_refused(path.parent, "model.safetensors is truncated: it has 765,", "download it again")
@@ -46,7 +46,7 @@ def test_a_truncated_file(copy):
     check_refused(path.parent, "is truncated or not safetensors")
 
 
-def test_a_missing_shard(copy, folder, tmp_path):
+def test_missing_weight_files_are_refused(copy, folder, tmp_path):
     exchange.export_run(folder("llama2"), tmp_path / "out", shard_bytes=200_000)
     shard = sorted((tmp_path / "out").glob("model-00002-of-*.safetensors"))[0]
     shard.unlink()
@@ -56,13 +56,13 @@ def test_a_missing_shard(copy, folder, tmp_path):
     check_refused(tmp_path / "llama2", "neither model.safetensors", "pytorch_model.bin")
 
 
-def test_a_wrong_shape(copy):
+def test_a_wrong_shape_is_refused(copy):
     folder = copy("llama2")
     change(folder, intermediate_size=128)
     check_refused(folder, "mlp.gate_proj.weight has shape [160, 64]", "config.json it is [128, 64]")
 
 
-def test_missing_and_left_over_tensors(copy):
+def test_missing_and_unexpected_tensors_are_refused(copy):
     folder = copy("llama2")
     weights = read_weights(folder)
     lost = {name: x for name, x in weights.items() if name != "model.layers.1.mlp.up_proj.weight"}
@@ -99,19 +99,19 @@ def test_missing_and_left_over_tensors(copy):
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, ("layer_types",)),
     ],
 )
-def test_unsupported_fields(family, fields, parts, copy):
+def test_unsupported_config_fields_are_refused(family, fields, parts, copy):
     folder = copy(family)
     change(folder, **fields)
     check_refused(folder, "config.json", *parts)
 
 
-def test_fields_that_change_nothing(copy):
+def test_config_fields_without_effect_are_accepted(copy):
     folder = copy("llama2")
     change(folder, some_switch=False, another=None, unsloth_version="2026.1", attention_dropout=0.1)
     lm.load(folder)
 
 
-def test_a_damaged_or_missing_config(copy, tmp_path):
+def test_a_damaged_or_missing_config_is_refused(copy, tmp_path):
     folder = copy("llama2")
     (folder / "config.json").write_text("{")
     check_refused(folder, "config.json is damaged")
@@ -122,13 +122,13 @@ def test_a_damaged_or_missing_config(copy, tmp_path):
     check_refused(tmp_path / "nothing", "neither a run folder")
 
 
-def test_quantized_weights(copy):
+def test_quantized_weights_are_refused(copy):
     path = copy("llama2") / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
     check_refused(path.parent, "is stored as I32", "without quantization")
 
 
-def test_a_model_of_no_family_is_not_exported(tmp_path):
+def test_a_model_that_matches_no_family_is_not_exported(tmp_path):
     config = tiny_experiments.config(placement="post")
     with pytest.raises(UserError, match=r"model\.placement: 'post' -> 'pre'"):
         families.write(config, 64)
@@ -139,11 +139,11 @@ def test_a_model_of_no_family_is_not_exported(tmp_path):
     with pytest.raises(UserError, match=r"model\.ffn\.balance"):
         families.write(tiny_experiments.config(ffn=biased), 64)
     family, _ = families.write(tiny_experiments.config(dropout=0.1, embed_std=0.1), 64)
-    assert family is LLAMA  # fields that only training reads make no difference
+    assert family is LLAMA  # fields that only training uses do not matter
 
 
-def test_layers_of_an_experiment_file_are_not_exported():
-    """Also where they are subclasses of layers that are."""
+def test_custom_layers_are_not_exported():
+    """Not even if they are subclasses of layers that can be exported."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Mine(model.SwiGLU):
@@ -170,7 +170,7 @@ def test_a_damaged_folder_is_not_imported(copy, tmp_path):
     assert list(tmp_path.iterdir()) == [path.parent]
 
 
-def test_a_failed_export_leaves_nothing(folder, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_no_files(folder, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
 

@@ -1,5 +1,5 @@
-"""Every family: the logits and the greedy text of transformers, on one device and on eight, and the
-same folder after an import and an export."""
+"""For every family, logits and greedy decoding equal those of transformers, on one device and on
+eight, and a folder is unchanged after an import and an export."""
 
 import json
 import os
@@ -17,13 +17,13 @@ import lm
 from lm import exchange, generate
 from lm.parallel.mesh import Mesh
 
-# float32 against float32: another order of summation changes logits by 1e-5 here; a wrong window,
-# soft cap or scaling by more than 0.1.
+# Both sides use float32. A different order of summation changes logits by 1e-5 here; a wrong
+# window, soft cap or scaling changes them by more than 0.1.
 TOLERANCE = 2e-4
 
 
 def error(run, expected) -> float:
-    """The largest difference from the reference logits."""
+    """Returns the largest difference from the reference logits."""
     logits_btv = np.asarray(run.logits(expected["tokens"]))[:, expected["positions"]]
     return np.abs(logits_btv - expected["logits"]).max()
 
@@ -34,7 +34,7 @@ def test_logits_equal_those_of_transformers(family, opened):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_text_with_the_cache_equals_that_of_transformers(family, opened):
+def test_greedy_decoding_with_the_kv_cache_equals_that_of_transformers(family, opened):
     run, expected = opened(family), reference(family)
     prompt, text = expected["greedy_prompt"][0].tolist(), expected["greedy"][0].tolist()
     (generated,) = generate.generate(
@@ -49,8 +49,8 @@ def test_greedy_text_with_the_cache_equals_that_of_transformers(family, opened):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_import_and_export_are_lossless(family, folder, tmp_path):
-    """Through a run folder, into several files: the same weights bit for bit, model, family and
-    ids."""
+    """Imports into a run folder and exports to several files. The weights stay the same bit for
+    bit, and so do the model, the family and the ids."""
     imported = exchange.import_run(folder(family), tmp_path / "run")
     out = exchange.export_run(tmp_path / "run", tmp_path / "out", shard_bytes=200_000)
     before, after = read_weights(folder(family)), read_weights(out)
@@ -72,8 +72,8 @@ def test_bfloat16_weights_stay_bfloat16(opened):
 
 
 @pytest.mark.slow
-def test_eight_devices_compute_the_same(folder):
-    """One process for all families; the weights are loaded onto the mesh."""
+def test_eight_devices_compute_the_same_logits(folder):
+    """One subprocess loads the weights of all families onto the mesh."""
     folders = [str(folder(family)) for family in FAMILIES]
     here = Path(__file__)
     environment = os.environ | {

@@ -1,4 +1,4 @@
-"""SentencePiece models exported as tokenizer.json with the same ids; tokenizer.json loaded."""
+"""Exporting SentencePiece models as tokenizer.json with the same ids; loading tokenizer.json."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from lm.hf.tokenizer import SAMPLES
 
 tokenizers = pytest.importorskip("tokenizers")
 
-# Synthetic text of many scripts: words of random letters of one script.
+# Synthetic text in many scripts; each word has random letters of one script.
 SCRIPTS = (
     "abcdeéñß<>/knpsux",
     "абвгдеж",
@@ -49,7 +49,7 @@ def read(files):
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
 @pytest.mark.parametrize("fallback", [True, False])
-def test_ids_are_the_same_in_tokenizer_json(kind, fallback):
+def test_tokenizer_json_gives_the_same_ids(kind, fallback):
     trained = data.SentencePiece(
         vocab=900, kind=kind, byte_fallback=fallback, symbols=data.CHAT_SYMBOLS
     ).train(random_text(0))
@@ -65,7 +65,7 @@ def test_ids_are_the_same_in_tokenizer_json(kind, fallback):
 
 @pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_other_models_with_a_normalizer_and_a_dummy_prefix(rule, kind):
+def test_models_with_a_normalizer_and_a_dummy_prefix_give_the_same_ids(rule, kind):
     import io
 
     import sentencepiece
@@ -111,7 +111,7 @@ def byte_level(folder):
     return made
 
 
-def test_a_byte_level_tokenizer(tmp_path):
+def test_a_byte_level_tokenizer_is_loaded_and_saved(tmp_path):
     made = byte_level(tmp_path)
     loaded = data.load_tokenizer(tmp_path)
     assert (loaded.bos, loaded.eos, loaded.stops, loaded.prefix) == (0, 1, (1, 2), (0,))
@@ -123,7 +123,7 @@ def test_a_byte_level_tokenizer(tmp_path):
         assert loaded.decode(ids) == text
         stream = loaded.stream()
         pieces = [stream.push([i]) for i in ids] + [stream.finish()]
-        assert "".join(pieces) == text  # whole characters, though tokens may split them
+        assert "".join(pieces) == text  # complete characters, even where tokens split them
         assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
     assert loaded.decode(loaded.encode("a<|turn|>b")) == "ab"
     loaded.save(tmp_path / "copy")
@@ -131,7 +131,7 @@ def test_a_byte_level_tokenizer(tmp_path):
     assert (copy.checksum, copy.files) == (loaded.checksum, loaded.files)
 
 
-def test_a_prompt_gets_one_begin_token(tmp_path):
+def test_a_prompt_gets_at_most_one_bos_token(tmp_path):
     byte_level(tmp_path)
     loaded = data.load_tokenizer(tmp_path)
     assert speech._begin(loaded, "ab").ids[0] == loaded.bos
@@ -143,7 +143,7 @@ def test_a_prompt_gets_one_begin_token(tmp_path):
     assert speech._begin(qwen, "").ids == [qwen.eos]
 
 
-def test_refused_tokenizers(tmp_path):
+def test_unsupported_tokenizers_are_refused(tmp_path):
     byte_level(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text("{}")

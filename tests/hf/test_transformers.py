@@ -1,5 +1,5 @@
-"""Against transformers itself, if installed (the extra 'transformers'): it loads exported folders,
-and folders that it saved are imported, with the same logits and ids."""
+"""Comparison with transformers, if it is installed (the extra 'transformers'): it loads exported
+folders, and folders that it saved are imported, with the same logits and ids."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def transformers_logits(folder, tokens) -> np.ndarray:
-    """The logits of a folder in transformers, in float32."""
+    """Returns the logits that transformers computes from a folder, in float32."""
     net = transformers.AutoModelForCausalLM.from_pretrained(
         folder, torch_dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -61,7 +61,7 @@ def check_both_ways(folder, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_exported_family_is_loaded(family, folder, tmp_path):
+def test_transformers_loads_an_exported_folder(family, folder, tmp_path):
     expected = reference(family)
     out = exchange.export_run(folder(family), tmp_path / "out", shard_bytes=200_000)
     logits_btv = transformers_logits(out, expected["tokens"])[:, expected["positions"]]
@@ -91,7 +91,7 @@ SCALINGS = {
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_scaled_positions(scaling, tmp_path):
+def test_rope_scaling_equals_that_of_transformers(scaling, tmp_path):
     config = transformers.LlamaConfig(**SIZES, rope_scaling=dict(SCALINGS[scaling]))
     save(config, tmp_path / "in")
     check_both_ways(tmp_path / "in", tmp_path)
@@ -126,14 +126,14 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_variants_of_the_families(name, tmp_path):
+def test_variants_of_the_families_equal_those_of_transformers(name, tmp_path):
     kind, changes = VARIANTS[name]
     save(getattr(transformers, kind)(**SIZES | changes), tmp_path / "in")
     check_both_ways(tmp_path / "in", tmp_path)
 
 
-def test_positions_beyond_a_dynamic_length(tmp_path):
-    """Greedy decoding beyond the original length, with the cache."""
+def test_dynamic_rope_scaling_beyond_the_original_length(tmp_path):
+    """Greedy decoding beyond the original length, with the KV cache."""
     sizes = SIZES | {"max_position_embeddings": 32}
     scaling = {"rope_type": "dynamic", "factor": 4.0}
     net = save(transformers.LlamaConfig(**sizes, rope_scaling=scaling), tmp_path / "in")
@@ -152,7 +152,7 @@ def test_positions_beyond_a_dynamic_length(tmp_path):
     assert generated.tokens == expected[0, 20:].tolist()
 
 
-def test_the_text_model_of_a_gemma_3_with_vision(tmp_path):
+def test_the_text_model_of_a_multimodal_gemma_3_is_imported(tmp_path):
     text = SIZES | {"head_dim": 16, "sliding_window": 16, "sliding_window_pattern": 2}
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -189,9 +189,9 @@ def test_a_byte_level_tokenizer_is_imported_and_exported(tmp_path, folder):
     assert tokenizer.encode(text, add_special_tokens=False) == run.tokenizer.encode(text)
 
 
-def test_deepseek_experts(tmp_path):
-    """transformers has only DeepSeek V2: its experts are those of DeepSeekMoE, and attention is
-    Llama's."""
+def test_deepseek_experts_equal_those_of_transformers(tmp_path):
+    """transformers has only DeepSeek V2, whose experts are those of DeepSeekMoE. The attention here
+    is that of Llama."""
     from transformers.models.deepseek_v2 import modeling_deepseek_v2 as deepseek
     from transformers.models.deepseek_v2.configuration_deepseek_v2 import DeepseekV2Config
 
@@ -242,7 +242,7 @@ def test_deepseek_experts(tmp_path):
     assert np.abs(np.asarray(lm.load(out).logits(TOKENS)) - expected).max() < TOLERANCE
 
 
-def test_an_exported_run_is_loaded_with_its_tokenizer(tmp_path):
+def test_transformers_loads_an_exported_run_with_its_tokenizer(tmp_path):
     folder = trained(tmp_path).folder
     out = exchange.export_run(folder, tmp_path / "out")
     run = lm.load(folder)

@@ -1,5 +1,5 @@
-"""A small config, and weights that depend only on layer and name, so that two configs share what
-they have in common."""
+"""Fixtures: a small config, and weights that depend only on the layer number and the name of the
+weight, so that the weights that two configs have in common are equal."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ def base() -> model.Config:
 
 @pytest.fixture(scope="session")
 def attend(base):
-    """Options of attention -> the small config with them."""
+    """Returns a function: attention options -> the small config with these options."""
     return lambda **options: dataclasses.replace(
         base, attention=dataclasses.replace(base.attention, **options)
     )
@@ -36,8 +36,8 @@ def attend(base):
 
 @pytest.fixture(scope="session")
 def draw():
-    """Config -> weights large enough that every option shows: matrices keep variance, the rest is
-    around its start."""
+    """Returns a function: config -> random weights, large enough that every option has a visible
+    effect. Matrices preserve the variance of their input; norm scales and biases are around one."""
 
     def weight(number: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
         noise = np.random.default_rng([zlib.crc32(name.encode()), number]).standard_normal(shape)
@@ -70,8 +70,8 @@ def draw():
 
 @pytest.fixture(scope="session")
 def run(draw):
-    """(config, tokens, params=None, **options of forward) -> float32 logits; compiled once per
-    config."""
+    """Returns a function: (config, tokens, params=None, **options of forward) -> float32 logits.
+    Compiles once per config."""
 
     @functools.cache
     def compiled(config: model.Config):
@@ -90,5 +90,6 @@ def run(draw):
 
 @pytest.fixture(scope="session")
 def tokens() -> np.ndarray:
-    """[2, 12]; no token twice, so that a row of the embedding's gradient belongs to one place."""
+    """Shape [2, 12], without repeated tokens, so that each row of the embedding's gradient belongs
+    to one position."""
     return np.random.default_rng(0).permutation(VOCAB)[:24].reshape(2, 12).astype(np.int32)

@@ -1,4 +1,5 @@
-"""Key/value caches: memory of a sliding window, and the numbers of the forward pass without one."""
+"""KV caches: memory of a sliding window, and the same numbers as the forward pass without a
+cache."""
 
 import dataclasses
 import math
@@ -36,24 +37,25 @@ def parameters(config: model.Config):
 
 
 def rounding(largest: float) -> float:
-    """Bound on the difference of two float32 logits computed in another order of sums.
+    """Bound on the difference of two float32 logits whose sums are computed in different orders.
 
-    Each is the end of a chain of sums: per layer over D for the projections, over the keys for
-    attention and over F, then over D for the logits. A sum of n terms rounds by about sqrt(n) eps
-    of its size (Higham, Accuracy and Stability, 2002, section 2.8: rounding errors add up as a
-    random walk); the factor 4 covers the largest of all logits, not the typical one.
+    Each logit is the end of a chain of sums: per layer over D for the projections, over the keys
+    for attention and over F for the feed-forward, then over D for the logits. A sum of n terms has
+    a relative rounding error of about sqrt(n) eps (Higham, Accuracy and Stability, 2002, section
+    2.8: rounding errors add up as a random walk). The factor 4 covers the largest error of all
+    logits, not the typical one.
     """
     terms = LAYERS * (2 * DIM + CONTEXT + 48) + DIM
     return 4 * math.sqrt(terms) * np.finfo(np.float32).eps * largest
 
 
 def cache_bytes(config: model.Config, rows: int, length: int) -> dict[str, int]:
-    """Of each block of the pattern."""
+    """Bytes of the cache for each block of the pattern."""
     cache = model.init_cache(config, rows, length)
     return {i: sum(x.nbytes for x in jax.tree.leaves(part)) for i, part in cache["blocks"].items()}
 
 
-def test_a_window_takes_memory_for_its_slots_only():
+def test_sliding_window_cache_allocates_only_the_window():
     rows = 3
     a_slot = 2 * rows * KV_HEADS * HEAD * 4  # keys and values in float32
     assert cache_bytes(WINDOWED, rows, CONTEXT) == {"0": LAYERS * WINDOW * a_slot}
@@ -61,14 +63,14 @@ def test_a_window_takes_memory_for_its_slots_only():
     assert cache_bytes(PLAIN, rows, CONTEXT) == {"0": LAYERS * CONTEXT * a_slot}
     both = {"0": (SINKS + WINDOW) * a_slot, "1": CONTEXT * a_slot}
     assert cache_bytes(ALTERNATING, rows, CONTEXT) == both
-    # A text that fits the window needs no ring buffer.
+    # A sequence shorter than the window needs no ring buffer.
     assert cache_bytes(WINDOWED, rows, WINDOW // 2) == {"0": LAYERS * WINDOW // 2 * a_slot}
 
 
-def test_the_form_of_a_cache():
+def test_each_attention_config_gets_the_expected_cache_type():
     kinds = {
         model.Window: (LOCAL, LOCAL_WITH_SINKS, dataclasses.replace(LOCAL, position=model.ALiBi())),
-        # With ALiBi the distance to the first tokens matters, which a ring buffer does not keep.
+        # ALiBi needs the distance to the first tokens, which a ring buffer does not keep.
         model.Contiguous: (
             GLOBAL,
             dataclasses.replace(LOCAL_WITH_SINKS, position=model.ALiBi()),
@@ -86,9 +88,10 @@ def forward_logits(config, params, tokens_bt):
 
 
 @pytest.mark.parametrize("config", [WINDOWED, ALTERNATING], ids=["window", "alternating"])
-def test_2_000_tokens_equal_the_uncached_forward(config):
-    """Greedy decoding of three prompts of different lengths, teacher-forced through the model
-    without a cache: the same most likely token everywhere (but for ties within rounding)."""
+def test_decoding_2_000_tokens_matches_the_uncached_forward_pass(config):
+    """Greedy decoding of three prompts of different lengths. The model without a cache, given the
+    same tokens, has the same most likely token at every position, except for ties within
+    rounding."""
     random, params = np.random.default_rng(1), parameters(config)
     prompts = [random.integers(0, VOCAB, n).tolist() for n in (1, 70, 13)]
     results = generate(
@@ -116,7 +119,7 @@ def test_2_000_tokens_equal_the_uncached_forward(config):
     assert len({tuple(result.tokens[-100:]) for result in results}) > 1
 
 
-# Every form of cache, as a single layer and in a scan.
+# Every cache type, as a single layer and in a scan.
 SMALL = {"heads": 2, "kv_heads": 1, "head_dim": 8}
 FORMS = model.Config(
     vocab=VOCAB,
@@ -131,7 +134,7 @@ FORMS = model.Config(
     embed_std=1.0,
 )
 LENGTH = 20
-LENGTHS = np.array([20, 13, 5, 1])  # of the rows; the rest of a row is padding
+LENGTHS = np.array([20, 13, 5, 1])  # of the rows; the remainder of each row is padding
 
 
 @jax.jit
@@ -143,7 +146,7 @@ def extend(params, cache, tokens_bt, positions_bt, mask_bt):
 
 @pytest.fixture(scope="module")
 def filled():
-    """chunks -> (params, tokens, logits, the cache after this prefill)."""
+    """Returns a function: chunk sizes -> (params, tokens, logits, the cache after this prefill)."""
     params = parameters(FORMS)
     tokens = np.random.default_rng(2).integers(0, VOCAB, (len(LENGTHS), LENGTH + 4))
 
@@ -163,8 +166,9 @@ def filled():
 
 
 @pytest.mark.parametrize("chunks", [(LENGTH,), (4, 16), (16, 4)], ids=str)
-def test_a_prefill_in_chunks_equals_one_call(filled, chunks):
-    """Chunks shorter and longer than the windows, some of them partly or wholly padding."""
+def test_chunked_prefill_matches_the_uncached_forward_pass(filled, chunks):
+    """Chunks are shorter and longer than the windows; some consist partly or entirely of
+    padding."""
     params, tokens, logits, cache = filled(*chunks)
     expected = np.asarray(forward_logits(FORMS, params, tokens))
     tolerance = rounding(np.abs(expected).max())
@@ -182,7 +186,7 @@ def test_a_prefill_in_chunks_equals_one_call(filled, chunks):
         np.testing.assert_allclose(z_btv, wanted, rtol=0, atol=tolerance)
 
 
-def test_a_window_holds_the_same_after_any_chunks(filled):
+def test_window_cache_contents_do_not_depend_on_prefill_chunks(filled):
     whole, parts = (filled(*chunks)[-1] for chunks in ((LENGTH,), (4, 16)))
     for part in ("prefix", "blocks"):
         for i, cache in whole[part].items():

@@ -1,4 +1,4 @@
-"""Counts from the declaration against the arrays and against XLA."""
+"""Parameter and FLOP counts computed from the config match the arrays and XLA's cost analysis."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ WIDE = model.Config(
 )
 
 
-def test_parameters_are_those_of_the_arrays(base):
+def test_parameter_count_matches_the_initialized_arrays(base):
     config = dataclasses.replace(
         base,
         layers=5,
@@ -30,16 +30,16 @@ def test_parameters_are_those_of_the_arrays(base):
     counts = model.parameter_count(config)
     assert counts.total == trees.count(model.init(config, jax.random.key(0)))
     assert counts.embedding == 40 * 16
-    # Two MoE layers, of whose 8 experts 6 rest; each has three matrices.
+    # Two MoE layers, each with 6 of 8 experts inactive per token; an expert has three matrices.
     assert counts.total - counts.active == 2 * 6 * 3 * 16 * 8
     assert model.parameter_count(base).active == model.parameter_count(base).total
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_forward_flops_are_those_of_xla(tied, layers):
-    """Within 2 %, which softmax, norms and activations fill. Single layers, for XLA counts a scan's
-    body once."""
+def test_forward_flops_match_xla(tied, layers):
+    """Within 2 %: softmax, norms and activations account for the difference. The layers are not
+    scanned, because XLA counts the body of a scan once."""
     blocks = (model.Block(),) * layers
     config = dataclasses.replace(WIDE, layers=layers, prefix=blocks, tied=tied)
     length = 64
@@ -53,9 +53,9 @@ def test_forward_flops_are_those_of_xla(tied, layers):
     assert model.flops(config, length) * length == pytest.approx(counted, rel=0.02)
 
 
-def test_training_flops_follow_their_formula():
-    """6 N + 12 L D T halved, where D is the width of all heads and N leaves out the table that is
-    only looked up."""
+def test_training_flops_match_the_formula():
+    """6 N + 12 L D T / 2 per token, where D is the width of all heads and N excludes the norms and
+    the embedding table, which is only looked up."""
     length = 256
     counts = model.parameter_count(WIDE)
     norms = 128 * (2 * 2 + 1)
@@ -66,9 +66,9 @@ def test_training_flops_follow_their_formula():
     assert model.flops(WIDE, length) == pytest.approx(forward)
 
 
-def test_training_flops_see_the_window():
-    """The pairs of a causal window, counted one by one: half a key apart per query, since the
-    formula takes the diagonal as half."""
+def test_training_flops_account_for_the_attention_window():
+    """Counts the query-key pairs of a causal window one by one. The tolerance is half a key per
+    query, since the formula counts the diagonal as half."""
 
     def attention(window: int | None, length: int) -> float:
         config = dataclasses.replace(

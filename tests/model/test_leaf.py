@@ -1,5 +1,5 @@
-"""Every weight may be a leaf of its own kind, such as a quantized array or an adapter: no product
-with a weight goes past lm/model/param.py."""
+"""Every weight may be a custom leaf type, such as a quantized array or an adapter: all products
+with weights go through lm/model/param.py."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from lm.generate import Sampling, generate
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8(trees.Leaf):
-    """int8 values times a scale for each entry of the last axis."""
+    """int8 values times one scale per entry of the last axis."""
 
     values: jax.Array
     scale: jax.Array
@@ -36,7 +36,7 @@ class Int8(trees.Leaf):
 
     @classmethod
     def of(cls, w, stack):
-        """`stack` leading axes are layers."""
+        """`stack` is the number of leading layer axes."""
         rest = tuple(range(stack, w.ndim - 1))
         scale = np.abs(w).max(axis=rest, keepdims=True) / 127
         return cls(jnp.int8(np.round(w / scale)), jnp.float32(scale))
@@ -45,7 +45,7 @@ class Int8(trees.Leaf):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank(trees.Leaf):
-    """base + a @ b, in the matrix that joins all axes but the last."""
+    """base + a @ b, where all axes but the last are flattened into one."""
 
     base: trees.Leaf
     a: jax.Array
@@ -76,7 +76,7 @@ class LowRank(trees.Leaf):
 
 
 def replaced(params, kind):
-    """The same weights, each as a leaf of this kind."""
+    """The same weights, each converted to a leaf of this type."""
     return trees.map_with_path(lambda path, w: kind.of(w, int(path.startswith("blocks/"))), params)
 
 
@@ -85,7 +85,7 @@ def materialized(leaves):
 
 
 CONFIGS = {
-    # With biases, sinks, layer norms, a router's bias, a gated shared expert.
+    # With biases, sinks, layer norms, a router bias and a gated shared expert.
     "most": {
         "attention": model.GQA(
             heads=4, kv_heads=2, head_dim=8, bias=True, out_bias=True, sinks=model.LearnedSinks()
@@ -124,14 +124,16 @@ def config(request, base):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_those_of_the_dense_arrays(kind, config, draw, run, tokens):
+def test_logits_match_the_dense_arrays(kind, config, draw, run, tokens):
     params = draw(config)
     leaves = replaced(params, kind)
     assert len(jax.tree.leaves(leaves, is_leaf=trees.is_leaf)) == len(jax.tree.leaves(params))
     logits = run(config, tokens, leaves)
-    # The same numbers in other programs: sums of float32 in another order.
+    # Two programs compute the same numbers with float32 sums in different orders.
     np.testing.assert_allclose(logits, run(config, tokens, materialized(leaves)), atol=1e-4)
-    assert np.abs(logits - run(config, tokens, params)).max() > 1e-3, "the leaves change nothing"
+    assert np.abs(logits - run(config, tokens, params)).max() > 1e-3, (
+        "the custom leaves have no effect"
+    )
 
 
 def of_tokens(tokens) -> Batch:
@@ -141,7 +143,8 @@ def of_tokens(tokens) -> Batch:
 
 
 def test_gradients_reach_every_adapter(base, draw, tokens):
-    """By the chain rule, from the gradient of the dense weight: dA = dW B^T, dB = A^T dW."""
+    """Expected values follow by the chain rule from the gradient of the dense weight: dA = dW B^T,
+    dB = A^T dW."""
     config, batch = dataclasses.replace(base, **CONFIGS["most"]), of_tokens(tokens)
     leaves = replaced(draw(config), LowRank)
 
@@ -161,12 +164,12 @@ def test_gradients_reach_every_adapter(base, draw, tokens):
         wanted = dw @ np.swapaxes(leaf.b, -1, -2), np.swapaxes(leaf.a, -1, -2) @ dw
         for got, want in zip((da, db), wanted, strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * np.abs(want).max() + 1e-6)
-        # A router's balancing bias has no gradient.
+        # The balancing bias of a router has no gradient.
         assert np.any(dw) != path.endswith("ffn/bias"), path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cast_is_that_of_the_leaf(kind, base, draw, run, tokens):
+def test_casting_preserves_the_leaf_type(kind, base, draw, run, tokens):
     leaves = replaced(draw(base), kind)
     half = precision.cast(leaves, "bfloat16")
     flat = jax.tree.leaves(half, is_leaf=trees.is_leaf)
@@ -174,7 +177,8 @@ def test_a_cast_is_that_of_the_leaf(kind, base, draw, run, tokens):
     assert {leaf.dtype for leaf in flat} == {leaf.dense().dtype for leaf in flat} == {BF16}
     integers = [x for x in jax.tree.leaves(half) if x.dtype == jnp.int8]
     assert len(integers) == len(flat)
-    # Model casts as declared; bfloat16 rounds by 2^-9 of the size, a few times over.
+    # Model casts to its declared precision. bfloat16 has a relative rounding error of 2^-9, which
+    # accumulates over several operations.
     apply = model.Model(base, leaves, precision=precision.BF16)
     assert jax.tree.structure(apply.cast().params) == jax.tree.structure(half)
     hidden_btd = jax.jit(lambda apply: apply(tokens).hidden_btd)(apply)
@@ -184,7 +188,7 @@ def test_a_cast_is_that_of_the_leaf(kind, base, draw, run, tokens):
     assert np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_generation_accepts_leaves(base, draw):
+def test_generation_works_with_custom_leaves(base, draw):
     leaves = replaced(draw(base), LowRank)
     options = {"context": 16, "max_tokens": 6, "sampling": Sampling(temperature=0)}
     prompts = [[1, 2, 3], [4]]
@@ -197,8 +201,8 @@ def test_generation_accepts_leaves(base, draw):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
-def test_modules_alone_accept_leaves(base, draw, tokens):
-    """The Flax module of leaves, printed and called."""
+def test_flax_module_works_with_custom_leaves(base, draw, tokens):
+    """Calls and prints a Flax module whose weights are custom leaves."""
     module = model.Model(base, replaced(draw(base), LowRank)).module()
     assert isinstance(module, model.Transformer)
     assert module(tokens).hidden_btd.shape == (*tokens.shape, base.dim)

@@ -1,5 +1,4 @@
-"""Declarations that cannot work are refused in one sentence with the field, the value and the
-fix."""
+"""Invalid configs raise a one-sentence error that names the field, its value and the fix."""
 
 import dataclasses
 
@@ -88,17 +87,17 @@ def check(make, field: str, fix: str) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_parts(name):
+def test_invalid_component_configs_raise_errors(name):
     check(*BAD[name])
 
 
 @pytest.mark.parametrize("name", CONFIG)
-def test_models(name, base):
+def test_invalid_model_configs_raise_errors(name, base):
     changes, field, fix = CONFIG[name]
     check(lambda: dataclasses.replace(base, **changes), field, fix)
 
 
-def test_remat_and_cache(base, attend, draw, tokens):
+def test_invalid_remat_and_cache_options_raise_errors(base, attend, draw, tokens):
     check(
         lambda: model.Model(base, draw(base), options=model.ForwardOptions(remat="blocks"))(tokens),
         "remat='blocks'",

@@ -1,4 +1,4 @@
-"""Every Flax module alone, as in a notebook: built, called, differentiated, printed."""
+"""Each Flax module on its own, as in a notebook: construct, call, differentiate and print it."""
 
 import dataclasses
 import inspect
@@ -18,7 +18,7 @@ GQA = model.GQA(heads=4, kv_heads=2, head_dim=8)
 MOE = model.MoE(experts=4, experts_per_token=2, hidden=8, shared=model.Shared(hidden=8))
 CONFIG = model.Config(vocab=VOCAB, dim=DIM, layers=2, attention=GQA, ffn=model.SwiGLU(hidden=24))
 
-# name -> (the module, its argument, the shape of its first output)
+# name -> (constructor, kind of input, shape of the first output)
 HIDDEN = (B, T, DIM)
 MODULES = {
     "Embedding": (lambda rngs: model.Embedding(CONFIG, rngs=rngs), "tokens", HIDDEN),
@@ -58,7 +58,7 @@ def first(output) -> jax.Array:
     return output[0] if isinstance(output, tuple) else output
 
 
-def test_every_exported_module_is_here():
+def test_every_exported_module_is_tested():
     exported = [getattr(lm.model, name) for name in lm.model.__all__]
     modules = {
         each.__name__ for each in exported if inspect.isclass(each) and issubclass(each, nnx.Module)
@@ -67,7 +67,7 @@ def test_every_exported_module_is_here():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_alone(name):
+def test_module_can_be_called_differentiated_and_printed(name):
     build, kind, shape = MODULES[name]
     module, x = build(nnx.Rngs(0)), inputs(kind)
     assert type(module).__name__ == name
@@ -84,14 +84,14 @@ def test_alone(name):
     weights, gradients = (jax.tree.leaves(each) for each in (module, grads))
     assert [w.shape for w in weights] == [g.shape for g in gradients]
     assert bool(weights) == (name != "RotaryEmbedding")
-    unused = {"Transformer": 1}.get(name, 0)  # the output matrix
+    unused = {"Transformer": 1}.get(name, 0)  # the output projection
     assert sum(not np.any(g) for g in gradients) == unused
 
     shown = repr(module)
     assert name in shown and len(shown.splitlines()) <= 200
 
 
-def test_split_and_merge_as_flax_documents_them():
+def test_nnx_split_and_merge_give_the_same_gradients():
     module, x = MODULES["GatedMLP"][0](nnx.Rngs(0)), inputs("hidden")
     graph, state = nnx.split(module)
 
@@ -104,8 +104,8 @@ def test_split_and_merge_as_flax_documents_them():
     jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, (of_module, of_state)))
 
 
-def test_modules_of_one_declaration_have_one_structure():
-    """So that jax.tree.map averages two of them, and jax.jit compiles once for both."""
+def test_modules_of_one_config_have_the_same_tree_structure():
+    """This lets jax.tree.map average two modules, and jax.jit compile once for both."""
     one, two = (model.Transformer(CONFIG, rngs=nnx.Rngs(seed)) for seed in range(2))
     mean = jax.tree.map(lambda a, b: (a + b) / 2, one, two)
     assert jax.tree.structure(mean) == jax.tree.structure(one)
@@ -113,8 +113,8 @@ def test_modules_of_one_declaration_have_one_structure():
     np.testing.assert_array_equal(mean.embed.table.get_value(), table)
 
 
-def test_a_weight_can_be_stepped_by_hand():
-    """A step of gradient descent on the module as a pytree lowers the loss."""
+def test_manual_gradient_descent_step_lowers_the_loss():
+    """The step treats the module as a pytree."""
     module, x = MODULES["TransformerBlock"][0](nnx.Rngs(0)), inputs("hidden")
 
     @jax.jit
@@ -127,8 +127,8 @@ def test_a_weight_can_be_stepped_by_hand():
 
 
 @pytest.mark.parametrize("ffn", [CONFIG.ffn, MOE], ids=["dense", "moe"])
-def test_the_module_and_the_model_value_agree(ffn):
-    """`Transformer` and `Model` with the same weights give the same logits, bit for bit."""
+def test_transformer_module_and_model_give_equal_logits(ffn):
+    """`Transformer` and `Model` with the same weights give bitwise equal logits."""
     config = model.Config(vocab=VOCAB, dim=DIM, layers=2, attention=GQA, ffn=ffn)
     module, tokens_bt = model.Transformer(config, rngs=nnx.Rngs(0)), inputs("tokens")
     params = nested(module)
@@ -146,12 +146,12 @@ def test_the_module_and_the_model_value_agree(ffn):
 
 
 def nested(module: nnx.Module) -> dict:
-    """The weights of a module as `model.init` returns them."""
+    """The weights of a module in the nested dict format of `model.init`."""
     flat = nnx.to_flat_state(nnx.state(module))
     return trees.unflatten({"/".join(map(str, path)): w.get_value() for path, w in flat})
 
 
-def test_the_model_of_a_run_is_a_transformer(tiny):
+def test_model_of_a_loaded_run_is_a_transformer(tiny):
     run = lm.load(tiny.folder)
     assert isinstance(run, Run) and type(run.model) is model.Transformer
     tokens_bt = np.arange(12).reshape(2, 6)
@@ -163,7 +163,7 @@ def test_the_model_of_a_run_is_a_transformer(tiny):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Penalized(model.FeedForwardConfig):
-    """A feed-forward of a user's own with an auxiliary loss: the mean square of its output."""
+    """A user-defined feed-forward with an auxiliary loss: half the mean square of its output."""
 
     def build(self, dim, rngs, init=None):
         return _Penalized(dim, rngs)
@@ -181,7 +181,7 @@ class _Penalized(nnx.Module):
         return y_btd, {"square": jnp.square(y_btd).sum(), "count": jnp.float32(y_btd.size)}
 
 
-def test_a_feed_forward_of_ones_own_has_auxiliary_losses():
+def test_user_defined_feed_forward_reports_its_auxiliary_loss():
     config = model.Config(
         vocab=8,
         dim=4,

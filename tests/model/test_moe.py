@@ -1,5 +1,5 @@
-"""A mixture of experts equals the sum over all experts written out, and its router does what each
-paper says. Shapes are tiny; float32 sums in two orders differ by about 1e-6 of the largest term."""
+"""A mixture of experts equals the explicit sum over all experts, and its routers follow their
+papers. Shapes are tiny; float32 sums in two orders differ by about 1e-6 of the largest term."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ def build(config, seed=1):
 
 
 def written_out(module, x_btd, mask_bt, logits_bte=None):
-    """Every expert on every token, times a weight that is zero where the expert was not chosen."""
+    """Reference: applies every expert to every token, with weight zero for experts not chosen."""
     config = module.config
     bias = None if module.bias is None else module.bias[...]
     routing = route(config, router_logits(x_btd, module.router[...]), bias, mask_bt)
@@ -95,7 +95,7 @@ def assert_close(got, want):
     ],
     ids=["losses", "switch", "sigmoid", "all", "shared", "gated"],
 )
-def test_dropless_and_ample_capacity_equal_the_sum_over_experts(config):
+def test_dropless_and_sufficient_capacity_match_the_sum_over_experts(config):
     want = values_and_gradients_written_out(build(config), X, MASK)
     assert_close(values_and_gradients(build(config), X, MASK)[0], want[0])
     for dispatch in (Dropless(), Capacity(factor=E)):
@@ -105,7 +105,7 @@ def test_dropless_and_ample_capacity_equal_the_sum_over_experts(config):
         assert_close(jax.tree.leaves(gradients), jax.tree.leaves(want[1]))
 
 
-def test_masked_tokens_neither_route_nor_count():
+def test_masked_tokens_are_not_routed_or_counted():
     module = build(dataclasses.replace(PLAIN, balance=LoadBalance(weight=1.0), z_loss=1.0))
     y, sums = apply(module, X, MASK)
     _, load = measures(module.config, sums)
@@ -119,7 +119,7 @@ def test_masked_tokens_neither_route_nor_count():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(nothing))
 
 
-def test_masked_tokens_take_no_capacity():
+def test_masked_tokens_use_no_capacity():
     config = dataclasses.replace(PLAIN, dispatch=Capacity(factor=0.5))
     mask = jnp.arange(T)[None] >= 4
     short = dataclasses.replace(config, dispatch=Capacity(factor=0.5 * T / (T - 4)))
@@ -127,8 +127,8 @@ def test_masked_tokens_take_no_capacity():
     np.testing.assert_allclose(masked[:, 4:], apply(build(short), X[:1, 4:])[0], **CLOSE)
 
 
-def test_capacity_drops_the_latest_tokens_of_each_sequence():
-    """All tokens choose experts 0 and 1, which take 4 of the 10: factor * T * K / E."""
+def test_capacity_drops_the_last_tokens_of_each_sequence():
+    """All tokens choose experts 0 and 1, each of which accepts 4 of the 10: factor * T * K / E."""
     config = dataclasses.replace(PLAIN, dispatch=Capacity(factor=1.2))
     assert config.dispatch.slots(T, K, E) == 4
     module = build(config)
@@ -141,7 +141,7 @@ def test_capacity_drops_the_latest_tokens_of_each_sequence():
 
 
 def test_capacity_is_causal():
-    """No output depends on a later token, although they compete for the same slots."""
+    """No output depends on a later token, although tokens compete for the same slots."""
     module = build(dataclasses.replace(PLAIN, dispatch=Capacity(factor=0.7)))
     other = X.at[:, 6:].set(jax.random.normal(jax.random.key(5), (B, T - 6, D)))
     np.testing.assert_array_equal(apply(module, X)[0][:, :6], apply(module, other)[0][:, :6])
@@ -151,13 +151,13 @@ LOGITS = 2 * jax.random.normal(jax.random.key(2), (B, T, E))
 ALL = jnp.ones((B, T), bool)
 
 
-def test_renormalised_softmax_is_the_softmax_over_the_chosen():
+def test_renormalized_weights_are_the_softmax_over_the_chosen_experts():
     routing = route(PLAIN, LOGITS, None, ALL)
     chosen = jnp.take_along_axis(LOGITS, routing.chosen_btk, -1)
     np.testing.assert_allclose(routing.weights_btk, jax.nn.softmax(chosen), rtol=1e-5)
 
 
-def test_weights_without_renormalisation_are_the_probabilities():
+def test_weights_without_renormalization_are_the_softmax_probabilities():
     config = dataclasses.replace(PLAIN, router=SoftmaxRouter(renormalize=False))
     routing = route(config, LOGITS, None, ALL)
     want = np.sort(jax.nn.softmax(LOGITS))[..., : -K - 1 : -1]
@@ -171,7 +171,7 @@ def test_sigmoid_weights_sum_to_the_scale():
     assert np.isfinite(hopeless.weights_btk).all()
 
 
-def test_load_balance_is_its_weight_at_the_uniform_load_and_more_when_skewed():
+def test_load_balancing_loss_equals_its_weight_for_uniform_load_and_grows_with_skew():
     config = dataclasses.replace(PLAIN, balance=LoadBalance(weight=0.3))
 
     def balance(logits_bte):
@@ -186,7 +186,7 @@ def test_load_balance_is_its_weight_at_the_uniform_load_and_more_when_skewed():
     assert balance(skewed - 3 * gradient) < value
 
 
-def test_z_loss_is_the_mean_squared_log_of_the_partition():
+def test_z_loss_is_the_mean_squared_logsumexp():
     config = dataclasses.replace(PLAIN, z_loss=0.01)
     z = np.log(np.exp(np.asarray(LOGITS, np.float64)).sum(-1))
     got = measured(config, LOGITS, None, MASK)[0]["router_z"]
@@ -194,7 +194,7 @@ def test_z_loss_is_the_mean_squared_log_of_the_partition():
 
 
 @pytest.mark.parametrize("router", [SoftmaxRouter(), SigmoidRouter(renormalize=False)])
-def test_the_bias_moves_the_choice_and_not_the_weights(router):
+def test_balancing_bias_changes_the_chosen_experts_but_not_their_weights(router):
     config = dataclasses.replace(PLAIN, router=router, balance=BiasBalance())
     routing = route(config, LOGITS, jnp.zeros(E).at[3].set(9.0), ALL)
     assert (routing.chosen_btk[..., 0] == 3).all()
@@ -202,14 +202,14 @@ def test_the_bias_moves_the_choice_and_not_the_weights(router):
     np.testing.assert_allclose(routing.weights_btk, router.weights(scores), rtol=1e-6)
 
 
-def test_the_bias_gets_no_gradient():
+def test_balancing_bias_gets_no_gradient():
     module = build(dataclasses.replace(PLAIN, balance=BiasBalance()))
     _, (gradients, _) = values_and_gradients(module, X, MASK)
     np.testing.assert_array_equal(gradients.bias[...], 0)
     assert np.abs(gradients.router[...]).max() > 0
 
 
-def test_updates_of_the_bias_balance_a_skewed_router():
+def test_bias_updates_balance_a_skewed_router():
     config = dataclasses.replace(PLAIN, router=SigmoidRouter(), balance=BiasBalance())
     logits = jax.random.normal(jax.random.key(3), (8, 32, E)) + jnp.linspace(0, 3, E)
     step = jax.jit(lambda bias: measured(config, logits, bias, jnp.ones(logits.shape[:2], bool))[1])
@@ -221,18 +221,18 @@ def test_updates_of_the_bias_balance_a_skewed_router():
     for _ in range(100):
         bias = update_bias(bias, load, 0.01)
         load = step(bias)
-    # Ends within what one step of the bias moves.
+    # The remaining imbalance is within the effect of one bias update.
     assert np.abs(load - 1 / E).max() < 0.05 < np.abs(first - 1 / E).max()
 
 
-def test_update_of_stacked_layers_is_that_of_each():
+def test_bias_update_of_stacked_layers_matches_each_layer():
     bias, load = jax.random.normal(jax.random.key(4), (2, 3, E))
     load = jax.nn.softmax(load)
     each = jnp.stack([update_bias(b, s, 0.1) for b, s in zip(bias, load, strict=True)])
     np.testing.assert_array_equal(update_bias(bias, load, 0.1), each)
 
 
-def test_stacked_layers_run_in_a_checkpointed_scan():
+def test_checkpointed_scan_over_stacked_layers_matches_unrolled_layers():
     config = dataclasses.replace(PLAIN, balance=LoadBalance(), dispatch=Dropless())
     keys = jax.random.split(jax.random.key(6), 2)
     stacked = jax.vmap(lambda key: build(config, key))(keys)
@@ -261,12 +261,12 @@ def test_stacked_layers_run_in_a_checkpointed_scan():
     want, want_gradients = jax.value_and_grad(unrolled)(stacked, X)
     assert load_le.shape == (2, E)
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    # Two layers multiply the rounding of one.
+    # Two layers amplify the rounding error of one.
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_weights_route_in_float32():
+def test_routing_uses_float32_with_bfloat16_weights():
     module = build(dataclasses.replace(PLAIN, z_loss=0.1))
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), module)
     y, sums = apply(half, X.astype(jnp.bfloat16))
@@ -299,6 +299,6 @@ def test_bfloat16_weights_route_in_float32():
         (lambda: Shared(hidden=0), "model.ffn.shared.hidden=0"),
     ],
 )
-def test_refused_declarations_name_the_field(build_bad, words):
+def test_errors_for_invalid_configs_name_the_field(build_bad, words):
     with pytest.raises(UserError, match=words.replace(".", r"\.")):
         build_bad()

@@ -1,5 +1,5 @@
-"""Rotary embeddings and their scalings, ALiBi, windows, sinks and grouped heads, against their
-papers' formulas."""
+"""Rotary embeddings and their scaling methods, ALiBi, windows, sinks, grouped heads and norms match
+the formulas of their papers."""
 
 import dataclasses
 import math
@@ -17,8 +17,8 @@ WIDTH = 64
 
 
 def frequencies(position: model.RoPE, head_dim: int = WIDTH) -> np.ndarray:
-    """Radians that each pair turns in one step, from the table, and checked to be the same after
-    3."""
+    """Rotation of each pair per position in radians, from the table. Also checks the angles at
+    position 3."""
     cos, sin = (np.asarray(t)[0, :, 0] for t in position.table(jnp.arange(4)[None], head_dim))
     amplitude = np.hypot(cos, sin)
     angles = np.arctan2(sin, cos)
@@ -30,8 +30,8 @@ def plain(theta: float = 10_000.0, width: int = WIDTH) -> np.ndarray:
     return np.array([1 / theta ** (2 * i / width) for i in range(width // 2)])
 
 
-def test_pairs_turn_by_their_frequency():
-    """Entry i and entry i + H/2 are the two coordinates of pair i."""
+def test_each_pair_rotates_by_its_frequency():
+    """Entries i and i + H/2 are the two coordinates of pair i."""
     x = np.random.default_rng(0).standard_normal((1, 5, 2, 8)).astype(np.float32)
     turned = np.asarray(rotate(jnp.asarray(x), model.RoPE().table(jnp.arange(5)[None], 8)))
     angle = np.arange(5)[:, None] * plain(width=8)
@@ -40,7 +40,7 @@ def test_pairs_turn_by_their_frequency():
     np.testing.assert_allclose(turned[..., 4:], expected.imag, atol=1e-5)
 
 
-def test_scores_depend_on_distance_alone():
+def test_scores_depend_only_on_distance():
     random = np.random.default_rng(1)
     q, k = (jnp.asarray(random.standard_normal((1, 1, 1, WIDTH)), jnp.float32) for _ in range(2))
 
@@ -59,15 +59,16 @@ def test_linear_scaling_divides_positions():
 
 
 def test_ntk_scaling_changes_the_base():
-    """theta * s^(d / (d - 2)): the fastest pair is kept and the slowest slowed by s exactly."""
+    """theta * s^(d / (d - 2)): the fastest pair is unchanged and the slowest is slowed by exactly
+    s."""
     scaled = frequencies(model.RoPE(scaling=model.NTK(factor=4)))
     np.testing.assert_allclose(scaled, plain(10_000 * 4 ** (WIDTH / (WIDTH - 2))), rtol=1e-4)
     np.testing.assert_allclose([scaled[0], scaled[-1] * 4], plain()[[0, -1]], rtol=1e-4)
 
 
-def test_yarn_interpolates_slow_pairs_only():
-    """The ramp lies between the pairs that make 32 turns and 1 turn within the original length,
-    rounded outwards."""
+def test_yarn_interpolates_only_slow_pairs():
+    """The interpolation ramp lies between the pairs that make 32 turns and 1 turn within the
+    original length, rounded outwards."""
     original, factor = 2048, 8
     position = model.RoPE(scaling=model.YaRN(factor=factor, original=original))
 
@@ -87,7 +88,7 @@ def test_yarn_interpolates_slow_pairs_only():
 
 
 def test_yarn_sharpens_the_softmax():
-    """Queries and keys are each longer by 0.1 ln(s) + 1, so that scores have the paper's
+    """Queries and keys are each scaled by 0.1 ln(s) + 1, so that the scores have the paper's
     temperature 1/t."""
     scaling = model.YaRN(factor=8, original=2048)
     cos, sin = model.RoPE(scaling=scaling).table(jnp.arange(3)[None], WIDTH)
@@ -97,9 +98,9 @@ def test_yarn_sharpens_the_softmax():
     np.testing.assert_allclose(np.hypot(cos, sin), 1.5, rtol=1e-5)
 
 
-def test_llama3_scaling_goes_by_wavelength():
-    """Wavelengths below original / high kept, above original / low times the factor, between them a
-    blend."""
+def test_llama3_scaling_depends_on_the_wavelength():
+    """Wavelengths below original / high are unchanged, those above original / low are multiplied by
+    the factor, and those in between are blended."""
     original, factor, low, high = 8192, 8, 1.0, 4.0
     scaling = model.Llama3Scaling(factor=factor, original=original, low=low, high=high)
     expected = []
@@ -116,7 +117,7 @@ def test_llama3_scaling_goes_by_wavelength():
     np.testing.assert_allclose(scaled, expected, rtol=1e-4)
 
 
-def test_partial_rotation_leaves_the_rest():
+def test_partial_rotation_leaves_the_other_entries_unchanged():
     x = np.random.default_rng(2).standard_normal((1, 6, 1, 16)).astype(np.float32)
     table = model.RoPE(fraction=0.5).table(jnp.arange(6)[None], 16)
     turned = np.asarray(rotate(jnp.asarray(x), table))
@@ -125,14 +126,15 @@ def test_partial_rotation_leaves_the_rest():
     np.testing.assert_allclose(turned[..., :8], whole, atol=1e-6)
 
 
-def test_alibi_slopes():
-    """The paper's for 8 heads; for 6, those of 4 and then every other one of 8."""
+def test_alibi_slopes_match_the_paper():
+    """For 8 heads, the slopes of the paper; for 6 heads, those of 4 heads followed by every other
+    slope of 8 heads."""
     np.testing.assert_allclose(model.ALiBi().slopes(8), [2.0**-i for i in range(1, 9)])
     np.testing.assert_allclose(model.ALiBi().slopes(6), [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3])
 
 
-def test_alibi_weighs_by_distance():
-    """With keys all zero, head n averages values with weights exp(-slope_n * distance)."""
+def test_alibi_weights_decay_with_distance():
+    """With all-zero keys, head n averages the values with weights exp(-slope_n * distance)."""
     dim, n, h, t = 16, 4, 8, 12
     config = model.MHA(heads=n, head_dim=h, position=model.ALiBi())
     layer = config.build(dim, nnx.Rngs(params=0), model.Normal(std=1.0).build(1))
@@ -149,22 +151,22 @@ def test_alibi_weighs_by_distance():
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_window_is_the_last_tokens_alone(attend, run, tokens):
-    """One layer sees only the window, and RoPE only distances: the last logits are those of the
-    last 5 tokens by themselves."""
+def test_window_attends_only_to_the_last_tokens(attend, run, tokens):
+    """One layer attends only to the window, and RoPE depends only on distances, so the last logits
+    equal those of the last 5 tokens alone."""
     config = dataclasses.replace(attend(window=5), layers=1)
     whole = run(config, tokens)[:, -1]
     np.testing.assert_allclose(whole, run(config, tokens[:, -5:])[:, -1], atol=1e-5)
     assert np.abs(whole - run(config, tokens[:, -4:])[:, -1]).max() > 1e-2
 
 
-def test_wide_window_is_full_attention(base, attend, run, tokens):
+def test_window_as_long_as_the_sequence_equals_full_attention(base, attend, run, tokens):
     np.testing.assert_allclose(run(attend(window=12), tokens), run(base, tokens), atol=1e-5)
 
 
 def test_first_tokens_stay_visible(attend, run, tokens):
-    """Without positions, one layer with a window of 4 and 2 first tokens equals those 6 tokens by
-    themselves."""
+    """Without position encoding, the last logits of one layer with a window of 4 and 2 first tokens
+    equal those of these 6 tokens alone."""
     options = {"position": model.NoPosition(), "window": 4, "sinks": model.FirstTokens(count=2)}
     config = dataclasses.replace(attend(**options), layers=1)
     alone = dataclasses.replace(attend(position=model.NoPosition()), layers=1)
@@ -173,7 +175,9 @@ def test_first_tokens_stay_visible(attend, run, tokens):
 
 
 @pytest.mark.parametrize(("logit", "same_as"), [(-50.0, "no sinks"), (50.0, "no attention")])
-def test_learned_sinks_take_what_they_get(base, attend, draw, run, tokens, logit, same_as):
+def test_learned_sinks_absorb_none_or_all_of_the_attention(
+    base, attend, draw, run, tokens, logit, same_as
+):
     config = attend(sinks=model.LearnedSinks())
     params, plain = draw(config), draw(base)
     params["blocks"]["0"]["attention"]["sinks"][:] = logit
@@ -184,8 +188,9 @@ def test_learned_sinks_take_what_they_get(base, attend, draw, run, tokens, logit
     )
 
 
-def test_grouped_heads_are_shared_heads(base, attend, draw, run, tokens):
-    """Two key/value heads for four query heads: as multi-head attention with each of them twice."""
+def test_grouped_query_attention_matches_repeated_key_value_heads(base, attend, draw, run, tokens):
+    """Two key/value heads for four query heads match multi-head attention with each key/value head
+    repeated twice."""
     params, repeated = draw(base), draw(base)
     for name in ("k", "v"):
         w = params["blocks"]["0"]["attention"][name]
@@ -195,14 +200,14 @@ def test_grouped_heads_are_shared_heads(base, attend, draw, run, tokens):
     )
 
 
-def test_ends_of_grouped_attention():
+def test_mha_and_mqa_are_special_cases_of_gqa():
     assert model.MHA(heads=4, head_dim=8).kv_heads == 4
     assert model.MQA(heads=4, head_dim=8, window=3) == model.GQA(
         heads=4, kv_heads=1, head_dim=8, window=3
     )
 
 
-def test_without_a_causal_mask_the_future_counts(attend, run, tokens):
+def test_non_causal_attention_depends_on_later_tokens(attend, run, tokens):
     config = attend(causal=False)
     other = tokens.copy()
     other[:, -1] = 39
@@ -212,7 +217,7 @@ def test_without_a_causal_mask_the_future_counts(attend, run, tokens):
 @pytest.mark.parametrize("norm", [model.RMSNormConfig(offset=1.0), model.LayerNormConfig()])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_norms_reduce_in_float32(norm, dtype):
-    """In bf16 the result is that of float64, rounded once: relative 2^-8."""
+    """In bfloat16 the result is the float64 result rounded once: relative error 2^-8."""
     x = 100 + np.random.default_rng(3).standard_normal((4, 256))
     x = np.asarray(jnp.asarray(x, dtype), np.float64)
     if isinstance(norm, model.LayerNormConfig):
@@ -225,9 +230,9 @@ def test_norms_reduce_in_float32(norm, dtype):
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, rtol=tolerance, atol=1e-4)
 
 
-def test_dynamic_scaling_keeps_what_it_was_trained_at():
-    """Within the length nothing changes; beyond it each position turns by the base of its own
-    length, so that decoding with cached keys and one pass agree."""
+def test_dynamic_ntk_changes_only_positions_beyond_the_original_length():
+    """Beyond the original length, each position uses the base for its own length, so that decoding
+    with cached keys matches a single pass."""
     scaled = model.RoPE(scaling=model.DynamicNTK(factor=4.0, original=32))
     cos, _ = scaled.table(jnp.arange(64)[None], WIDTH)
     same, _ = model.RoPE().table(jnp.arange(32)[None], WIDTH)

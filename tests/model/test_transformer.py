@@ -1,4 +1,5 @@
-"""The stack: scan, rematerialisation, trees, dtypes, dropout, and what forward hands back."""
+"""The layer stack: scan, activation checkpointing (remat), parameter trees, dtypes, dropout and the
+outputs of the forward pass."""
 
 import dataclasses
 import re
@@ -25,14 +26,14 @@ def loss(config, params, tokens, remat="none"):
 
 
 def relative(a, b):
-    """Largest difference of two trees of numbers, relative to the largest entry of its leaf."""
+    """Largest difference of two trees of arrays, relative to the largest entry of each leaf."""
     worst = jax.tree.map(lambda x, y: np.abs(x - y).max() / (np.abs(x).max() + 1e-12), a, b)
     return max(jax.tree.leaves(worst))
 
 
-def test_scan_equals_the_layers_one_by_one(base, run, tokens):
-    """The same weights as one scan, as a pattern with a suffix, and as five single layers. Sums in
-    another order: 1e-5."""
+def test_scan_matches_unrolled_layers(base, run, tokens):
+    """The same weights as one scan, as a pattern with a suffix, and as five single layers. The
+    tolerance of 1e-5 is for sums in a different order."""
     scan = dataclasses.replace(base, layers=5)
     unrolled = dataclasses.replace(scan, prefix=(model.Block(),) * 5)
     pattern = dataclasses.replace(scan, pattern=(model.Block(),) * 2)
@@ -43,9 +44,9 @@ def test_scan_equals_the_layers_one_by_one(base, run, tokens):
         np.testing.assert_allclose(run(other, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_blocks_take_turns(base, run, tokens):
-    """Local, global, local: as the same three layers written one by one, and not as the other way
-    round."""
+def test_blocks_of_a_pattern_alternate(base, run, tokens):
+    """Local, global, local: matches the same three layers unrolled, and differs from the reversed
+    pattern."""
     config = dataclasses.replace(base, layers=3, pattern=PATTERN)
     unrolled = dataclasses.replace(base, layers=3, prefix=(*PATTERN, PATTERN[0]))
     turned = dataclasses.replace(base, layers=3, pattern=PATTERN[::-1])
@@ -54,9 +55,9 @@ def test_blocks_take_turns(base, run, tokens):
     assert np.abs(run(turned, tokens) - expected).max() > 1e-2
 
 
-def test_remat_changes_memory_and_not_gradients(base, draw, tokens):
-    """Of a scan and of a single layer before it. What is computed anew may be summed in another
-    order: 1e-5."""
+def test_remat_reduces_memory_and_does_not_change_gradients(base, draw, tokens):
+    """For a scan and a single layer before it. Recomputed values may be summed in a different
+    order: tolerance 1e-5."""
     config = dataclasses.replace(base, layers=9, prefix=(model.Block(),))
     params, tokens = draw(config), np.tile(tokens, (4, 8))
     gradients, sizes = {}, {}
@@ -74,7 +75,7 @@ def test_remat_changes_memory_and_not_gradients(base, draw, tokens):
         sizes[remat] = compiled.memory_analysis().temp_size_in_bytes
     for gradient in gradients.values():
         assert relative(gradients["none"], gradient) < 1e-5
-    # 'dots' differs from 'none' by attention alone, too little to see at this size.
+    # 'dots' differs from 'none' only in attention, too little to measure at this size.
     assert sizes["block"] < 0.9 * min(sizes["dots"], sizes["none"])
     assert sizes["attention"] < min(sizes["dots"], sizes["none"])
 
@@ -90,8 +91,8 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("remat", KERNELS, ids=str)
-def test_attention_that_is_kept_is_not_computed_again(base, remat):
-    """Calls of the kernel in the program of the gradient."""
+def test_saved_attention_is_not_recomputed(base, remat):
+    """Counts the kernel calls in the gradient program."""
     attention = model.GQA(heads=2, kv_heads=1, head_dim=128)
     config = dataclasses.replace(base, attention=attention, layers=3)
     tokens = np.zeros((1, 256), np.int32)
@@ -113,16 +114,16 @@ def test_attention_that_is_kept_is_not_computed_again(base, remat):
 
 
 def equations(jaxpr):
-    """All, those of inner programs too."""
+    """Yields all equations, including those of inner jaxprs."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jaxprs_in_params(eqn.params):
             yield from equations(inner)
 
 
-def test_the_program_does_not_grow_with_the_layers(base, tokens):
-    """In characters, forward and backward, within 1 %, with remat and a pattern of two kinds of
-    layers."""
+def test_program_size_does_not_depend_on_the_number_of_layers(base, tokens):
+    """Compares the number of characters of forward and backward, within 1 %, with remat and a
+    pattern of two kinds of layers."""
 
     def size(layers: int) -> int:
         config = dataclasses.replace(base, layers=layers, pattern=PATTERN)
@@ -136,7 +137,7 @@ def test_the_program_does_not_grow_with_the_layers(base, tokens):
 
 
 @pytest.mark.parametrize("parts", ["dense", "everything"])
-def test_weights_shapes_and_axes_are_one_tree(base, parts):
+def test_weights_shapes_and_axes_have_the_same_tree_structure(base, parts):
     config = base
     if parts == "everything":
         full = dataclasses.replace(
@@ -163,17 +164,17 @@ def test_weights_shapes_and_axes_are_one_tree(base, parts):
         stacked = bool(re.match(r"blocks/\d+/", path))
         assert (axes[path][0] == "layers") == stacked
         if "norm/" not in path and "bias" not in path and not path.endswith("sinks"):
-            assert np.std(weight) > 0, f"{path} starts constant"
+            assert np.std(weight) > 0, f"{path} is initialized to a constant"
             assert not stacked or np.abs(weight[0] - weight[-1]).max() > 0 or len(weight) == 1
 
 
-def test_callers_may_change_what_they_are_given(base):
+def test_modifying_returned_axes_and_shapes_does_not_affect_later_calls(base):
     model.axes(base)["embed"].clear()
     model.shapes(base)["embed"].clear()
     assert model.axes(base)["embed"] and model.shapes(base)["embed"]
 
 
-def test_tied_embeddings_serve_twice(base, draw, run, tokens):
+def test_tied_embeddings_match_an_untied_model_with_the_same_table(base, draw, run, tokens):
     tied = dataclasses.replace(base, tied=True)
     params = draw(tied)
     assert "unembed" not in params
@@ -183,9 +184,10 @@ def test_tied_embeddings_serve_twice(base, draw, run, tokens):
     )
 
 
-def test_arithmetic_follows_the_weights(base, draw, run, tokens):
-    """bf16 weights give bf16 hidden states, whose logits are float32 and near those of float32: a
-    bf16 number has 8 bits, and errors of some dozen roundings add up."""
+def test_compute_dtype_follows_the_weights(base, draw, run, tokens):
+    """bfloat16 weights give bfloat16 hidden states and float32 logits close to those of float32
+    weights. A bfloat16 number has 8 significant bits, and the errors of some dozen roundings add
+    up."""
     params = draw(base)
     half = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), params)
     hidden = model.Model(base, half)(tokens).hidden_btd
@@ -195,8 +197,8 @@ def test_arithmetic_follows_the_weights(base, draw, run, tokens):
     np.testing.assert_allclose(logits, run(base, tokens, params), atol=0.15)
 
 
-def test_dropout(base, draw, tokens):
-    """Off without a key; with one it keeps the mean, and every call site has its own mask."""
+def test_dropout_needs_a_key_and_depends_only_on_it(base, draw, tokens):
+    """Disabled without a key. The same key gives the same mask, another key a different one."""
     config = dataclasses.replace(base, dropout=0.4)
     params = draw(config)
 
@@ -211,10 +213,9 @@ def test_dropout(base, draw, tokens):
     assert np.abs(first - other).max() > 0.1 and np.abs(first - plain).max() > 0.1
 
 
-def test_dropout_keeps_the_mean(base, draw, tokens):
-    """With layers that add nothing, what is left is the embedding's mask: 2,000 draws of it have
-    the mean of the plain embedding within five standard errors, sqrt(0.4 / 0.6 / 2000) of each
-    entry."""
+def test_dropout_keeps_the_expected_fraction(base, draw, tokens):
+    """All layers add zero, so only the dropout mask of the embedding remains. Over 2,000 draws, the
+    fraction of kept entries is 0.6 within five standard errors."""
     config = dataclasses.replace(base, dropout=0.4, placement="post")
     params = jax.tree.map(np.zeros_like, draw(config)) | {"embed": {"table": np.ones((40, 16))}}
     ones = {"scale": np.ones((2, 16), np.float32)}
@@ -228,9 +229,9 @@ def test_dropout_keeps_the_mean(base, draw, tokens):
     assert abs(kept.mean() - 0.6) < 5 * np.sqrt(0.6 * 0.4 / kept.size)
 
 
-def test_side_losses_and_load(base, draw, tokens):
-    """One number per loss, summed over layers; the load of each MoE under the path of its
-    weights."""
+def test_auxiliary_losses_and_expert_load(base, draw, tokens):
+    """One scalar per auxiliary loss, summed over layers; the load of each MoE layer under the path
+    of its weights."""
     config = dataclasses.replace(
         base,
         layers=6,
@@ -251,7 +252,7 @@ def test_side_losses_and_load(base, draw, tokens):
     assert dense.losses == {} and dense.load == {} and dense.cache is None
 
 
-def test_padding_counts_in_no_load(base, draw, tokens):
+def test_padding_is_excluded_from_the_expert_load(base, draw, tokens):
     config = dataclasses.replace(base, ffn=MOE)
     params, segments = draw(config), np.ones_like(tokens)
     segments[:, 8:] = 0
@@ -261,7 +262,7 @@ def test_padding_counts_in_no_load(base, draw, tokens):
     np.testing.assert_allclose(padded.losses["balance"], short.losses["balance"], rtol=1e-5)
 
 
-def test_update_balance_moves_only_the_biases_of_routers(base, draw, tokens):
+def test_update_balance_changes_only_router_biases(base, draw, tokens):
     config = dataclasses.replace(
         base, ffn=dataclasses.replace(MOE, balance=model.BiasBalance(rate=0.01))
     )
@@ -279,9 +280,8 @@ def test_update_balance_moves_only_the_biases_of_routers(base, draw, tokens):
     assert relative(dense, model.update_balance(base, dense, {})) == 0
 
 
-def test_initial_weights(base):
-    """Their standard deviations are those that the config asks for, within 10 % at a few thousand
-    entries."""
+def test_initial_weights_have_the_configured_standard_deviation(base):
+    """Within 10 %, at a few thousand entries per weight."""
     wide = dataclasses.replace(
         base,
         dim=64,
@@ -296,7 +296,7 @@ def test_initial_weights(base):
         model.Xavier(): ((2 / 320) ** 0.5, (2 / 320) ** 0.5),
         model.He(): ((2 / 64) ** 0.5, (2 / 256) ** 0.5),
         model.He(gain=1.0): ((1 / 64) ** 0.5, (1 / 256) ** 0.5),
-        model.TruncatedNormal(std=0.1): (0.0987, 0.0987),  # three standard deviations keep 0.987
+        model.TruncatedNormal(std=0.1): (0.0987, 0.0987),  # truncation at three sigma keeps 0.987
     }
     for init, (up, down) in expected.items():
         config = dataclasses.replace(wide, init=init)
@@ -308,14 +308,16 @@ def test_initial_weights(base):
             assert np.abs(params["blocks/0/ffn/up"]).max() <= 0.3
 
 
-def test_weights_do_not_depend_on_how_they_are_drawn():
-    """In a row, as on one device, or in their own shape, as on several: the same numbers."""
+def test_initial_weights_do_not_depend_on_the_shape_they_are_drawn_in():
+    """Drawn flat, as on one device, or in their own shape, as on several devices: the same
+    numbers."""
     init, shape, key = model.Normal(std=1.0).build(1).reads(8, 24), (3, 8, 4, 6), jax.random.key(5)
     np.testing.assert_array_equal(init(key, shape, "float32"), jax.random.normal(key, shape))
 
 
-def test_norm_scales_start_at_one(base):
-    """In the 1 + w form the weight starts at zero, and the network is the same."""
+def test_effective_norm_scales_start_at_one(base):
+    """In the 1 + w form the weight starts at zero, and the network is the same as with scales of
+    one."""
     offset = dataclasses.replace(base, norm=model.RMSNormConfig(offset=1.0))
     start = model.init(offset, jax.random.key(0))
     assert not np.any(start["final_norm"]["scale"])
@@ -329,13 +331,13 @@ def test_norm_scales_start_at_one(base):
     )
 
 
-def test_a_cache_holds_one_document_per_row(base, draw, tokens):
+def test_cache_cannot_be_combined_with_segments(base, draw, tokens):
     cache = model.init_cache(base, 2, 16)
     with pytest.raises(ValueError, match="segments_bt or cache"):
         model.Model(base, draw(base))(tokens, segments_bt=np.ones_like(tokens), cache=cache)
 
 
-def test_cache_in_another_dtype(base, draw, tokens):
+def test_cache_dtype_may_differ_from_the_compute_dtype(base, draw, tokens):
     params = draw(base)
     cache = model.init_cache(base, 2, 16, jnp.bfloat16)
     out = model.Model(base, params)(tokens, cache=cache)

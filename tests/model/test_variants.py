@@ -1,5 +1,5 @@
-"""What holds for every kind of layer: it looks only back, keeps packed documents apart, can be
-cached, and differs from the base, so that an option that does nothing is caught."""
+"""Properties of every kind of layer: it is causal, keeps packed documents separate, can be cached,
+and differs from the base config, which catches options without effect."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ WHOLE = {
     "tied": {"tied": True},
     "alternating": {"pattern": (model.Block(attention=LOCAL), model.Block())},
     "prefix": {"prefix": (model.Block(ffn=model.ReLU2(hidden=24)),)},
-    # Six layers: one before, the pattern twice, and its beginning once more.
+    # Six layers: one prefix layer, the pattern twice, and its first block once more.
     "all_parts": {
         "layers": 6,
         "prefix": (model.Block(ffn=model.ReLU2(hidden=24)),),
@@ -61,7 +61,8 @@ WHOLE = {
     },
 }
 VARIANTS = ["base", *ATTENTION, *WHOLE]
-# The others differ from one of these in numbers that neither a cache nor packing depends on.
+# Marked slow in the packing and caching tests: variants that differ from one of the others only in
+# numbers that neither packing nor caching depends on.
 SLOW = {"theta", "linear", "ntk", "llama3", "bias", "out_bias", "softcap", "scale", "mqa", "geglu"}
 SLOW |= {"layer_norm", "layer_norm_no_bias", "one_plus_norm", "output", "sandwich", "ffn_bias"}
 SLOW |= {"relu2", "mlp", "mlp_tanh", "mlp_relu", "mlp_silu", "embed_scale", "logit_softcap"}
@@ -69,7 +70,7 @@ SLOW |= {"relu2", "mlp", "mlp_tanh", "mlp_relu", "mlp_silu", "embed_scale", "log
 
 @pytest.fixture(scope="session")
 def configs(base, attend):
-    """Name of a variant -> its config."""
+    """Returns a function: name of a variant -> its config."""
     return lambda name: (
         attend(**ATTENTION[name])
         if name in ATTENTION
@@ -84,20 +85,20 @@ def variant(request, configs):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, indirect=True)
-def test_differs_from_the_base(variant, base, run, tokens):
+def test_variant_differs_from_the_base_config(variant, base, run, tokens):
     name, config = variant
     if name == "base":
-        pytest.skip("the base itself")
+        pytest.skip("this is the base config")
     difference = np.abs(run(config, tokens) - run(base, tokens)).max()
-    assert difference > 1e-2, "the option does nothing"
+    assert difference > 1e-2, "the option has no effect"
 
 
 @pytest.mark.parametrize(
     "name", ["base", "alibi", "window", "first_tokens", "learned_sinks", "post", "moe", "all_parts"]
 )
-def test_looks_only_back(name, configs, draw, tokens):
-    """The gradient of the hidden state at place 5 is zero, exactly, at later tokens, and not at any
-    before: but two windows of 3 reach only the last five."""
+def test_attention_is_causal(name, configs, draw, tokens):
+    """The gradient of the hidden state at position 5 is exactly zero at later tokens and nonzero at
+    all earlier ones, except that two layers with windows of 3 reach only the last five tokens."""
     config = dataclasses.replace(configs(name), tied=False)
 
     def hidden(table, params):
@@ -111,9 +112,9 @@ def test_looks_only_back(name, configs, draw, tokens):
     assert seen[:, 1:].all() and seen[:, 0].all() == (name != "window")
 
 
-def test_packed_documents_equal_those_run_alone(variant, run, tokens):
-    """Two documents of 6 tokens: each as when it begins a row by itself. Within 1e-5: the softmax
-    sums the same terms among zeros, in another order."""
+def test_packed_documents_match_separate_runs(variant, run, tokens):
+    """Two documents of 6 tokens each match runs in which the document starts a row. Within 1e-5:
+    the softmax sums the same terms and additional zeros in a different order."""
     _, config = variant
     ones, places = np.ones((2, 1), np.int32), np.arange(12, dtype=np.int32)
     packed = run(
@@ -123,9 +124,10 @@ def test_packed_documents_equal_those_run_alone(variant, run, tokens):
     np.testing.assert_allclose(packed, np.concatenate(alone, axis=1), atol=1e-5, rtol=1e-5)
 
 
-def test_cached_equals_uncached(variant, run, draw, tokens):
+def test_cached_decoding_matches_the_uncached_forward_pass(variant, run, draw, tokens):
     """A prompt of 5 tokens in the first row and of 3 in the second, then one token at a time, in a
-    cache longer than the text: at every place the logits of the whole text, within 1e-4."""
+    cache longer than the sequence. At every position the logits match those of a pass over the
+    whole sequence, within 1e-4."""
     _, config = variant
     params, length = draw(config), tokens.shape[1]
 

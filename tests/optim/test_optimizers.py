@@ -1,5 +1,5 @@
-"""Each optimizer against its formula in numpy, properties of all of them, and an optimizer that an
-experiment file defines itself."""
+"""Each optimizer against its formula in numpy, properties of all optimizers, and user-defined
+optimizers of an experiment file."""
 
 import dataclasses
 
@@ -17,8 +17,8 @@ from lm.parallel import sharding
 from lm.parallel.mesh import Mesh
 
 RATE = 0.01
-# An embedding, an unembedding, a stack of query projections, stacked experts, a stack of norms, a
-# balancing bias.
+# An embedding, an output projection, stacked query projections, stacked experts, stacked norms and
+# a stacked balancing bias.
 AXES = {
     "embed": ("vocab", "embed"),
     "unembed": ("embed", "vocab"),
@@ -48,7 +48,7 @@ each = pytest.mark.parametrize("optimizer", ALL, ids=lambda o: type(o).__name__)
 
 
 def draw(seed):
-    """Random parameters of the shapes above."""
+    """Random parameters with the shapes above."""
     random = np.random.default_rng(seed)
     return jax.tree.map(
         lambda s: random.normal(size=s).astype(np.float32),
@@ -58,8 +58,8 @@ def draw(seed):
 
 
 def run(optimizer, params, gradients, axes=AXES, schedule=lambda step: RATE * (step + 1)):
-    """The parameters after updates with these gradients; the learning rate is 1, 2, 3 ... times
-    RATE."""
+    """Applies one update per gradient and returns the parameters. The learning rate is RATE times
+    1, 2, 3, ..."""
     transformation = optimizer.build(schedule, axes)
     state = transformation.init(params)
     update = jax.jit(transformation.update)
@@ -70,7 +70,8 @@ def run(optimizer, params, gradients, axes=AXES, schedule=lambda step: RATE * (s
 
 
 def run_numpy(params, gradients, rule, weight_decay):
-    """`run` in numpy; rule(g, p, memory, t, name, decay) -> direction of one leaf, t = 1, 2, 3."""
+    """`run` in numpy. rule(g, p, memory, t, name, decay) -> update direction of one leaf; t = 1, 2,
+    3."""
 
     def leaf(path, p, *gs):
         name, memory, p = path[-1].key, {}, p.astype(np.float64)
@@ -104,7 +105,7 @@ def lion(g, p, memory, t, name, decay):
 
 
 def inside(name):
-    """The dimensions of one matrix of the stack."""
+    """The axes of a single weight within a stack of layers or experts."""
     return {"q": (1, 2, 3), "up": (2, 3), "scale": (1,), "bias": (1,)}.get(name, (0, 1))
 
 
@@ -150,11 +151,11 @@ def muon(g, p, memory, t, name, decay):
     list(zip(ALL, (adam(0.9, 0.999, 1e-8), sgd, lion, adafactor, lamb, muon), strict=True)),
     ids=lambda o: type(o).__name__,
 )
-def test_three_steps_follow_the_formula(optimizer, rule):
+def test_three_steps_match_the_formula(optimizer, rule):
     params, gradients = draw(0), [draw(seed) for seed in (1, 2, 3)]
     expected = run_numpy(params, gradients, rule, 0.1)
-    # float32 against float64: a few units in the last place over three steps; Newton-Schulz
-    # multiplies them by up to 3.4**5.
+    # float32 against float64: errors of a few units in the last place over three steps;
+    # Newton-Schulz amplifies them by up to 3.4**5.
     rtol = 1e-3 if isinstance(optimizer, optim.Muon) else 2e-5
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol),
@@ -168,7 +169,7 @@ def slice_of(tree, layer):
 
 
 @each
-def test_a_stack_moves_as_its_layers_one_by_one(optimizer):
+def test_stacked_layers_update_like_separate_layers(optimizer):
     params, gradients = draw(0), [draw(seed) for seed in (1, 2, 3)]
     stacked = run(optimizer, params, gradients)["blocks"]
     axes = {name: a[1:] for name, a in AXES["blocks"].items()}
@@ -182,7 +183,7 @@ def test_a_stack_moves_as_its_layers_one_by_one(optimizer):
 
 
 @each
-def test_the_balancing_bias_does_not_move(optimizer):
+def test_balancing_bias_is_not_updated(optimizer):
     params = draw(0)
     gradients = [draw(seed) for seed in (1, 2, 3)]
     for gradient in gradients:
@@ -193,7 +194,7 @@ def test_the_balancing_bias_does_not_move(optimizer):
 
 
 @each
-def test_zero_gradients_only_decay_the_matrices(optimizer):
+def test_zero_gradients_decay_only_the_matrices(optimizer):
     params = draw(0)
     after = run(optimizer, params, [jax.tree.map(np.zeros_like, params)])
     np.testing.assert_array_equal(after["blocks"]["scale"], params["blocks"]["scale"])
@@ -203,7 +204,7 @@ def test_zero_gradients_only_decay_the_matrices(optimizer):
 
 
 @each
-def test_descends_on_a_quadratic(optimizer):
+def test_optimizer_descends_on_a_quadratic(optimizer):
     goal, params = draw(0), draw(1)
 
     def distance(params):
@@ -226,7 +227,7 @@ def test_descends_on_a_quadratic(optimizer):
     assert distance(params) < 0.5 * before
 
 
-def test_what_decays_and_what_is_orthogonalized_is_read_from_the_axes():
+def test_axes_determine_which_weights_decay_and_which_are_orthogonalized():
     matrices = [
         ("embed", "heads", "head"),
         ("layers", "heads", "head", "embed"),
@@ -255,17 +256,17 @@ def test_what_decays_and_what_is_orthogonalized_is_read_from_the_axes():
 
 
 @pytest.mark.parametrize("shape", [(4, 32), (32, 4), (16, 64), (3, 2, 8, 24)])
-def test_orthogonal_matrices_have_singular_values_near_one(shape):
-    # The iteration does not converge to one but to between 0.68 and 1.13, for singular values above
-    # 1% of the norm.
+def test_orthogonalized_matrices_have_singular_values_near_one(shape):
+    # For singular values above 1 % of the norm, the iteration ends between 0.68 and 1.13; it does
+    # not converge to one.
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     values = np.linalg.svd(np.asarray(orthogonalize(x)), compute_uv=False)
     assert values.min() > 0.65 and values.max() < 1.2
     scale = np.abs(orthogonalize(1e3 * x) - orthogonalize(x)).max()
-    assert scale < 1e-4, "the norm of the momentum does not matter"
+    assert scale < 1e-4, "the norm of the input must not matter"
 
 
-def test_both_halves_of_muon_take_steps_of_one_size():
+def test_muon_and_its_adam_part_take_steps_of_the_same_size():
     random = np.random.default_rng(0)
     params = {"up": np.zeros((64, 256), np.float32), "embed": np.zeros((256, 64), np.float32)}
     axes = {"up": ("embed", "mlp"), "embed": ("vocab", "embed")}
@@ -280,7 +281,7 @@ def test_both_halves_of_muon_take_steps_of_one_size():
     assert rms["up"] == pytest.approx(0.2, rel=0.2) and rms["embed"] == pytest.approx(0.2, rel=0.3)
 
 
-def test_first_moments_in_bfloat16_change_updates_little():
+def test_bfloat16_first_moments_change_updates_only_slightly():
     params, gradients = draw(0), [draw(seed) for seed in (1, 2, 3)]
     for kind in (optim.AdamW, optim.Lion, optim.LAMB, optim.Muon, optim.SGD):
         options = {"momentum": 0.9} if kind is optim.SGD else {}
@@ -296,9 +297,9 @@ def test_first_moments_in_bfloat16_change_updates_little():
             )
 
 
-def test_the_update_streams_through_memory_once_per_fusion():
-    """AdamW compiles to one fusion for each array that it writes and nothing else: 10 passes over
-    memory; a single fusion would take 7 (read 4, write 3)."""
+def test_adamw_compiles_to_one_fusion_per_written_array():
+    """AdamW compiles to exactly one fusion per array that it writes: 10 passes over memory. A
+    single fusion would take 7 (read 4, write 3)."""
     shape = (256, 128)
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
     transformation = optim.AdamW(weight_decay=0.1).build(lambda step: RATE, {"w": ("embed", "mlp")})
@@ -313,7 +314,7 @@ def test_the_update_streams_through_memory_once_per_fusion():
     assert not any(f" {op}(" in text for op in ("dot", "transpose", "reduce", "while"))
     passes = compiled.cost_analysis()["bytes accessed"] / (4 * 256 * 128)
     assert passes < 10.5
-    assert compiled.memory_analysis().temp_size_in_bytes < 1000, "in place"
+    assert compiled.memory_analysis().temp_size_in_bytes < 1000, "the update is not in place"
 
 
 @pytest.mark.parametrize(
@@ -328,14 +329,15 @@ def test_the_update_streams_through_memory_once_per_fusion():
         (lambda: optim.Adafactor(clip_update=0), "optimizer.clip_update=0"),
     ],
 )
-def test_a_bad_field_is_named(make, message):
+def test_errors_for_invalid_fields_name_the_field(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adan(optim.Optimizer):
-    """An optax transformation that this package does not have, with state of three moments."""
+    """An optax transformation that this package does not provide, with three moments as its
+    state."""
 
     b1: float = 0.98
 
@@ -345,7 +347,7 @@ class Adan(optim.Optimizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Halves(optim.Optimizer):
-    """Nested optax states, with parameters missing from each: momentum for matrices, Adam for the
+    """Nested optax states, each without some of the parameters: momentum for matrices, Adam for the
     rest."""
 
     def direction(self, axes):
@@ -361,12 +363,13 @@ own = pytest.mark.parametrize(
 
 
 @own
-def test_an_optimizer_of_an_experiment_file_descends(optimizer):
-    test_descends_on_a_quadratic(optimizer)
+def test_user_defined_optimizer_descends_on_a_quadratic(optimizer):
+    test_optimizer_descends_on_a_quadratic(optimizer)
 
 
-def test_an_optimizer_of_an_experiment_file_follows_its_formula():
-    """Decoupled decay and learning rate are added to the direction, as for our own."""
+def test_user_defined_optimizer_matches_its_formula():
+    """Decoupled weight decay and the learning rate are applied to the direction, as for built-in
+    optimizers."""
     params, gradients = draw(0), [draw(1)]
     direction = optax.scale_by_adan(0.98)
     updates, _ = direction.update(gradients[0], direction.init(params), params)
@@ -383,8 +386,9 @@ def test_an_optimizer_of_an_experiment_file_follows_its_formula():
 
 
 @pytest.mark.parametrize("optimizer", [*ALL, Adan(), Halves()], ids=lambda o: type(o).__name__)
-def test_optimizer_state_is_sharded_as_its_parameters(optimizer):
-    """Every state leaf at a parameter's path has its sharding, but for dimensions of size 1."""
+def test_optimizer_state_is_sharded_like_its_parameters(optimizer):
+    """Every state leaf at a parameter's path has that parameter's sharding, except in dimensions of
+    size 1."""
     sizes = {"embed": (8, 4), "unembed": (4, 8), "blocks": {**SHAPES["blocks"], "q": (2, 4, 2, 2)}}
     sizes["blocks"]["up"] = (2, 2, 4, 6)
     params = jax.tree.map(

@@ -1,5 +1,5 @@
-"""Schedules: values, continuity, durations in steps, fractions and tokens, and a schedule that an
-experiment file defines itself."""
+"""Learning rate schedules: values, continuity, durations in steps, fractions and tokens, and a
+user-defined schedule of an experiment file."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ each = pytest.mark.parametrize("schedule", ALL, ids=lambda s: type(s).__name__)
 
 
 class Batches:
-    """In place of data.BatchShape: 100 tokens a step, 200 from step 10 on."""
+    """Stands in for data.BatchShape: 100 tokens per step, 200 from step 10 on."""
 
     def tokens_before(self, step):
         return 100 * min(step, 10) + 200 * max(step - 10, 0)
@@ -39,36 +39,36 @@ def rates(schedule, steps=None):
 
 
 @each
-def test_is_positive_continuous_and_highest_after_the_warmup(schedule):
+def test_rate_is_positive_continuous_and_highest_after_the_warmup(schedule):
     rate = rates(schedule)
     assert rate.dtype == np.float32
-    assert (rate[:-1] > 0).all(), "no update has learning rate zero, the first included"
+    assert (rate[:-1] > 0).all(), "no update, including the first, has learning rate zero"
     assert np.abs(np.diff(rate[:-1])).max() < 0.5 * 0.25
     assert rate.max() == pytest.approx(0.5) and rate[9:11].max() == pytest.approx(0.5)
     assert (np.diff(rate[:10]) > 0).all() and (np.diff(rate[10:]) <= 0).all()
 
 
 @each
-def test_can_be_traced_and_keeps_its_last_value(schedule):
+def test_schedule_can_be_traced_and_keeps_its_last_value(schedule):
     assert jax.jit(schedule.at)(jnp.int32(50)) == pytest.approx(float(schedule.at(50)))
     if not isinstance(schedule, optim.InverseSqrt):
         np.testing.assert_array_equal(rates(schedule, 120)[100:], schedule.at(100))
 
 
 @each
-def test_without_a_warmup_the_first_update_is_at_the_peak(schedule):
+def test_without_warmup_the_first_update_uses_the_peak_rate(schedule):
     assert dataclasses.replace(schedule, warmup=0).at(0) == pytest.approx(0.5)
 
 
 @each
-def test_short_runs_work(schedule):
+def test_schedule_supports_short_runs(schedule):
     for steps in (1, 2, 3, 7):
         parts = {"decay": 0.2} if isinstance(schedule, optim.WSD) else {}
         short = dataclasses.replace(schedule, steps=steps, warmup=0.1, **parts)
         assert np.isfinite(rates(short)).all() and (rates(short, steps) > 0).all()
 
 
-def test_values():
+def test_schedule_values_at_selected_steps():
     def at(kind, step, **options):
         return float(kind(peak=1.0, warmup=10, steps=110, **options).at(step))
 
@@ -88,7 +88,7 @@ def test_values():
     assert at(optim.InverseSqrt, 39) == pytest.approx(0.5)
 
 
-def test_a_fraction_keeps_its_meaning_when_the_steps_change():
+def test_fractional_durations_scale_with_the_number_of_steps():
     schedule = optim.WSD(peak=1.0, warmup=0.02, decay=0.2, steps=1000)
     assert schedule.resolve() == optim.WSD(peak=1.0, warmup=20, decay=200, steps=1000)
     short = dataclasses.replace(schedule, steps=50)
@@ -98,7 +98,7 @@ def test_a_fraction_keeps_its_meaning_when_the_steps_change():
     assert hundred.warmup == 29, "0.29 * 100 is 28.999999999999996"
 
 
-def test_tokens_become_steps_of_a_growing_batch():
+def test_durations_in_tokens_convert_to_steps_of_a_growing_batch():
     schedule = optim.WSD(
         peak=1.0,
         warmup=optim.Tokens(500),
@@ -139,14 +139,14 @@ def test_tokens_become_steps_of_a_growing_batch():
         ),
     ],
 )
-def test_a_bad_field_is_named(make, message):
+def test_errors_for_invalid_fields_name_the_field(make, message):
     with pytest.raises(UserError, match=message):
         make()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Halving(optim.Schedule):
-    """A schedule with a phase of its own: after `hold` the rate halves every `every` steps."""
+    """A schedule with an additional phase: after `hold`, the rate halves every `every` steps."""
 
     hold: int | float | optim.Tokens
     every: int
@@ -161,7 +161,7 @@ class Halving(optim.Schedule):
         return 0.5 ** jnp.floor(since / self.every)
 
 
-def test_a_schedule_of_an_experiment_file():
+def test_user_defined_schedule():
     schedule = Halving(peak=1.0, warmup=4, hold=0.2, every=10, steps=50)
     found = [float(schedule.at(step)) for step in (0, 3, 13, 23, 24, 34)]
     assert found == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.25])

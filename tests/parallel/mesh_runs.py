@@ -1,10 +1,11 @@
-"""Runs a tiny experiment on several meshes and writes what came out as .npz, to be compared.
+"""Runs a tiny experiment on several meshes and writes the results as .npz for comparison.
 
 python mesh_runs.py FOLDER RUN MESH ...       RUN is one of RUNS, MESH as in data=2,fsdp=4
 
-For each mesh: STEPS updates from the same beginning, with the losses and gradient norms of all of
-them, and the gradient and the parameters of the first. A checkpoint of step SAVED goes to
-FOLDER/saved-MESH; this one, and those that were there before, are restored and trained on.
+For each mesh, trains STEPS steps from the same initial state and records the loss and gradient norm
+of every step, and the gradient and parameters of the first step. Saves a checkpoint of step SAVED
+to FOLDER/saved-MESH, then restores this checkpoint and those already there, and continues training
+from each.
 """
 
 import sys
@@ -33,15 +34,16 @@ DENSE = Experiment(
         layers=2,
         attention=model.GQA(heads=8, kv_heads=2, head_dim=4, position=model.RoPE()),
         ffn=model.SwiGLU(hidden=32),
-        # Embeddings that an update moves through zero would make the norm after them, and so the
-        # gradient, ill-conditioned.
+        # Small embeddings could pass through zero in an update, which would make the norm after
+        # them, and so the gradient, ill-conditioned.
         embed_std=0.5,
     ),
     data=data.Documents(texts=("unused",)),
     tokenizer=data.SentencePiece(vocab=VOCAB, kind="char", byte_fallback=False),
     batch=data.BatchShape(sequences=SEQUENCES, length=LENGTH),
-    # Adam divides each gradient by its own size, so rounding would decide the sign of the step
-    # wherever a gradient is nearly zero. A large eps makes it a smooth function of the gradient.
+    # Adam divides each gradient by its own magnitude, so rounding would decide the sign of the
+    # update where a gradient is nearly zero. A large eps makes the update a smooth function of the
+    # gradient.
     optimizer=optim.AdamW(eps=1e-3, weight_decay=0.1, clip_norm=1e3),
     schedule=optim.Constant(peak=1e-2, steps=STEPS),
 )
@@ -78,8 +80,8 @@ RUNS = {
 
 
 def batch(step: int) -> Batch:
-    """Several documents in a row and padding after them; label weights differ from row to row and
-    one row is all padding, so that a mean of means would be another number."""
+    """Rows hold several documents followed by padding. Loss weights differ between rows and one row
+    is all padding, so that a mean of per-device means would give a different loss."""
     random = np.random.default_rng(step)
     shape = (SEQUENCES, LENGTH)
     starts_bt = random.random(shape) < 0.2
@@ -114,7 +116,7 @@ class Play:
         return state, {name: float(x) for name, x in metrics.items()}
 
     def finish(self, state: Any) -> np.ndarray:
-        """The losses from after step SAVED to the end."""
+        """Trains from step SAVED to the end and returns the losses."""
         losses = []
         for step in range(SAVED, STEPS):
             state, metrics = self.update(state, step)
@@ -123,7 +125,7 @@ class Play:
 
 
 def whole(tree: Any, prefix: str) -> dict[str, np.ndarray]:
-    """PREFIX/path -> the whole array, on every process."""
+    """Returns {PREFIX/path: full array} on every process."""
     flat = trees.flatten(tree)
     if jax.process_count() > 1:
         flat = {k: multihost_utils.process_allgather(x, tiled=True) for k, x in flat.items()}
@@ -131,7 +133,7 @@ def whole(tree: Any, prefix: str) -> dict[str, np.ndarray]:
 
 
 def first_moment(state: Any) -> Any:
-    """After one update (1 - b1) times the gradient that the step itself computed."""
+    """Adam's first moment: after one update, (1 - b1) times the gradient of that step."""
     adam = [
         part
         for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))

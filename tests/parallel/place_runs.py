@@ -1,5 +1,4 @@
-"""One update of a tiny experiment at several places: the loss and the gradient as .npz, to be
-compared.
+"""Runs one step of a tiny experiment at several places; writes loss and gradient as .npz.
 
 python place_runs.py FOLDER RUN PLACE ...
 
@@ -31,13 +30,13 @@ DENSE = replace(
 )
 RUNS = {
     "dense": DENSE,
-    # The loss as it is on TPUs, with words in chunks, of which a device's do not make whole ones.
+    # The loss as on TPUs, in chunks of the vocabulary that do not divide a device's shard of it.
     "words": replace(
         DENSE,
         model=replace(DENSE.model, layers=2, pattern=(), prefix=(), tied=True),
         objective=objectives.NextToken(z_loss=0.01, chunk=4, vocab_chunk=12),
     ),
-    # Five layers do not divide over stages.
+    # Five layers do not divide evenly over stages.
     "uneven": replace(DENSE, model=replace(DENSE.model, layers=5, pattern=(), prefix=())),
     "dropless": replace(
         DENSE, model=replace(DENSE.model, ffn=MOE, layers=4, pattern=(), prefix=())
@@ -65,7 +64,7 @@ def place(text: str) -> Place:
 
 
 def trips(play: Play) -> list[int]:
-    """How often the compiled step goes round each of its loops; the compiler writes it down."""
+    """Returns the trip count of each loop in the compiled step, as annotated by the compiler."""
     rows = batch(0)
     on_devices = play.program.put(lambda own: Batch(*(x[own] for x in rows)), SEQUENCES)
     compiled = play.program.step.lower(play.program.abstract[0], on_devices, {}).compile()

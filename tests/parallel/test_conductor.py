@@ -1,4 +1,4 @@
-"""The whole way from text to a finished run on two processes, against one device."""
+"""A complete run from text in two processes, compared with a run on one device."""
 
 import json
 import os
@@ -70,14 +70,14 @@ def two_processes(folder: Path, *words: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_device(tmp_path):
+def test_two_processes_train_like_one_device(tmp_path):
     write_texts(tmp_path / "texts")
     finish(start(tmp_path, "--workdir", "alone"))
     mesh = ("--mesh", "data=2,fsdp=2,tensor=2", "--workdir", "together")
     (out, _), (other_out, other_err) = two_processes(tmp_path, *mesh)
 
     alone, together = tmp_path / "alone/small", tmp_path / "together/small"
-    # float32 sums in another order, through eight updates of Adam.
+    # The order of float32 sums differs, over eight updates of Adam.
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
     ours, theirs = (
         [json.loads(line) for line in (f / "eval.jsonl").read_text().splitlines()]
@@ -87,11 +87,11 @@ def test_two_processes_train_as_one_device(tmp_path):
         assert all(mine[key] == its[key] for key in ("step", "name", "count"))
         assert mine["value"] == pytest.approx(its["value"], rel=1e-4)
     assert "Trained small to step 8" in out and "Sample" in out
-    assert other_out == ""  # one process speaks
+    assert other_out == ""  # only the main process prints
     assert "step" not in other_err
 
     (out, _), (other_out, _) = two_processes(tmp_path, *mesh)
     assert "is complete at step 8" in out and other_out == ""
-    # Hardware is not identity: on one device it is the same, complete run.
+    # Hardware is not part of a run's identity: on one device it is the same, complete run.
     ((out, _),) = finish(start(tmp_path, "--workdir", "together"))
     assert "is complete at step 8" in out

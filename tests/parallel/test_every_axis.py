@@ -1,7 +1,7 @@
-"""At every place the loss and the whole gradient are those of one device: pairs and triples of
-axes, both schedules of the pipeline, documents packed into rows.
+"""At every place the loss and all gradients equal those of one device: pairs and triples of mesh
+axes, both pipeline schedules, packed documents.
 
-The programs are in place_runs.py, many of them in one process with 8 virtual CPU devices.
+place_runs.py runs the programs, many of them in one process with 8 virtual CPU devices.
 """
 
 from dataclasses import replace
@@ -44,7 +44,7 @@ DENSE = (
     "fsdp=2,context=2",
     "tensor=2,context=2",
     "pipe=2,context=2",
-    # triples, and more of the pipeline
+    # triples, and more pipeline settings
     "data=2,fsdp=2,pipe=2 circular_repeats=2",
     "fsdp=2,tensor=2,pipe=2",
     "fsdp=2,tensor=2,pipe=2 circular_repeats=2",
@@ -82,7 +82,7 @@ MOE = (
 
 
 def at_places(folder: Path, run: str, places: tuple[str, ...]) -> dict[str, Numbers]:
-    """In two processes, since nearly all of it is compiling, which takes one core."""
+    """Uses two processes, since most of the time is compilation, which runs on one core."""
     places = (ALONE, *places)
     halves = filter(None, (places[::2], places[1::2]))
     wait(*[start(folder, run, half, worker=WORKER, **EIGHT) for half in halves])
@@ -108,17 +108,17 @@ def test_a_few_places_agree_with_one_device(quick, text):
     check(quick[text], quick[ALONE])
 
 
-def test_the_bubble_shown_is_that_of_the_compiled_loop(quick):
-    """Four micro-batches go twice round two stages, so that each works in eight iterations."""
+def test_the_displayed_bubble_matches_the_compiled_loop(quick):
+    """Four microbatches pass through two stages twice, so each stage works in eight iterations."""
     changed = replace(RUNS["dense"], places={"here": place(QUICK[1])})
     shown = show.facts(changed, "here")["pipeline"]
     trips = list(quick[QUICK[1]]["trips"])
-    assert trips.count(shown["iterations"]) == 2, "forward and backward"
+    assert trips.count(shown["iterations"]) == 2, "expected one forward and one backward loop"
     assert shown["bubble"] == pytest.approx(1 - 4 * 2 / shown["iterations"])
     assert "9 iterations, bubble 11.1%" in show.text(show.facts(changed, "here"))
 
 
-def test_places_that_cannot_be_are_refused():
+def test_invalid_places_are_refused():
     with pytest.raises(UserError, match=r"batch.length=16 must be a multiple of 24"):
         RUNS["dense"].check_place(place("context=12"))
     with pytest.raises(
@@ -148,7 +148,7 @@ def test_all_places_agree_with_one_device(tmp_path, run, places):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_agree_with_one_device(tmp_path, processes):
+def test_several_processes_agree_with_one_device(tmp_path, processes):
     alone = at_places(tmp_path, "dense", ())[ALONE]
     places = ("pipe=2,data=2,tensor=2", "pipe=4,fsdp=2 microbatches=4")
     each = environments(processes)

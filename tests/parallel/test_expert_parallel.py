@@ -1,8 +1,8 @@
-"""On 8 virtual devices: rows come back from the devices of their experts as those experts make
-them, whatever the load and however small the buffer; so do gradients.
+"""On 4 virtual devices, expert parallelism returns the same rows and gradients as local experts,
+for any load of the experts and any buffer size.
 
-A TPU's all-to-all of ragged parts does not run here. In its place stands what its documentation
-says, so that the sizes and places that it is given are checked too.
+The ragged all-to-all of TPUs does not run here. An implementation of its documentation replaces it,
+so that the sizes and offsets passed to it are checked too.
 """
 
 import os
@@ -16,7 +16,7 @@ import virtual_devices
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 DEVICES, EXPERTS, ROWS, WIDTH = 4, 8, 12, 5
-# Rows of each device for each expert; less than ROWS where tokens are masked.
+# Rows of each device for each expert; fewer than ROWS per device where tokens are masked.
 LOADS = {
     "even": [[1, 2, 1, 2, 1, 2, 1, 2]] * DEVICES,
     "all for one device": [[0, 0, 12, 0, 0, 0, 0, 0]] * DEVICES,
@@ -26,7 +26,7 @@ LOADS = {
 
 
 @pytest.mark.parametrize("form", ["gathered", "ragged"])
-def test_rows_come_back_from_their_experts(form):
+def test_expert_parallelism_equals_local_experts(form):
     flags = virtual_devices.flags(DEVICES)
     environment = os.environ | {
         "XLA_FLAGS": flags,
@@ -38,7 +38,7 @@ def test_rows_come_back_from_their_experts(form):
 
 
 def main(form: str) -> None:
-    """Runs in the process that has the devices."""
+    """Runs in the subprocess with the virtual devices."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -47,7 +47,7 @@ def main(form: str) -> None:
     from lm.model import expert_parallel
 
     def written_out(x, output, input_offsets, send_sizes, output_offsets, recv_sizes, axis_name):
-        """What jax.lax.ragged_all_to_all says that it does."""
+        """Implements the documentation of jax.lax.ragged_all_to_all."""
         everywhere = [jax.lax.all_gather(a, axis_name) for a in (x, input_offsets, output_offsets)]
         x_pm, from_pi, to_pi = everywhere
         each = recv_sizes.size // DEVICES
@@ -102,7 +102,7 @@ def main(form: str) -> None:
 
 
 def gradients(x, w, counts):
-    """Of the same loss, row by row."""
+    """Returns the gradients of the same loss, computed row by row."""
     import numpy as np
 
     dx, dw = np.zeros_like(x), np.zeros_like(w)

@@ -1,9 +1,9 @@
-"""Every mesh computes what one device computes, and goes on from what any other has saved.
+"""Every mesh computes what one device computes, and resumes from checkpoints of any other mesh.
 
-The runs themselves are in mesh_runs.py, in processes of their own with 8 virtual CPU devices; here
-their numbers are compared. Tolerances are for float32: a sum taken in another order differs by a
-few units of 6e-8, which gradients through the layers keep below 1e-5 of the largest element; twenty
-updates feed it back into itself, hence 1e-4.
+mesh_runs.py runs the training in separate processes with 8 virtual CPU devices; this file compares
+the results. Tolerances are for float32: a sum in a different order differs by a few units of 6e-8.
+In gradients through the layers the error stays below 1e-5 of the largest element. Over twenty
+updates it feeds back into itself, hence 1e-4.
 """
 
 import os
@@ -25,8 +25,8 @@ DENSE = (ALONE, "data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
 MOE = (ALONE, "expert=4", "fsdp=2,expert=2,tensor=2")
 TWO_PROCESSES = ("data=8", "data=2,fsdp=2,tensor=2")
 
-# XLA's CPU executor starts collectives that do not depend on each other in any order, and each
-# blocks its device: two devices may wait in different ones for ever. In program order they do not.
+# XLA's CPU executor starts independent collectives in any order, and each blocks its device, so two
+# devices may deadlock in different collectives. Running them in program order avoids this.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 EIGHT = {"XLA_FLAGS": virtual_devices.flags(8, IN_ORDER)}
 
@@ -82,7 +82,7 @@ def experts(request, tmp_path_factory) -> dict[str, Numbers]:
 
 @pytest.fixture(scope="module")
 def two_processes(dense, dense_folder) -> dict[str, Numbers]:
-    """Two processes of four devices each; they find the checkpoints of the single-process runs."""
+    """Two processes with four devices each, which find the checkpoints of single-process runs."""
     folder = dense_folder / "two"
     folder.mkdir()
     for saved in dense_folder.glob("saved-*"):
@@ -93,7 +93,7 @@ def two_processes(dense, dense_folder) -> dict[str, Numbers]:
 
 
 def environments(processes: int) -> list[dict[str, str]]:
-    """Of processes that share 8 virtual devices."""
+    """Returns the environment variables of processes that share 8 virtual devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -118,8 +118,8 @@ def check_agreement(mesh: Numbers, alone: Numbers) -> None:
     """Prints the largest differences (pytest -s) and asserts their bounds."""
     for path, x in alone.items():
         if path.startswith("initial/"):
-            # The same random bits, turned into normals by a polynomial that XLA's vectors and
-            # scalars round differently in the last bit.
+            # The random bits are the same. XLA's vector and scalar code for the polynomial that
+            # turns them into normals rounds the last bit differently.
             np.testing.assert_allclose(mesh[path], x, rtol=1e-6, err_msg=path)
     losses, norms = (np.abs(mesh[k] / alone[k] - 1) for k in ("loss", "grad_norm"))
     gradients, params = (differences(mesh, alone, k) for k in ("gradient", "params"))
@@ -138,7 +138,7 @@ def check_agreement(mesh: Numbers, alone: Numbers) -> None:
 
 
 def check_restored(mesh: Numbers, all_meshes: Mapping[str, Numbers], name: str) -> None:
-    """What was saved on any mesh is on this one to the bit, and goes on as if never stopped."""
+    """Checkpoints of all meshes are restored bit for bit, and the losses continue unchanged."""
     origins = [k.removeprefix("continued ") for k in mesh if k.startswith("continued ")]
     assert origins
     for origin in origins:
@@ -156,8 +156,8 @@ def check_restored(mesh: Numbers, all_meshes: Mapping[str, Numbers], name: str) 
             np.testing.assert_allclose(losses, uninterrupted, rtol=TWENTY_STEPS, err_msg=origin)
 
 
-def test_the_runs_learn_and_differ(dense):
-    """Otherwise agreement would mean little."""
+def test_losses_and_weights_change_during_training(dense):
+    """Otherwise, agreement between meshes would mean little."""
     losses = dense[ALONE]["loss"]
     assert len(set(losses)) == len(losses)
     moved = differences(
@@ -174,19 +174,19 @@ def test_dense_agrees_with_one_device(dense, mesh):
 
 
 @pytest.mark.parametrize("mesh", DENSE)
-def test_dense_goes_on_from_other_meshes(dense, mesh):
+def test_dense_resumes_from_other_meshes(dense, mesh):
     check_restored(dense[mesh], dense, mesh)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MOE[1:])
-def test_experts_agree_with_one_device(experts, mesh):
+def test_moe_agrees_with_one_device(experts, mesh):
     check_agreement(experts[mesh], experts[ALONE])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MOE)
-def test_experts_go_on_from_other_meshes(experts, mesh):
+def test_moe_resumes_from_other_meshes(experts, mesh):
     check_restored(experts[mesh], experts, mesh)
 
 
@@ -198,6 +198,6 @@ def test_two_processes_agree_with_one_device(two_processes, dense, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", TWO_PROCESSES)
-def test_two_processes_go_on_from_one(two_processes, dense, mesh):
-    """Their own checkpoints, and those of one process with one device or eight."""
+def test_two_processes_resume_from_one_process(two_processes, dense, mesh):
+    """From their own checkpoints, and those of one process with one device or eight."""
     check_restored(two_processes[mesh], dense | two_processes, mesh)

@@ -1,5 +1,5 @@
-"""On 8 virtual devices: the optimizer's state lies with its parameters, and every optimizer takes
-the step that it takes on one device."""
+"""On 8 virtual devices, the optimizer state is sharded like its parameters, and every optimizer
+takes the same step as on one device."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 @pytest.mark.slow
-def test_state_is_born_split_and_steps_agree_with_one_device():
+def test_state_is_created_sharded_and_steps_agree_with_one_device():
     flags = virtual_devices.flags(8)
     environment = os.environ | {
         "XLA_FLAGS": flags,
@@ -27,7 +27,7 @@ def test_state_is_born_split_and_steps_agree_with_one_device():
 
 
 def main() -> None:
-    """Runs in the process that has the devices."""
+    """Runs in the subprocess with the virtual devices."""
     from lm import optim
 
     optimizers = (
@@ -48,7 +48,7 @@ def schedule(step):
 
 
 def check_update(optimizer) -> None:
-    """Two updates on a mesh of all axes and on one device, by the same gradients."""
+    """Compares two updates on a mesh with those on one device, from the same gradients."""
     import jax
     import numpy as np
     import optax
@@ -87,13 +87,13 @@ def check_update(optimizer) -> None:
             p, state = update(jax.device_put(gradients, placed), state, p)
         check_placement(trees.flatten(p), state)
         results.append(jax.device_get(p))
-    # Sums in another order are 1e-7 apart, and Newton-Schulz multiplies that.
+    # Sums in a different order differ by 1e-7, which Newton-Schulz amplifies.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), *results)
     print(type(optimizer).__name__, "agrees")
 
 
 def check_placement(params, opt_state) -> None:
-    """No state takes more room on a device than its parameter, and none is copied that is split."""
+    """State takes no more memory per device than its parameter and is sharded like it."""
     import jax
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
@@ -103,12 +103,12 @@ def check_placement(params, opt_state) -> None:
             assert leaf.shape == (), path
             continue
         ours, theirs = (x.sharding.shard_shape(x.shape) for x in (leaf, param))
-        # A factored dimension has size 1; one that stays is split as the parameter's.
+        # A factored dimension has size 1; others are sharded like those of the parameter.
         assert all(n in (m, 1) for n, m in zip(ours, theirs, strict=True)), path
 
 
 def check_step(optimizer) -> None:
-    """Whole steps with micro-batches, against one device without them."""
+    """Compares training steps with microbatches with one device without them."""
     import jax
     import numpy as np
 
@@ -145,7 +145,7 @@ def check_step(optimizer) -> None:
         )
         compiled = training.compile_step(step, shardings, mesh).lower(state, batch, {}).compile()
         if microbatches > 1:
-            check_moves(compiled.as_text())
+            check_no_row_moves(compiled.as_text())
         placed = jax.device_put(batch, compiled.input_shardings[0][1])
         for _ in range(3):
             state, metrics = compiled(state, placed, {})
@@ -157,9 +157,9 @@ def check_step(optimizer) -> None:
             assert abs(together[name] - value) <= 2e-5 * abs(value), (name, value, together[name])
 
 
-def check_moves(text: str) -> None:
-    """Cutting a batch of 16 rows into micro-batches sends no row to another device. (Looking tokens
-    up in a table that fsdp splits does, in a shard_map of its own.)"""
+def check_no_row_moves(text: str) -> None:
+    """Splitting a batch of 16 rows into microbatches sends no row to another device. (The embedding
+    lookup in a table sharded over fsdp does, in its own shard_map.)"""
     for line in text.splitlines():
         if "/shard_map/" in line:
             continue

@@ -1,5 +1,5 @@
-"""Processes that live and end together: a run goes on with any number of them, and whatever befalls
-one of them alone ends all within seconds, with one sentence."""
+"""Runs of several processes: a run resumes with any number of processes, and a failure of one
+process ends all of them within seconds, with one sentence."""
 
 import os
 import shutil
@@ -17,12 +17,12 @@ from tiny_experiments import losses, write_texts
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 60  # to end in, on a machine that is busy: the processes that wait would do so for ever
+SECONDS = 60  # allowed to end, on a busy machine; processes that wait for others would hang
 OTHERS = ("schedule.steps", "save.every")
 WITHOUT = {name: text for name, text in SETTINGS.items() if name not in OTHERS}
 
 PROGRAM = ("-m", "experiments.text")
-# This process finds no room for the text that it prepares.
+# A process that finds the disk full when it prepares the data.
 FULL = """
 import errno, runpy
 from lm import data
@@ -61,7 +61,7 @@ def start(
 
 
 def ended(*processes: subprocess.Popen) -> list[tuple[int, str]]:
-    """(exit code, standard error) of processes that have so many seconds left."""
+    """Returns (exit code, standard error) of processes that must end within SECONDS."""
     late = time.monotonic() + SECONDS
     try:
         said = [p.communicate(timeout=max(late - time.monotonic(), 1))[1] for p in processes]
@@ -72,12 +72,12 @@ def ended(*processes: subprocess.Popen) -> list[tuple[int, str]]:
 
 
 def sentences(err: str) -> list[str]:
-    """What is no line of the libraries' logs, nor progress."""
+    """Returns the error messages, without logs of libraries and progress."""
     return [line for line in err.splitlines() if line.startswith(("python -m", "Process "))]
 
 
-def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path):
-    """Two processes, then four, then one: each finds the folder as if those before were killed."""
+def test_a_run_resumes_with_a_different_number_of_processes(tmp_path):
+    """Two processes, then four, then one. Each finds the folder as after a kill of the previous."""
     write_texts(tmp_path / "texts")
     changes = {"save": "Save(every=4,keep_last=3)"}
     finish(start(tmp_path, "--workdir", "alone", steps=12, changes=changes))
@@ -95,12 +95,12 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path):
     finish(start(tmp_path, "--workdir", "together", steps=12, changes=changes))
     found, wanted = (losses(tmp_path / f"{name}/small") for name in ("together", "alone"))
     assert len(found) == 12
-    # float32 sums in another order, through twelve updates of Adam.
+    # The order of float32 sums differs, over twelve updates of Adam.
     assert found == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("only", [0, 1])
-def test_a_refusal_of_one_process_ends_all(tmp_path, only):
+def test_an_invalid_setting_in_one_process_ends_all(tmp_path, only):
     write_texts(tmp_path / "texts")
     processes = [
         start(tmp_path, "--mesh", "data=8", changes=wrong, **one)
@@ -116,7 +116,7 @@ def test_a_refusal_of_one_process_ends_all(tmp_path, only):
         assert "Traceback" not in err
 
 
-def test_a_full_disk_of_one_process_ends_all(tmp_path):
+def test_a_full_disk_in_one_process_ends_all(tmp_path):
     write_texts(tmp_path / "texts")
     processes = [
         start(tmp_path, "--mesh", "data=8", program=program, **one)
@@ -140,7 +140,7 @@ def test_a_run_that_only_one_process_sees_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_ends_the_other(tmp_path, killed):
+def test_killing_one_process_ends_the_other(tmp_path, killed):
     write_texts(tmp_path / "texts")
     processes = [
         start(tmp_path, "--mesh", "data=8", steps=1_000_000, **one) for one in environments(2)

@@ -57,7 +57,7 @@ def test_a_plan_has_the_documented_keys():
     assert plan["model_flops_utilization"] == pytest.approx(plan["model_flops_per_step"] / seconds)
 
 
-def test_state_agrees_with_show():
+def test_state_size_agrees_with_show():
     shown = show.facts(LLAMA, on="v5p-64")["memory_bytes_per_device"]
     plan = planning.plan(LLAMA, "v5p-64", compile=False)
     assert plan["state_bytes_per_device"] == shown["parameters"] + shown["optimizer"]
@@ -71,7 +71,7 @@ def test_every_declared_place_is_a_slice_and_fits_by_estimate(e):
         assert 0.05 < plan["model_flops_utilization"] < 0.9
 
 
-def test_more_remat_saves_less_and_takes_longer():
+def test_more_activation_checkpointing_uses_less_memory_and_takes_longer():
     tpu_slice = slices.find("v5p-64")
     none, dots, block = (
         estimate(LLAMA, Place(mesh=Mesh(fsdp=32), remat=remat), tpu_slice)
@@ -81,7 +81,7 @@ def test_more_remat_saves_less_and_takes_longer():
     assert block.seconds > dots.seconds
 
 
-def test_activation_memory_depends_on_work_per_chip():
+def test_activation_memory_depends_only_on_work_per_chip():
     small = dataclasses.replace(LLAMA, batch=dataclasses.replace(LLAMA.batch, sequences=128))
     a = estimate(small, Place(mesh=Mesh(fsdp=32), remat="block"), slices.find("v5p-64"))
     b = estimate(LLAMA, Place(mesh=Mesh(fsdp=256), remat="block"), slices.find("v5p-512"))
@@ -102,7 +102,7 @@ def on_v5p_64(place):
     return estimate(LLAMA, place, slices.find("v5p-64"))
 
 
-def test_the_bubble_is_that_of_the_schedule():
+def test_the_pipeline_bubble_matches_the_schedule():
     mesh = Mesh(fsdp=8, pipe=4)
     plain, gpipe, circular = (
         on_v5p_64(
@@ -115,7 +115,7 @@ def test_the_bubble_is_that_of_the_schedule():
     assert (plain.bubble, gpipe.bubble) == (0, pytest.approx(3 / 11))
     assert circular.bubble == pytest.approx(3 / 19)
     assert circular.seconds < gpipe.seconds
-    # The same matmuls; the bubble applies to those in layers.
+    # The matmuls are the same; the bubble applies only to those in layers.
     assert gpipe.compute == pytest.approx(plain.compute, rel=0.02)
     assert gpipe.seconds > gpipe.compute + gpipe.layers * 3 / 8
     # 32 layers in 12 groups: the last group has fewer layers and waits for the others.
@@ -123,8 +123,8 @@ def test_the_bubble_is_that_of_the_schedule():
     assert uneven.bubble == pytest.approx(1 - 8 * 32 / (4 * 27 * 3))
 
 
-def test_state_follows_the_rules_of_the_place():
-    # With circular_repeats, pipe shards the model width instead of the layers: as many bytes.
+def test_circular_repeats_do_not_change_the_state_size():
+    # With circular_repeats, pipe shards the model width instead of the layers; bytes are equal.
     one, two = (
         on_v5p_64(
             Place(
@@ -152,7 +152,7 @@ def test_the_network_between_slices_is_slower():
     assert plan["chips"] == 128 and "(4 x v5p:2x4x4)" in str(plan)
 
 
-def test_a_longer_ring_sends_more_and_saves_as_much():
+def test_a_longer_ring_sends_more_and_uses_the_same_memory():
     short, long = (
         estimate(LONG, Place(mesh=mesh, remat="block"), slices.find("v5p-64"))
         for mesh in (Mesh(data=2, fsdp=4, context=4), Mesh(fsdp=4, context=8))

@@ -5,7 +5,7 @@ these runs, which takes minutes per run.
 The runs are MaxText's: its tables for v5e and v5p (MaxText/configs/v5e/README.md and v5p/README.md
 with the scripts beside them; shapes from its global_parameter_scale) and its recipes for v6e
 (tpu-recipes, training/trillium, with the step times in their logs). MFU as they count it: 6 FLOPs
-per weight and token, and attention of all pairs. Nothing is fitted to a row: the recomputed
+per weight and token, and attention over all pairs. Nothing is fitted to a row: the recomputed
 fraction follows from what each run saves, attention runs at the fraction of the peak that
 kernels_pallas/README.md counts for the kernel of these runs on that chip, and the two assumed
 fractions in lm/planning/estimate.py are the same for all.
@@ -50,9 +50,9 @@ class Run(NamedTuple):
     recompute: float
 
 
-# The v6e runs offload queries, keys and values of each layer to the host, the 8B also the output
-# projection, and recompute the rest of the layer: its fraction of the weights. This codebase
-# offloads only layers' inputs, so that the compiled rows recompute the whole layer.
+# The v6e runs offload queries, keys and values of each layer to the host; the 8B run also offloads
+# the output projection. They recompute the rest of the layer; the constants are its fraction of the
+# weights. This codebase offloads only layer inputs, so the compiled rows recompute whole layers.
 RECOMPUTE_8B = 2 * 4096 * 14336 / (4096 * 128 * 80 + 3 * 4096 * 14336)
 RECOMPUTE_70B = (8192 * 8192 + 2 * 8192 * 28672) / (8192 * 128 * 144 + 3 * 8192 * 28672)
 RECOMPUTE_405B = 2 * 16384 * 53248 / (16384 * 128 * 272 + 3 * 16384 * 53248)
@@ -65,7 +65,7 @@ RUNS = (
     Run("16B", "v5e-256", 0.611, 4096, 64, 64, 28672, 32, 32000, 6, 2048, ON_256, 1.0),
     Run("32B", "v5e-256", 0.669, 8192, 64, 64, 28672, 32, 32000, 4, 2048, ON_256, 1.0),
     Run("32B", "v5p-128", 0.715, 8192, 64, 64, 28672, 32, 32000, 7, 2048,
-        # Our remat "dots" saves more than fits with one micro-batch.
+        # Our remat "dots" saves more than fits with one microbatch.
         Place(mesh=Mesh(fsdp=16, tensor=4), microbatches=2, remat="dots"), 0.0),
     # Of two versions of its script, the one that fits: with data=16, fsdp=16, tensor=8 the float32
     # state of 1024B alone would take 96 GB of 95.7.
@@ -128,15 +128,15 @@ def compile_run(run: Run) -> report.Plan:
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.name} on {run.slice}")
 def test_an_estimate_is_near_the_published_mfu(run):
-    # The estimate assumes ideal overlap, hosts and kernels. Those of the 405B also move activations
-    # to the host and weights over a network, which is not modelled; the run of the 1024B overlaps
-    # sums over tensor=16 with matmuls, which the estimate counts as exposed.
+    # The estimate assumes ideal overlap, hosts and kernels. The 405B runs also move activations to
+    # the host and weights over a network, which is not modelled; the 1024B run overlaps sums over
+    # tensor=16 with matmuls, which the estimate counts as exposed.
     far = "405B" in run.name or run.place.mesh.tensor == 16
     assert estimated_mfu(run) == pytest.approx(run.mfu, abs=0.11 if far else 0.06)
 
 
-def test_estimates_have_the_published_order():
-    """Except for the two with the largest error, the 1024B and the 405B with fsdp alone."""
+def test_estimates_rank_the_runs_in_the_published_order():
+    """Except for the two with the largest error: 1024B, and 405B with fsdp alone."""
     outliers = ("1024B", "Llama 3.1 405B")
     runs = [run for run in RUNS if run.name not in outliers]
     assert len(runs) == 6
@@ -149,7 +149,7 @@ def test_estimates_have_the_published_order():
 
 
 def table(names: list[str]) -> str:
-    """The table for lm/planning/README.md; compiles the runs of these names."""
+    """Returns the table for lm/planning/README.md; compiles the runs of these names."""
 
     def percent(share: float) -> str:
         return f"{100 * share:.1f} %"

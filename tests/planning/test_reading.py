@@ -5,8 +5,8 @@ import pytest
 
 from lm.planning import compute, hlo, links
 
-# A loop of five iterations with a matmul of [8, 16] and [16, 4] and an all-reduce over pairs of
-# devices.
+# A loop of five iterations; each has a matmul of [8, 16] and [16, 4], and an all-reduce over
+# pairs of devices.
 TEXT = """
 HloModule jit_f, is_scheduled=true
 
@@ -35,7 +35,7 @@ ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
 """
 
 
-def test_instructions_of_a_loop_are_counted_per_iteration():
+def test_instructions_in_a_loop_are_counted_per_iteration():
     program = hlo.parse(TEXT)
     times = {each.name: times for each, _, times, _ in program.executed()}
     assert times["dot"] == times["sum"] == 5
@@ -47,7 +47,7 @@ def test_flops_of_matmuls():
     assert work.flops == 5 * 2 * 8 * 16 * 4
 
 
-def test_sizes_of_arrays():
+def test_array_sizes_with_and_without_padding():
     (array,) = hlo.arrays("f32[3,100]{1,0:T(8,128)}")
     assert (array.nbytes, array.padded) == (3 * 100 * 4, 8 * 128 * 4)
     (vector,) = hlo.arrays("bf16[64]{0:T(128)(2,1)S(1)}")
@@ -69,7 +69,7 @@ def test_sizes_of_arrays():
         ("channel_id=1", [[0, 1, 2, 3]]),
     ],
 )
-def test_every_notation_of_replica_groups(attributes, groups):
+def test_every_notation_of_replica_groups_is_parsed(attributes, groups):
     assert links.replica_groups(attributes, 4).tolist() == groups
 
 
@@ -85,7 +85,7 @@ def test_flops_of_a_batched_matmul():
     assert flops == 4 * 2 * 8 * 32 * 16
 
 
-def test_time_on_links_depends_on_the_torus():
+def test_collective_time_depends_on_the_torus():
     nbytes, link = 1 << 30, 100e9
     ring, line = [(4, True)], [(4, False)]
     all_gather = links.seconds("all-gather", nbytes, ring, link)
@@ -97,7 +97,7 @@ def test_time_on_links_depends_on_the_torus():
     assert links.seconds("all-gather", nbytes, [], link) == 0
 
 
-def test_mesh_axes_of_a_group():
+def test_mesh_axes_of_a_replica_group():
     class Device:
         def __init__(self, x, y):
             self.coords = (x, y, 0)
@@ -116,7 +116,7 @@ def test_mesh_axes_of_a_group():
     assert layout.route(np.array([[0, 3]])) == (2, 1)
 
 
-def test_paths_through_one_link_share_it():
+def test_transfers_over_the_same_link_share_its_bandwidth():
     class Device:
         def __init__(self, x):
             self.coords = (x, 0, 0)
@@ -130,12 +130,12 @@ def test_paths_through_one_link_share_it():
     grid = np.array([Device(x) for x in range(8)])
     line, ring = (links.Layout(grid, ("data",), FakeSlice(closed)) for closed in (False, True))
     to_next, across = (np.array([[i, (i + by) % 8] for i in range(8)]) for by in (1, 4))
-    # On a line the path back from the last to the first is long, but in the other direction.
+    # On a line the path from last to first is long but uses the other direction of the links.
     assert line.route(to_next) == (7, 1) and ring.route(to_next) == (1, 1)
     assert line.route(across) == (4, 4) and ring.route(across) == (4, 4)
 
 
-def test_a_fusion_that_slices_an_operand_reads_the_slice_only():
+def test_a_fusion_that_slices_an_operand_reads_only_the_slice():
     # The stacked inputs of all layers are sliced through a bitcast, in a fusion inside the fusion.
     text = """
 %inner (p0: bf16[80,16,128]) -> bf16[16,128] {

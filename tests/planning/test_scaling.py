@@ -26,13 +26,13 @@ def test_the_mesh_and_the_batch_grow_with_the_slice():
     assert "fsdp=256" in planning.scaling_text(rows)
 
 
-def test_communication_takes_more_of_the_step_with_less_work_per_chip():
+def test_the_communication_share_grows_with_less_work_per_chip():
     def shares(*changes):
         rows = planning.scaling(override(LLAMA, changes), SLICES, Mesh(fsdp=8), compile=False)
         return [row.plan["estimate"]["link_seconds"] / row.plan["step_seconds"] for row in rows]
 
     assert all(a < b for a, b in zip(shares(), shares("batch.length=1024"), strict=True))
-    # From 512 chips on fsdp=256 stays and data grows: only the cost of all-reduces grows.
+    # From 512 chips on, fsdp stays 256 and data grows, so only the cost of all-reduces grows.
     _, _, few, many = shares()
     assert few < many
 
@@ -42,13 +42,13 @@ def test_a_slice_must_be_a_multiple_of_the_first():
         planning.scaling(LLAMA, ["v5p-16", "v5p-8"], Mesh(fsdp=8), compile=False)
 
 
-def test_weak_excludes_on():
+def test_the_weak_option_excludes_the_on_option():
     command = [sys.executable, "-m", "experiments.llama3_8b", "plan", "--weak", "v5p-64"]
     done = subprocess.run([*command, "--on", "v5p-64"], capture_output=True, text=True)
     assert done.returncode == 2 and "leave out --on" in done.stderr
 
 
-def test_the_command_line_prints_it():
+def test_the_command_line_prints_the_scaling_as_json():
     command = [sys.executable, "-m", "experiments.llama3_8b", "plan", "--weak", "v5p-64,v5p-512"]
     done = subprocess.run([*command, "--estimate", "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

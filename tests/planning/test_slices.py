@@ -1,4 +1,4 @@
-"""Slices have Google Cloud's names and shapes."""
+"""Slices have the names and shapes of Google Cloud."""
 
 import pytest
 
@@ -22,7 +22,7 @@ from lm.planning import slices
         ("2xtpu7x-8", "tpu7x:2x2x1", 8, 16),
     ],
 )
-def test_a_name_is_a_torus(name, topology, chips, devices):
+def test_a_slice_name_gives_its_torus_and_chip_count(name, topology, chips, devices):
     tpu_slice = slices.find(name)
     assert (tpu_slice.topology, tpu_slice.chips, tpu_slice.devices) == (topology, chips, devices)
 
@@ -38,13 +38,13 @@ def test_a_name_is_a_torus(name, topology, chips, devices):
         ("v4-8", "is not a supported TPU slice; examples: v5e-256"),
     ],
 )
-def test_other_names_are_errors_of_one_line(name, message):
+def test_unknown_names_are_one_line_errors(name, message):
     with pytest.raises(UserError) as error:
         slices.find(name)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_rings_follow_google_cloud():
+def test_wraparound_links_match_google_cloud():
     assert slices.find("v5p-128").rings() == (True, True, True)
     assert slices.find("v5p-64").rings() == (False, True, True)
     assert slices.find("v5e-256").rings() == (True, True)

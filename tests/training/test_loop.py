@@ -1,4 +1,5 @@
-"""However a run is interrupted, going on gives what it would have given, each step once."""
+"""A run that is interrupted and resumed gives the results of an uninterrupted run and logs each
+step once."""
 
 import os
 import random
@@ -29,14 +30,14 @@ SAVE = Save(every=8, keep_last=3)
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
+    """The lines of metrics.jsonl without the values that depend on the clock."""
     lines = read_lines(folder / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
     tiny_run.run(folder, 40, SAVE)
     return folder
 
@@ -51,20 +52,20 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def test_utilization_above_one_is_null() -> None:
-    """The peak was measured while other work slowed the machine."""
+    """This happens if the peak was measured while other work slowed the machine."""
     rates = tiny_run.RATES._replace(peak_flops=6.0 * 32)  # 32 tokens a second
     for seconds, utilization in ((0.5, None), (2.0, 0.5)):
         line = _line(1, {"loss": 1.0}, seconds, rates)
         assert line["model_flops_utilization"] == utilization
 
 
-def test_each_step_has_one_line_with_its_numbers(undisturbed: Path) -> None:
-    lines = read_lines(undisturbed / "metrics.jsonl")
+def test_each_step_writes_one_line_of_metrics(uninterrupted: Path) -> None:
+    lines = read_lines(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 41))
     for line in lines:
         assert line["tokens"] == 32 * line["step"]
         assert line["tokens_per_second"] == pytest.approx(32 / line["seconds"])
-        # 6 operations a token on a machine of 1e9 a second
+        # 6 FLOPs per token at a peak of 1e9 FLOP/s
         utilization = line["tokens_per_second"] * 6e-9
         assert line["model_flops_utilization"] == pytest.approx(utilization)
         assert line["bits_per_byte"] == pytest.approx(line["loss"] / np.log(2) / 2)
@@ -72,25 +73,26 @@ def test_each_step_has_one_line_with_its_numbers(undisturbed: Path) -> None:
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_evaluations_come_at_their_steps_and_at_the_end(tmp_path: Path) -> None:
+def test_evaluations_run_at_their_interval_and_at_the_end(tmp_path: Path) -> None:
     tiny_run.run(tmp_path, 17, SAVE)
     lines = read_lines(tmp_path / "eval.jsonl")
     assert [line["step"] for line in lines] == [5, 10, 15, 17]
     assert set(lines[0]) == {"step", "name", "value", "stderr", "count"}
 
 
-def test_a_run_that_begins_can_be_evaluated_before_its_first_update(tmp_path: Path) -> None:
-    for steps in (3, 17, 20):  # begins twice, since 3 steps leave no checkpoint behind; resumes
+def test_new_run_can_be_evaluated_before_its_first_update(tmp_path: Path) -> None:
+    # The first two calls start at step 0, without a checkpoint; the third resumes.
+    for steps in (3, 17, 20):
         if steps == 17:
             shutil.rmtree(tmp_path / "checkpoints")
         tiny_run.run(tmp_path, steps, SAVE, evaluate_first=True)
     lines = read_lines(tmp_path / "eval.jsonl")
     assert [line["step"] for line in lines] == [0, 5, 10, 15, 17, 20]
-    assert lines[0]["value"] == 8.0  # of the initial weights
+    assert lines[0]["value"] == 8.0  # loss of the initial weights
 
 
-def test_the_state_saved_is_that_of_the_step(undisturbed: Path) -> None:
-    store = Store(undisturbed / "checkpoints")
+def test_saved_state_is_the_state_after_its_step(uninterrupted: Path) -> None:
+    store = Store(uninterrupted / "checkpoints")
     assert store.steps() == [24, 32, 40]
     state = tiny_run.init()
     feed = tiny_run.batches(0)
@@ -101,7 +103,7 @@ def test_the_state_saved_is_that_of_the_step(undisturbed: Path) -> None:
             jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(undisturbed: Path, tmp_path: Path) -> None:
+def test_stopped_run_resumes_bit_for_bit(uninterrupted: Path, tmp_path: Path) -> None:
     stopper = Stopper()
 
     def feed(start: int) -> Iterator[jax.Array]:
@@ -116,11 +118,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(undisturbed: Path, tmp_path: Path) ->
     assert [line["step"] for line in curve(tmp_path)] == list(range(1, 22))
     outcome = tiny_run.run(tmp_path, 40, SAVE)
     assert not outcome.stopped and outcome.step == 40
-    assert_same_run(tmp_path, undisturbed)
+    assert_same_run(tmp_path, uninterrupted)
 
 
-def test_what_was_written_after_the_checkpoint_is_written_anew(
-    undisturbed: Path, tmp_path: Path
+def test_lines_after_the_last_checkpoint_are_rewritten_on_resume(
+    uninterrupted: Path, tmp_path: Path
 ) -> None:
     def feed(start: int) -> Iterator[jax.Array]:
         for step, batch in enumerate(tiny_run.batches(start), start=start):
@@ -131,16 +133,16 @@ def test_what_was_written_after_the_checkpoint_is_written_anew(
     with pytest.raises(KeyboardInterrupt):
         tiny_run.run(tmp_path, 40, SAVE, feed=feed)
     assert Store(tmp_path / "checkpoints").latest() == 16
-    assert curve(tmp_path)[-1]["step"] > 16  # lines that have no checkpoint
+    assert curve(tmp_path)[-1]["step"] > 16  # lines newer than the last checkpoint
     tiny_run.run(tmp_path, 40, SAVE)
-    assert_same_run(tmp_path, undisturbed)
+    assert_same_run(tmp_path, uninterrupted)
 
 
-def test_a_complete_run_is_left_as_it_is(undisturbed: Path) -> None:
-    before = (undisturbed / "metrics.jsonl").read_bytes()
-    outcome = tiny_run.run(undisturbed, 40, SAVE)
+def test_complete_run_is_not_changed(uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    outcome = tiny_run.run(uninterrupted, 40, SAVE)
     assert outcome.step == 40 and not outcome.stopped
-    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
 def _start(folder: Path, steps: int, every: int, seconds: float) -> subprocess.Popen[str]:
@@ -162,12 +164,12 @@ def _wait_for_lines(folder: Path, count: int) -> None:
         if path.exists() and path.read_bytes().count(b"\n") >= count:
             return
         time.sleep(0.005)
-    raise TimeoutError(f"{folder} did not come to {count} lines")
+    raise TimeoutError(f"{folder} did not reach {count} lines")
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_every_step_is_there_once(tmp_path: Path) -> None:
-    steps, every, seconds = 120, 4, 0.005  # a save under way at most moments
+def test_run_killed_at_random_moments_logs_every_step_once(tmp_path: Path) -> None:
+    steps, every, seconds = 120, 4, 0.005  # a save is in progress most of the time
     moment = random.Random(0)
     expected = _start(tmp_path / "whole", steps, every, seconds)
     assert expected.communicate(timeout=240)[0].strip() == "complete"
@@ -187,7 +189,9 @@ def test_killed_at_random_moments_every_step_is_there_once(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_says_the_step(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_saves_a_checkpoint_and_reports_the_step(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     process = _start(tmp_path, 100_000, 1_000, 0.005)
     _wait_for_lines(tmp_path, 3)
     process.send_signal(number)
@@ -198,7 +202,7 @@ def test_a_signal_saves_and_says_the_step(tmp_path: Path, number: signal.Signals
     assert [line["step"] for line in curve(tmp_path)] == list(range(1, step + 1))
 
 
-def test_the_second_signal_stops_at_once_and_handlers_are_put_back() -> None:
+def test_second_signal_stops_immediately_and_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Stopper() as stopper:
         assert not stopper.asked(1)
@@ -209,7 +213,7 @@ def test_the_second_signal_stops_at_once_and_handlers_are_put_back() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_stopper_works_outside_the_main_thread() -> None:
+def test_stopper_works_outside_the_main_thread() -> None:
     before = signal.getsignal(signal.SIGINT)
     asked = []
 
@@ -225,7 +229,7 @@ def test_a_stopper_works_outside_the_main_thread() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_gradients_that_stay_infinite_end_the_run_in_words(tmp_path: Path) -> None:
+def test_persistent_nonfinite_gradients_end_the_run_with_an_error(tmp_path: Path) -> None:
     def feed(start: int) -> Iterator[jax.Array]:
         for step, batch in enumerate(tiny_run.batches(start), start=start):
             yield batch if step < 10 else jnp.full(8, jnp.nan)
@@ -239,7 +243,7 @@ def test_gradients_that_stay_infinite_end_the_run_in_words(tmp_path: Path) -> No
     assert lines[-1]["loss"] is None and lines[-1]["skipped"] == 1
 
 
-def test_batches_that_end_early_are_an_error(tmp_path: Path) -> None:
+def test_running_out_of_batches_raises_an_error(tmp_path: Path) -> None:
     def feed(start: int) -> Iterator[jax.Array]:
         yield from [jnp.zeros(8)] * 3
 
@@ -248,7 +252,7 @@ def test_batches_that_end_early_are_an_error(tmp_path: Path) -> None:
 
 
 def test_metrics_are_fetched_while_the_next_update_runs() -> None:
-    """The order in which the host acts: update n + 1 is handed over before line n is written."""
+    """Order of actions on the host: update n + 1 is dispatched before line n is written."""
     order: list[str] = []
 
     class Recorder:
@@ -274,7 +278,7 @@ def test_metrics_are_fetched_while_the_next_update_runs() -> None:
     assert order == ["update 1", "update 2", "line 1", "update 3", "line 2", "line 3", "flush"]
 
 
-TOLD_ON_ONE = """
+STOP_ON_ONE_PROCESS = """
 import sys
 from lm.parallel import distributed
 distributed.initialize()
@@ -297,11 +301,11 @@ print(outcome.step, outcome.stopped)
 
 
 @pytest.mark.slow
-def test_two_processes_stop_at_the_same_step_when_one_is_told() -> None:
+def test_two_processes_stop_at_the_same_step_when_one_is_asked_to_stop() -> None:
     port = 30_000 + os.getpid() % 10_000
     hosts = [
         subprocess.Popen(
-            [sys.executable, "-c", TOLD_ON_ONE],
+            [sys.executable, "-c", STOP_ON_ONE_PROCESS],
             env={
                 **os.environ,
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
@@ -317,5 +321,5 @@ def test_two_processes_stop_at_the_same_step_when_one_is_told() -> None:
     ]
     for host in hosts:
         out, err = host.communicate(timeout=120)
-        # They ask one another at every 16th step.
+        # The processes exchange stop requests at every 16th step.
         assert out.splitlines() == ["16 True"], err

@@ -1,4 +1,4 @@
-"""metrics.jsonl stays valid and exact after a crash; other writers run on request."""
+"""metrics.jsonl stays valid and exact after a crash; optional writers run on request."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from lm.training.plot import _scientific, plot_loss, smooth
     cut=st.integers(0, 40),
     values=st.lists(st.floats(), min_size=20, max_size=20),
 )
-def test_truncation_keeps_lines_up_to_a_step_and_drops_a_cut_off_one(
+def test_truncation_keeps_lines_up_to_a_step_and_drops_a_partial_line(
     tmp_path_factory: pytest.TempPathFactory,
     steps: list[int],
     after: int,
@@ -51,9 +51,9 @@ def test_truncation_keeps_lines_up_to_a_step_and_drops_a_cut_off_one(
     found = read_lines(path)
     assert [line["step"] for line in found] == [step for step, _ in kept]
     for line, (_, value) in zip(found, kept, strict=True):
-        # repr of a float reads back as the same float; values that are not finite are null.
+        # The repr of a float parses to the same float; non-finite values become null.
         assert line["loss"] == (value if math.isfinite(value) else None)
-    # Lines can be appended to the rest.
+    # Lines can be appended after truncation.
     more = JsonLines(path)
     more.write({"step": 99})
     more.close()
@@ -61,7 +61,7 @@ def test_truncation_keeps_lines_up_to_a_step_and_drops_a_cut_off_one(
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_an_invalid_line_in_the_middle_is_refused(tmp_path: Path) -> None:
+def test_invalid_line_in_the_middle_raises_an_error(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nspoiled\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl line 2 is not a JSON object"):
@@ -69,7 +69,7 @@ def test_an_invalid_line_in_the_middle_is_refused(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\nspoiled\n{"step": 3}\n'
 
 
-def test_lines_are_in_the_file_as_soon_as_they_are_written(tmp_path: Path) -> None:
+def test_lines_are_written_to_the_file_immediately(tmp_path: Path) -> None:
     files = Files(tmp_path, after=0)
     files.step({"step": 1, "loss": 2.0})
     assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
@@ -80,15 +80,17 @@ def test_lines_are_in_the_file_as_soon_as_they_are_written(tmp_path: Path) -> No
     files.close()
 
 
-def test_a_full_disk_is_a_user_error(tmp_path: Path) -> None:
+def test_full_disk_raises_a_user_error(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     with pytest.raises(UserError, match=r"/dev/full cannot be written: the disk is full"):
         JsonLines("/dev/full").write({"step": 1})
 
 
-def test_a_bucket_gets_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder stands in for gs://: nothing may be appended."""
+def test_bucket_files_are_written_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local folder stands in for gs://, which does not support appending."""
     monkeypatch.setattr("lm.training.metrics._is_remote", lambda path: True)
     path = tmp_path / "metrics.jsonl"
     lines = JsonLines(path)
@@ -107,7 +109,7 @@ def test_a_bucket_gets_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("fields", "message"),
     [({"every": 0}, "log.every=0"), ({"trace": (1, 5)}, "log.trace"), ({"trace": (9, 5)}, "first")],
 )
-def test_a_bad_declaration_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_invalid_log_config_raises_an_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Log(**fields)
 
@@ -115,7 +117,7 @@ def test_a_bad_declaration_is_refused(fields: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("log", "module"), [(Log(tensorboard=True), "tensorboardX"), (Log(wandb="lm"), "wandb")]
 )
-def test_a_writer_that_is_not_installed_names_the_command(
+def test_error_for_a_missing_writer_package_names_the_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log, module: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
@@ -123,10 +125,10 @@ def test_a_writer_that_is_not_installed_names_the_command(
         log.writers(tmp_path, name="run", after=0, steps=10, declaration={})
 
 
-def test_writers_on_request_get_every_step_and_result(
+def test_optional_writers_get_every_step_and_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fakes record the documented calls of both libraries."""
+    """Fake modules record the documented calls of both libraries."""
     calls: list[Any] = []
 
     class Summary:
@@ -172,12 +174,12 @@ def test_writers_on_request_get_every_step_and_result(
 
 
 @pytest.mark.slow
-def test_a_trace_is_written(tmp_path: Path) -> None:
+def test_profiler_trace_is_written(tmp_path: Path) -> None:
     tiny_run.run(tmp_path, 12, tiny_run.Save(every=100), log=Log(trace=(4, 6)))
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
-def test_the_step_line_leaves_out_missing_values() -> None:
+def test_step_line_omits_missing_values() -> None:
     values = {
         "step": 120,
         "loss": 3.21441,
@@ -194,7 +196,7 @@ def test_the_step_line_leaves_out_missing_values() -> None:
     assert "skipped" in step_line({"step": 1, "loss": math.nan, "skipped": 1.0}, 10)
 
 
-def test_a_plot_is_a_png_and_replaces_the_one_before(tmp_path: Path) -> None:
+def test_plot_is_a_png_and_replaces_the_previous_one(tmp_path: Path) -> None:
     files = Files(tmp_path, after=0)
     for step in range(1, 40):
         loss = math.nan if step == 7 else 4 / step
@@ -215,11 +217,11 @@ def test_a_plot_is_a_png_and_replaces_the_one_before(tmp_path: Path) -> None:
     ("rate", "text"),
     [(1.25e-3, "1.25e-3"), (1e-3, "1e-3"), (2.5e-4, "2.5e-4"), (0.0, "0"), (10.0, "1e1")],
 )
-def test_ticks_of_the_learning_rate_are_not_rounded(rate: float, text: str) -> None:
+def test_learning_rate_tick_labels_are_not_rounded(rate: float, text: str) -> None:
     assert _scientific(rate) == text
 
 
-def test_smoothing_keeps_a_constant_and_leaves_out_values_that_are_not_finite() -> None:
+def test_smoothing_preserves_a_constant_and_ignores_nonfinite_values() -> None:
     np.testing.assert_allclose(smooth(np.full(200, 3.0)), 3.0)
     values = np.where(np.arange(200) % 7 == 3, np.nan, 3.0)
     smoothed = smooth(values)
@@ -227,7 +229,7 @@ def test_smoothing_keeps_a_constant_and_leaves_out_values_that_are_not_finite() 
     assert np.isnan(smoothed).sum() <= 1  # near the start the window has no neighbours
 
 
-def test_a_line_is_valid_json(tmp_path: Path) -> None:
+def test_lines_are_valid_json(tmp_path: Path) -> None:
     lines = JsonLines(epath.Path(tmp_path) / "deep" / "metrics.jsonl")
     lines.write({"step": 1, "loss": math.inf, "name": "x"})
     lines.close()
@@ -235,7 +237,7 @@ def test_a_line_is_valid_json(tmp_path: Path) -> None:
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "name": "x"}
 
 
-def test_a_resumed_bar_counts_steps_of_the_whole_run_and_shows_the_time_left_of_the_lines(
+def test_progress_bar_of_a_resumed_run_counts_all_steps_and_shows_the_time_left(
     tmp_path, monkeypatch
 ):
     bar, notes = [], []

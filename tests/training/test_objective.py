@@ -1,4 +1,5 @@
-"""The chunked loss against the plain one over [B, T, V], with weights, z-loss and side losses."""
+"""The chunked loss matches the plain loss over [B, T, V], with label weights, z-loss and auxiliary
+losses."""
 
 import dataclasses
 
@@ -18,7 +19,7 @@ MOE = dataclasses.replace(
 
 
 def plain(config, params, data, z_loss):
-    """The same from all logits at once: (total, nll)."""
+    """Reference computed from all logits at once: (total, nll)."""
     output = model.Model(config, params)(
         data.tokens, segments_bt=data.segments, positions_bt=data.positions
     )
@@ -30,7 +31,7 @@ def plain(config, params, data, z_loss):
 
 
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
-def test_equals_the_plain_computation(config):
+def test_chunked_loss_and_gradients_match_the_plain_computation(config):
     params, data = jax.jit(model.init, static_argnums=0)(config, jax.random.key(0)), batch()
     objective = objectives.NextToken(z_loss=0.01, chunk=3, vocab_chunk=20)
 
@@ -46,7 +47,7 @@ def test_equals_the_plain_computation(config):
         )
 
     ((total, loss), grads), ((want, nll), want_grads) = both(params)
-    # float32 sums in another order.
+    # float32 sums in a different order.
     assert total == pytest.approx(float(want), rel=1e-5)
     assert loss.metrics["nll"] == pytest.approx(float(nll), rel=1e-5)
     assert loss.weight == pytest.approx(data.weights.sum())
@@ -55,11 +56,11 @@ def test_equals_the_plain_computation(config):
     )
     if config is MOE:
         side = total - loss.metrics["nll"]
-        assert sum(loss.metrics.values()) < total, "the z-loss is in the total alone"
+        assert sum(loss.metrics.values()) < total, "the z-loss is only in the total"
         assert side > 0 and loss.load["blocks/0/ffn"].shape == (2, 4)
 
 
-def test_a_target_of_weight_zero_does_not_matter():
+def test_targets_with_zero_weight_do_not_affect_the_loss():
     params = jax.jit(model.init, static_argnums=0)(DENSE, jax.random.key(0))
     one = batch(weights=np.eye(4, 8))
     other = one._replace(targets=np.where(one.weights > 0, one.targets, 0))
@@ -70,8 +71,9 @@ def test_a_target_of_weight_zero_does_not_matter():
     assert loss(params, one._replace(weights=2 * one.weights)) == 2 * loss(params, one)
 
 
-def test_no_array_of_all_logits_exists():
-    """The compiled gradient holds neither [B, T, V] nor [B * T, V]; with one chunk it would."""
+def test_compiled_gradient_does_not_materialize_all_logits():
+    """The compiled gradient contains neither [B, T, V] nor [B * T, V]; with a single chunk it
+    would."""
     data = batch(rows=3, length=16)
 
     def compiled(chunk):
@@ -84,13 +86,13 @@ def test_no_array_of_all_logits_exists():
 
         return jax.jit(jax.grad(total)).lower(model.shapes(DENSE)).compile().as_text()
 
-    # The chunks of two stand as [3, 2, 61]; layouts may put the vocabulary anywhere.
+    # Chunks of two positions have shape [3, 2, 61]; layouts may put the vocabulary axis anywhere.
     shapes = [f"[3,16,{VOCAB}]", f"[48,{VOCAB}]", f"[{VOCAB},48]", f"[8,3,2,{VOCAB}]"]
     assert not any(shape in compiled(2) for shape in shapes)
     assert any(shape in compiled(16) for shape in shapes)
 
 
-def test_a_bad_field_is_named():
+def test_errors_for_invalid_fields_name_the_field():
     with pytest.raises(UserError, match=r"objective\.z_loss=-1"):
         objectives.NextToken(z_loss=-1)
     with pytest.raises(UserError, match=r"objective\.chunk=0"):

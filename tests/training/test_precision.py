@@ -1,4 +1,4 @@
-"""Formats of storage and arithmetic, and loss scaling."""
+"""Storage and compute dtypes, and loss scaling."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ SCHEDULE = optim.Constant(peak=1e-2, steps=10)
 
 
 def trained(precision, batches, objective=None):
-    """(states' copies on the host, metrics) of each step."""
+    """Trains on the batches. Returns (host copies of the state before and after each step, metrics
+    of each step)."""
     mesh = Mesh().build()
     optimizer = optim.AdamW(clip_norm=1.0)
     transformation = optimizer.build(SCHEDULE.at, model.axes(DENSE))
@@ -31,7 +32,7 @@ def trained(precision, batches, objective=None):
     return states, lines
 
 
-def test_formats_of_state_and_arithmetic():
+def test_dtypes_of_params_and_optimizer_state_and_their_effect_on_the_loss():
     batches = [batch(seed) for seed in range(3)]
     _, exact_lines = trained(Precision(), batches)
     for precision in (BF16, Precision(params="bfloat16", compute="bfloat16"), FP16):
@@ -40,13 +41,13 @@ def test_formats_of_state_and_arithmetic():
         assert stored == {jnp.dtype(precision.params)}
         moments = {leaf.dtype for leaf in jax.tree.leaves(states[-1].opt_state) if leaf.ndim}
         assert moments == {jnp.dtype("float32")}
-        # bfloat16 keeps 8 bits: 0.4 % of each number, averaged over a batch.
+        # bfloat16 has 8 significant bits: an error of 0.4 % per number, averaged over a batch.
         for ours, want in zip(lines, exact_lines, strict=True):
             assert ours["loss"] == pytest.approx(want["loss"], rel=5e-3)
             assert ours["grad_norm"] == pytest.approx(want["grad_norm"], rel=3e-2)
 
 
-def test_an_overflow_is_skipped_and_halves_the_scale_which_then_grows():
+def test_overflow_skips_the_update_and_halves_the_loss_scale_which_later_grows():
     precision = Precision(
         compute="float16", loss_scale=LossScale(initial=2.0**24, growth_interval=2)
     )
@@ -75,6 +76,6 @@ def test_an_overflow_is_skipped_and_halves_the_scale_which_then_grows():
         (lambda: LossScale(initial=0.0), r"precision\.loss_scale\.initial=0\.0"),
     ],
 )
-def test_a_bad_field_is_named(make, message):
+def test_errors_for_invalid_fields_name_the_field(make, message):
     with pytest.raises(UserError, match=message):
         make()

@@ -1,4 +1,5 @@
-"""The step: micro-batches, clipping, skipping, donation, balancing, and what it reports."""
+"""The training step: gradient accumulation, clipping, skipped updates, donation, expert balancing
+and metrics."""
 
 import dataclasses
 import re
@@ -19,7 +20,7 @@ MESH = Mesh().build()
 
 
 def prepare(config=DENSE, optimizer=None, seed=0, **place):
-    """(fresh state, compiled step)."""
+    """Returns (initial state, compiled step)."""
     optimizer = optimizer or optim.SGD()
     transformation = optimizer.build(SCHEDULE.at, model.axes(config))
     place = Place(**place)
@@ -37,12 +38,12 @@ def prepare(config=DENSE, optimizer=None, seed=0, **place):
 
 
 def host(tree):
-    """A copy that donation cannot take."""
+    """A copy that donation cannot delete."""
     return jax.tree.map(np.array, tree)
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch():
-    """With label weights so uneven that a mean of means would be far off."""
+def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch():
+    """The label weights are so uneven that a mean of the microbatch means would be far off."""
     data = batch()
     data = data._replace(weights=data.weights * np.array([[1], [0], [0.1], [5]], np.float32))
     results = {}
@@ -51,21 +52,23 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
         before = host(state.params)
         state, metrics = step(state, data, {})
         rate = float(metrics["learning_rate"])
-        # Plain descent: the change is the gradient.
+        # With plain SGD, the change divided by the rate is the gradient.
         grads = jax.tree.map(lambda a, b: (a - np.array(b)) / rate, before, state.params)  # noqa: B023
         results[microbatches] = grads, metrics
     exact, line = results[1]
     size = trees.global_norm(exact)
     for grads, metrics in (results[2], results[4]):
         difference = trees.global_norm(jax.tree.map(lambda a, b: a - b, grads, exact))
-        # float32 sums in another order; parameters of size 1 keep changes of 0.05 to 1e-6.
+        # float32 sums in a different order; for parameters of size 1, changes of 0.05 are exact to
+        # 1e-6.
         assert difference < 5e-6 * size
         for name in line:
             assert metrics[name] == pytest.approx(float(line[name]), rel=1e-6), name
 
 
-def test_gradients_may_be_summed_in_bfloat16():
-    """In half the memory, and within its rounding: 2^-9 of each of four partial sums."""
+def test_gradients_may_be_accumulated_in_bfloat16():
+    """Takes half the memory. The error is within bfloat16 rounding: 2^-9 of each of four partial
+    sums."""
     data, results, programs = batch(), {}, {}
     for accumulate in ("float32", "bfloat16"):
         state, step = prepare(microbatches=4, accumulate=accumulate)
@@ -83,7 +86,7 @@ def test_gradients_may_be_summed_in_bfloat16():
     assert 0 < trees.global_norm(difference) < 2**-7 * trees.global_norm(exact)
 
     def summed(program):
-        """What the loop over micro-batches carries, in bytes."""
+        """Bytes carried by the loop over microbatches."""
         (loop,) = (
             eqn
             for eqn in program.eqns
@@ -91,7 +94,7 @@ def test_gradients_may_be_summed_in_bfloat16():
         )
         return sum(x.aval.size * x.aval.dtype.itemsize for x in loop.outvars)
 
-    # The sums of the loss, a few numbers, stay in float32.
+    # The sums of the loss, a few scalars, stay in float32.
     assert summed(programs["bfloat16"]) == pytest.approx(summed(programs["float32"]) / 2, rel=1e-2)
 
 
@@ -100,9 +103,9 @@ def test_gradients_may_be_summed_in_bfloat16():
     ["none", *(pytest.param(r, marks=pytest.mark.slow) for r in ("dots", "block", ("qkv",)))],
     ids=str,
 )
-def test_what_lies_in_the_hosts_memory_comes_to_the_same(remat):
-    """Where it lies, and after three updates the same numbers to the last bit but one: the program
-    is another one, and XLA may sum in another order."""
+def test_offloading_to_host_memory_does_not_change_the_numbers(remat):
+    """The optimizer state is in host memory, and after three updates the numbers agree to within
+    rounding: the program is a different one, and XLA may sum in a different order."""
     adam = optim.AdamW()
     state, step = prepare(optimizer=adam, remat=remat)
     away, offloading = prepare(optimizer=adam, remat=remat, offload=("optimizer", "layers"))
@@ -118,7 +121,7 @@ def test_what_lies_in_the_hosts_memory_comes_to_the_same(remat):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_the_norm_is_reported_before_and_bounded_after_clipping():
+def test_gradient_norm_is_reported_before_clipping_and_bounded_after_it():
     data, moved, norms = batch(), {}, {}
     for clip in (None, 0.05, 1e6):
         state, step = prepare(optimizer=optim.SGD(clip_norm=clip), microbatches=2)
@@ -133,7 +136,7 @@ def test_the_norm_is_reported_before_and_bounded_after_clipping():
     assert moved[1e6] == moved[None]
 
 
-def test_a_batch_that_is_not_finite_changes_nothing_but_the_counts():
+def test_nonfinite_batch_changes_only_the_counters():
     state, step = prepare(optimizer=optim.AdamW(weight_decay=0.1))
     state, _ = step(state, batch(), {})
     before = host(state)
@@ -145,10 +148,10 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counts():
         jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(state, name))
     state, metrics = step(state, batch(2), {})
     assert metrics["skipped"] == 0 and state.skipped == 1 and state.step == 3
-    assert metrics["learning_rate"] == SCHEDULE.at(2), "the schedule does not wait"
+    assert metrics["learning_rate"] == SCHEDULE.at(2), "skipped updates count in the schedule"
 
 
-def test_a_batch_without_weights_has_no_gradient():
+def test_batch_with_zero_label_weights_has_zero_gradient():
     state, step = prepare()
     before = host(state.params)
     state, metrics = step(state, batch(weights=np.zeros((4, 8))), {})
@@ -164,7 +167,7 @@ def test_the_state_is_donated():
 
 
 def test_the_state_is_updated_in_place():
-    """The compiled step copies no parameter and no moment, as wide matrices would show."""
+    """The compiled step copies no parameter and no moment; checked for the wide matrices."""
     config = dataclasses.replace(DENSE, vocab=997)
     state, step = prepare(config, optim.AdamW(weight_decay=0.1, clip_norm=1.0))
     text = step.lower(state, batch(), {}).compile().as_text()
@@ -174,7 +177,7 @@ def test_the_state_is_updated_in_place():
     assert not copies
 
 
-def test_metrics_say_what_happened():
+def test_step_reports_its_metrics():
     state, step = prepare(optimizer=optim.AdamW(clip_norm=1.0))
     data = batch()
     losses = []
@@ -185,15 +188,15 @@ def test_metrics_say_what_happened():
             norm = float(trees.global_norm(state.params))
             assert metrics["param_norm"] == pytest.approx(norm)
             assert metrics["learning_rate"] == pytest.approx(0.05)
-            assert metrics["tokens"] == 28, "padding does not count"
+            assert metrics["tokens"] == 28, "padding is not counted"
             assert metrics["weight"] == pytest.approx(data.weights.sum())
             assert metrics["loss"] == metrics["nll"]
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.5 * losses[0], "it learns a batch by heart"
+    assert losses[-1] < 0.5 * losses[0], "the loss falls when one batch is repeated"
     assert "loss_scale" not in metrics and state.loss_scale is None
 
 
-def test_the_balancing_bias_follows_the_load_and_nothing_else():
+def test_balancing_bias_is_updated_only_by_the_load():
     moe = model.MoE(experts=4, experts_per_token=2, hidden=8, balance=model.BiasBalance(rate=0.01))
     config = dataclasses.replace(DENSE, ffn=moe)
     one, step = prepare(config, optim.Muon(weight_decay=0.1), microbatches=1)
@@ -201,12 +204,12 @@ def test_the_balancing_bias_follows_the_load_and_nothing_else():
     one, _ = step(one, batch(), {})
     two, _ = step_two(two, batch(), {})
     bias = np.array(one.params["blocks"]["0"]["ffn"]["bias"])
-    # Each expert's bias went one `rate` up or down, towards an even load.
+    # Each expert's bias changed by one `rate` up or down, towards a uniform load.
     np.testing.assert_allclose(np.abs(bias[bias != 0]), 0.01, rtol=1e-5)
     assert (bias != 0).any()
 
 
-def test_dropout_follows_seed_and_step():
+def test_dropout_depends_on_seed_and_step():
     config = dataclasses.replace(DENSE, dropout=0.5)
     losses = []
     for seed in (0, 0, 1):
@@ -218,7 +221,7 @@ def test_dropout_follows_seed_and_step():
     assert len({losses[0], losses[1], losses[4], losses[5]}) == 4
 
 
-def test_the_program_does_not_grow_with_layers_or_micro_batches():
+def test_program_size_does_not_depend_on_layers_or_microbatches():
     def lines(layers, microbatches):
         config = dataclasses.replace(DENSE, layers=layers)
         state, step = prepare(config, microbatches=microbatches)
@@ -228,7 +231,7 @@ def test_the_program_does_not_grow_with_layers_or_micro_batches():
     assert lines(2, 2) == lines(4, 4)
 
 
-def test_micro_batches_must_divide_the_batch():
+def test_microbatches_must_divide_the_batch():
     state, step = prepare(microbatches=3)
     with pytest.raises(
         UserError, match=r"place\.microbatches=3 does not divide batch\.sequences=4"

@@ -1,4 +1,4 @@
-"""Frozen weights: `Experiment.trainable` selects by path which weights train."""
+"""Frozen weights: `Experiment.trainable` selects the weights to train by their paths."""
 
 import dataclasses
 import shutil
@@ -19,12 +19,12 @@ from lm.program import assemble
 
 PATTERN = ("blocks/*/attention/**",)
 RATE = 0.1
-# Weights large enough for the scores of attention to have a gradient.
+# The weights are large enough for the attention scores to have a gradient.
 CONFIG = dataclasses.replace(DENSE, init=model.Normal(std=0.5), embed_std=1.0)
 
 
 def flat_arrays(tree) -> dict[str, np.ndarray]:
-    """Path -> a copy that donation cannot take."""
+    """Path -> a copy that donation cannot delete."""
     return {path: np.array(x) for path, x in trees.flatten(tree).items()}
 
 
@@ -36,7 +36,8 @@ def attends(path: str) -> bool:
 
 
 def first_step(trainable, optimizer):
-    """(the state before, its frozen weights, the state after the first step), as numpy arrays."""
+    """Returns (trained weights before the first step, frozen weights, trained weights after it,
+    metrics); the weights are numpy arrays."""
     schedule, mesh, precision = optim.Constant(peak=RATE, steps=10), Mesh().build(), Precision()
     axes, _ = trees.partition(model.axes(CONFIG), trainable)
     transformation = optimizer.build(schedule.at, axes)
@@ -52,9 +53,9 @@ def first_step(trainable, optimizer):
     return before, flat_arrays(frozen), flat_arrays(after.params), metrics
 
 
-def test_gradients_are_those_of_full_training():
-    """Of plain descent the change is the gradient; the same for the weights that train, since the
-    forward pass is the same."""
+def test_gradients_match_those_of_full_training():
+    """With plain SGD, the change of a weight shows its gradient. It is the same as in full
+    training, since the forward pass is the same."""
     before, nothing, after, metrics = first_step(training.ALL, optim.SGD())
     assert not nothing
     some_before, frozen, some_after, some_metrics = first_step(PATTERN, optim.SGD())
@@ -65,11 +66,11 @@ def test_gradients_are_those_of_full_training():
     assert metrics["loss"] == pytest.approx(float(some_metrics["loss"]), rel=1e-6)
     for path, start in some_before.items():
         full, some = after[path] - start, some_after[path] - start
-        # Two programs sum in another order; weights round to multiples of eps times their size.
+        # Two programs sum in different orders; weights round to multiples of eps times their size.
         size, change = np.abs(start).max(), np.abs(full).max()
         assert change > 1e-3
         np.testing.assert_allclose(some, full, rtol=0, atol=2.4e-7 * size + 1e-4 * change)
-    # The norm is that of the gradient of the weights that train.
+    # The reported norm covers only the gradients of the trained weights.
     norm = np.sqrt(sum(np.sum(((some_after[p] - w) / RATE) ** 2) for p, w in some_before.items()))
     assert some_metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
     assert some_metrics["grad_norm"] < metrics["grad_norm"]
@@ -92,7 +93,7 @@ def frozen_run(tmp_path_factory):
 
 
 def stored(folder) -> list[str]:
-    """The paths in the newest checkpoint."""
+    """Paths stored in the newest checkpoint."""
     store = checkpoint.Store(folder)
     return list(store._stored(store.latest()))
 
@@ -106,7 +107,7 @@ def test_only_the_selected_weights_change(frozen_run):
         assert np.array_equal(weight, end[path]) == (not attends(path)), path
 
 
-def test_frozen_weights_have_no_moments_and_are_saved_once(frozen_run):
+def test_frozen_weights_have_no_optimizer_state_and_are_saved_once(frozen_run):
     workdir, declared, _ = frozen_run
     folder = workdir / declared.name
     in_checkpoint, in_frozen = stored(folder / "checkpoints"), stored(folder / "frozen")
@@ -125,7 +126,7 @@ def test_frozen_weights_have_no_moments_and_are_saved_once(frozen_run):
     )
 
 
-def test_it_loads(frozen_run):
+def test_run_with_frozen_weights_loads(frozen_run):
     workdir, declared, run = frozen_run
     loaded = lm.load(workdir / declared.name)
     expected, opened = flat_arrays(run.params), flat_arrays(loaded.params)
@@ -138,9 +139,9 @@ def test_it_loads(frozen_run):
 
 
 @pytest.mark.parametrize("lost", ["checkpoints/8", "checkpoints"])
-def test_it_resumes(frozen_run, tmp_path, lost):
-    """From the checkpoint in the middle, or, killed before the first, from the beginning: with the
-    same losses and weights to the bit."""
+def test_run_with_frozen_weights_resumes(frozen_run, tmp_path, lost):
+    """Resumes from the checkpoint in the middle or, without any checkpoint, from the beginning.
+    Losses and weights are bitwise equal."""
     workdir, declared, run = frozen_run
     shutil.copytree(workdir, tmp_path / "copy")
     folder = tmp_path / "copy" / declared.name
@@ -153,14 +154,14 @@ def test_it_resumes(frozen_run, tmp_path, lost):
         np.testing.assert_array_equal(resumed[path], weight)
 
 
-def test_everything_trains_by_default(tiny):
+def test_all_weights_train_by_default(tiny):
     assert not (tiny.folder / "frozen").exists()
     weights = [p for p in stored(tiny.folder / "checkpoints") if p.startswith("params/")]
     assert len(weights) == len(trees.flatten(model.shapes(tiny.declare().model)))
 
 
-def test_a_start_may_freeze_weights(tiny, tmp_path):
-    """Fine-tuning of some weights of a finished run."""
+def test_fine_tuning_may_freeze_weights(tiny, tmp_path):
+    """Fine-tunes some weights of a finished run."""
     declared = experiment(
         name="tuned",
         start=str(tiny.folder),
@@ -173,7 +174,7 @@ def test_a_start_may_freeze_weights(tiny, tmp_path):
         assert np.array_equal(weight, after[path]) == (not attends(path)), path
 
 
-def test_patterns_are_checked():
+def test_invalid_patterns_raise_errors():
     with pytest.raises(UserError, match=r"trainable='blocks/\*/atention/\*\*' matches no weight"):
         experiment(trainable=("blocks/*/atention/**",))
     with pytest.raises(UserError, match=r"trainable='blocks/9/\*\*' matches no weight"):
@@ -199,5 +200,5 @@ def test_patterns_are_checked():
         ("blocks/0/attention/q", "**/[qk]", True),
     ],
 )
-def test_patterns(path, pattern, matches):
+def test_patterns_match_paths(path, pattern, matches):
     assert trees.matches(path, pattern) == matches

@@ -1,4 +1,4 @@
-"""A run whose model is one vector: small enough to be killed and resumed many times over.
+"""A run whose model is a single vector, small enough to be killed and resumed many times.
 
 python tiny_run.py FOLDER STEPS SAVE_EVERY SECONDS_PER_STEP
 """
@@ -66,7 +66,7 @@ update = jax.jit(_update, donate_argnums=0)
 
 
 def batches(start: int, seconds: float = 0.0) -> Iterator[jax.Array]:
-    """From the 0-based step `start` on, without an end."""
+    """Yields batches without end, from the 0-based step `start` on."""
     step = start
     while True:
         time.sleep(seconds)
@@ -90,7 +90,7 @@ def run(
     evaluate_first: bool = False,
     feed: Any = batches,
 ) -> Outcome:
-    """Trains in `folder`, or goes on there, as the conductor of real runs does."""
+    """Starts or resumes training in `folder`, in the same way as a real run."""
     with Store(folder / "checkpoints", save) as store:
         start = store.latest() or 0
         state = init() if start == 0 else store.restore(jax.eval_shape(init), start)

@@ -1,4 +1,4 @@
-"""A model and batches small enough to compile in a second or two."""
+"""A model and batches that compile in a second or two."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ DENSE = model.Config(
 
 
 def batch(seed=0, rows=4, length=8, weights=None):
-    """Random tokens; a last column of padding, and uneven label weights unless given."""
+    """Random tokens. The last column is padding; label weights are uneven unless given."""
     random = np.random.default_rng(seed)
     tokens = random.integers(0, VOCAB, (rows, length + 1), dtype=np.int32)
     segments = np.ones((rows, length), np.int32)
