@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from lm.errors import UserError
+
 GIB = 2**30
 
 
@@ -94,10 +96,19 @@ def matmul_flops(dtype: str = "float32", size: int | None = None, repeats: int =
     """Measured FLOP/s of a square matmul on the default device: the best of `repeats`, because
     other work on the machine can only slow it down."""
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
-    # Random values: matmuls of zeros run faster on chips that are limited by power.
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
+    try:
+        # Random values: matmuls of zeros run faster on chips that are limited by power.
+        a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+        product(a, a).block_until_ready()
+    except jax.errors.JaxRuntimeError as error:
+        if "Failed to materialize symbols" not in str(error):
+            raise
+        # XLA's float16 needs F16C, which x86 processors have since 2012.
+        raise UserError(
+            f"precision.compute={dtype!r}: XLA cannot compile it for this processor; "
+            "use 'bfloat16' or 'float32'."
+        ) from None
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
