@@ -45,7 +45,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if whole and config.option.numprocesses is None and "PYTEST_XDIST_WORKER" not in os.environ:
         config.option.numprocesses = min(os.cpu_count() or 1, PROCESSES)
         if config.option.dist == "no":
-            config.option.dist = "worksteal"
+            config.option.dist = "loadfile"  # fixtures of a module are made once
+            config.option.loadscopereorder = False
 
 
 def pytest_configure(config: pytest.Config) -> None:
