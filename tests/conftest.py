@@ -42,7 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Runs the whole suite in several processes (pytest-xdist); -n 0 runs it in one."""
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
-    if whole and config.option.numprocesses is None and "PYTEST_XDIST_WORKER" not in os.environ:
+    asked = config.option.numprocesses is not None or config.option.usepdb
+    if whole and not asked and "PYTEST_XDIST_WORKER" not in os.environ:
         config.option.numprocesses = min(os.cpu_count() or 1, PROCESSES)
         if config.option.dist == "no":
             config.option.dist = "loadfile"  # fixtures of a module are made once
