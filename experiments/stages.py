@@ -8,7 +8,9 @@ rate and with the optimizer state kept, improve the model on documentation witho
 The stages are trained into runs/stages/pretrain and runs/stages/midtrain. Stop the command at any
 time: it resumes at the first unfinished stage. `--set midtrain.schedule.steps=200` changes one.
 
-Answer: (filled in once: date, revision, bits per byte)
+Answer: yes. Documentation goes from 2.379 to 2.276 bits per byte, code from 1.924 to 1.888. Before
+its first step the second stage evaluates to the first one's last numbers, exactly (CPython 3.11.7,
+2026-11-28, one seed). A longer first stage on its own mixture was not trained beside it.
 """
 
 import ast
