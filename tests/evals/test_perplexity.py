@@ -21,6 +21,7 @@ from lm.errors import UserError
 from lm.evals import Perplexity, perplexity
 from lm.evals.result import ratio
 
+HERE = os.path.dirname(__file__)
 VOCAB, LENGTH = 48, 16
 CONFIG = model.Config(
     vocab=VOCAB,
@@ -222,7 +223,7 @@ def test_results_do_not_depend_on_the_mesh_or_the_number_of_processes(params):
             **os.environ,
             "XLA_FLAGS": virtual_devices.flags(4),
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.path.dirname(__file__),
+            "PYTHONPATH": os.pathsep.join([HERE, os.path.dirname(HERE)]),
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(process),
