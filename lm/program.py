@@ -12,8 +12,9 @@ import optax
 
 from lm import model, optim, training, trees
 from lm.data.batch import Batch
+from lm.errors import UserError
 from lm.experiment import Experiment
-from lm.parallel import sharding
+from lm.parallel import hardware, sharding
 from lm.parallel.mesh import Mesh, Place, choose
 
 
@@ -88,6 +89,12 @@ def _span(index: tuple[slice, ...], rows: int) -> tuple[int, int]:
 def assemble(experiment: Experiment, on: str | None = None, mesh: Mesh | None = None) -> Program:
     """The program of an experiment at a place. Raises UserError if it does not fit this machine."""
     name, place = choose(experiment.places, on, mesh)
+    dtype = experiment.precision.compute
+    if dtype == "float16" and not hardware.compiles(dtype):
+        raise UserError(
+            f"precision.compute={dtype!r}: XLA cannot compile it for this processor; "
+            "use 'bfloat16' or 'float32'."
+        )
     return assemble_at(experiment, name, place)
 
 

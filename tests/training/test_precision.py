@@ -1,6 +1,5 @@
 """Storage and compute dtypes, and loss scaling."""
 
-import float16
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,7 @@ from train_examples import DENSE, batch
 
 from lm import model, objectives, optim, training
 from lm.errors import UserError
+from lm.parallel import hardware
 from lm.parallel.mesh import Mesh
 from lm.precision import BF16, FP16, LossScale, Precision
 
@@ -37,7 +37,7 @@ def test_dtypes_of_params_and_optimizer_state_and_their_effect_on_the_loss():
     batches = [batch(seed) for seed in range(3)]
     _, exact_lines = trained(Precision(), batches)
     formats = [BF16, Precision(params="bfloat16", compute="bfloat16")]
-    for precision in [*formats, FP16] if float16.compiles() else formats:
+    for precision in [*formats, FP16] if hardware.compiles("float16") else formats:
         states, lines = trained(precision, batches)
         stored = {leaf.dtype for leaf in jax.tree.leaves(states[-1].params)}
         assert stored == {jnp.dtype(precision.params)}
@@ -50,7 +50,7 @@ def test_dtypes_of_params_and_optimizer_state_and_their_effect_on_the_loss():
 
 
 def test_overflow_skips_the_update_and_halves_the_loss_scale_which_later_grows():
-    if not float16.compiles():
+    if not hardware.compiles("float16"):
         pytest.skip("XLA does not compile float16 for this processor")
     precision = Precision(
         compute="float16", loss_scale=LossScale(initial=2.0**24, growth_interval=2)
