@@ -1,6 +1,7 @@
 """Text generation: encodes prompts, decodes tokens as they are generated, and finds stop strings in
 the text, across token boundaries."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ class _Begin(NamedTuple):
     """An encoded prompt, without the `spaces` at its end that the first token must repeat."""
 
     ids: list[int]
-    first: list[int] | None  # ids that begin with the spaces; None: no spaces, any id
+    first: tuple[int, ...] | None  # ids that begin with the spaces; None: no spaces, any id
     spaces: int
 
 
@@ -100,11 +101,15 @@ def _begin(tokenizer: Tokenizer, prompt: str) -> _Begin:
     if ids[: len(tokenizer.prefix)] != list(tokenizer.prefix):
         ids = [*tokenizer.prefix, *ids]
     last = tokenizer.decode_bytes(ids[-1:])
-    first = None
-    if last and not last.strip(b" "):
-        ids = ids[:-1]
-        first = [i for i in range(tokenizer.vocab) if tokenizer.decode_bytes([i]).startswith(last)]
-    return _Begin(ids or [tokenizer.bos], first, len(last) if first else 0)
+    if not last or last.strip(b" "):
+        return _Begin(ids or [tokenizer.bos], None, 0)
+    return _Begin(ids[:-1] or [tokenizer.bos], _starting_with(tokenizer, last), len(last))
+
+
+@functools.lru_cache(maxsize=8)
+def _starting_with(tokenizer: Tokenizer, text: bytes) -> tuple[int, ...]:
+    """The ids whose text begins with `text`."""
+    return tuple(i for i in range(tokenizer.vocab) if tokenizer.decode_bytes([i]).startswith(text))
 
 
 class _Reader:

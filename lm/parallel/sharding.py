@@ -216,7 +216,7 @@ def use(mesh: jax.sharding.Mesh, rules: Rules | None = None) -> Iterator[None]:
 
 
 def _platform(mesh: jax.sharding.Mesh) -> str | None:
-    """The CPU, where tracing takes as long as compiling; None elsewhere: compiling is longer."""
+    """Returns "cpu" for a mesh of CPUs, where tracing takes as long as compiling; else None."""
     devices = getattr(mesh, "devices", None)
     on_cpu = devices is not None and devices.flat[0].platform == "cpu"
     return "cpu" if on_cpu else None
