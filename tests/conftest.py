@@ -80,15 +80,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item):
-    """Traces and compiles for the CPU, quickly; in FOR_EVERY_PLATFORM as users do."""
-    before = jax.config.read("jax_disable_most_optimizations")
+    """Traces and compiles for the CPU, quickly; in FOR_EVERY_PLATFORM as users do, also in the
+    processes that a test starts."""
     as_users = item.path.parent.name in FOR_EVERY_PLATFORM
-    jax.config.update("jax_disable_most_optimizations", before and not as_users)
-    with dispatch.only(None if as_users else "cpu"):
-        try:
-            return (yield)
-        finally:
-            jax.config.update("jax_disable_most_optimizations", before)
+    with pytest.MonkeyPatch.context() as patch, dispatch.only(None if as_users else "cpu"):
+        if as_users:
+            patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        jax.config.update("jax_disable_most_optimizations", quick and not as_users)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
+import experiment_files
 import jax
 import pytest
 
@@ -36,10 +37,9 @@ ALWAYS = ("llama3_8b:v5p-8", "llama3_8b:v6e-256")
 
 def declared() -> list[str]:
     """'llama3_8b:v5p-64', ... of every experiment."""
-    names = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if p.stem != "__init__")
     return [
         f"{name}:{place}"
-        for name in names
+        for name in experiment_files.NAMES
         for place in getattr(experiment(name), "places", ())  # a recipe has stages instead
         if slices.NAME.fullmatch(place)
     ]
@@ -158,7 +158,7 @@ def compilations(request):
 
 def in_process(name: str) -> subprocess.CompletedProcess:
     """Prints the text of a place."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, __file__, "--text", name]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
