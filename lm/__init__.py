@@ -1,6 +1,6 @@
 """lm: one experiment file declares model, mesh and schedule; the rest follows from it.
 
-Rooms in import order:
+Packages and modules in import order:
 
     errors, terminal, trees               user errors, output, nested dicts of arrays
     declaration, serialization            dataclasses by path, to JSON and back

@@ -288,9 +288,9 @@ def _node(node: ast.expr, hint: Hint, path: str) -> Any:
 
 def _find(name: str, hint: Hint, path: str) -> type:
     """The class of this name ('SwiGLU', 'model.SwiGLU') among those that `hint` allows."""
-    *room, last = name.split(".")
+    *package, last = name.split(".")
     known = {cls.__name__: cls for cls in _reachable(hint)}
-    if last not in known or not set(room) <= set(known[last].__module__.split(".")):
+    if last not in known or not set(package) <= set(known[last].__module__.split(".")):
         if str in kinds(hint):
             raise _NotLiteral
         raise UserError(f"{path}={name}(...) is not known there.{nearest(last, known)}")

@@ -1,8 +1,8 @@
 """An experiment declares what to train, on what, how long, and where it may run. It does nothing.
 
 `override` changes it by path, `to_json` and `from_json` carry it into a run folder and back,
-`describe` prints it. Each room checks its own configs; this file checks what two rooms must agree
-on.
+`describe` prints it. Each package checks its own configs; this file checks what two packages must
+agree on.
 """
 
 import hashlib

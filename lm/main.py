@@ -1,4 +1,4 @@
-"""The two doors: `main(experiment)` of `python -m experiments.NAME [train|show|plan]`, and
+"""The two command lines: `main(experiment)` of `python -m experiments.NAME [train|show|plan]`, and
 `lm_main` of `python -m lm VERB`. The verbs are in lm/commands/.
 
 A user error ends in one sentence on stderr and exit code 2, an interruption in 130 (Ctrl-C) or 143
@@ -34,7 +34,7 @@ RESULT_VERBS = {
 def main(
     declare: "Callable[[], Experiment | Recipe]", arguments: Sequence[str] | None = None
 ) -> None:
-    """The door of an experiment file: trains, shows or plans what `declare()` returns."""
+    """Command line of an experiment file: trains, shows or plans what `declare()` returns."""
     program = f"python -m {_module_name(declare)}"
     command, options = _parse(program, EXPERIMENT_VERBS, arguments, default="train")
     with _sentences(program, command):
@@ -42,7 +42,7 @@ def main(
 
 
 def lm_main(arguments: Sequence[str] | None = None) -> None:
-    """The door of a result: `python -m lm generate|eval|import|export|bench ...`."""
+    """Command line of results: `python -m lm generate|eval|import|export|bench ...`."""
     command, options = _parse("python -m lm", RESULT_VERBS, arguments)
     with _sentences(f"python -m lm {options.verb}", command):
         command.run(options)

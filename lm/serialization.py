@@ -33,13 +33,13 @@ def to_json(value: Any) -> Any:
 
 
 def class_name(cls: type) -> str:
-    """'lm.model.GQA' if the room exports the class; else its module and name, with the module's
+    """'lm.model.GQA' if the package exports the class; else its module and name, with the module's
     real name where it runs as `python -m MODULE`."""
     if cls.__module__ == "__main__":
         return f"{_main_module()}.{cls.__qualname__}"
-    room = ".".join(cls.__module__.split(".")[:2])
-    public = getattr(sys.modules.get(room), cls.__qualname__, None) is cls
-    return f"{room if public else cls.__module__}.{cls.__qualname__}"
+    package = ".".join(cls.__module__.split(".")[:2])
+    public = getattr(sys.modules.get(package), cls.__qualname__, None) is cls
+    return f"{package if public else cls.__module__}.{cls.__qualname__}"
 
 
 def _main_module() -> str:

@@ -134,8 +134,8 @@ class Window(Cache):
         rows_b1 = jnp.arange(b)[:, None]
 
         def in_order(stored_bskh: jax.Array, new_btkh: jax.Array) -> jax.Array:
-            room = jnp.zeros((b, t, *stored_bskh.shape[2:]), stored_bskh.dtype)
-            keys = jnp.concatenate([stored_bskh[rows_b1, slots_bs], room], axis=1)
+            empty = jnp.zeros((b, t, *stored_bskh.shape[2:]), stored_bskh.dtype)
+            keys = jnp.concatenate([stored_bskh[rows_b1, slots_bs], empty], axis=1)
             keys = keys.at[rows_b1, index_bt].set(new_btkh.astype(keys.dtype))
             return keys.astype(q_btnh.dtype)
 
