@@ -67,7 +67,12 @@ def _normalized(scores: jax.Array) -> jax.Array:
 class LoadBalance:
     """Auxiliary loss weight * E * sum_e f_e p_e (Switch, GShard), where f_e is the expert's share
     of the assignments and p_e its mean share of the scores. It equals `weight` when both are
-    uniform."""
+    uniform.
+
+    Both are shares of the whole batch at every place. With gradient accumulation that takes a
+    second forward pass, about a quarter to a third more time (see lm/training/gradient.py);
+    `BiasBalance` without a z-loss does not need it.
+    """
 
     weight: float = 0.01
 

@@ -37,22 +37,20 @@ from lm.parallel.sharding import (
 )
 
 Params = dict[str, Any]
+Statistics = dict[str, Any]  # path of a feed-forward's parameters -> its sums over tokens
 
 
 class Output(NamedTuple):
     """Of a forward pass.
 
     hidden_btd  after the final norm
-    losses      auxiliary losses of MoE layers, weighted and summed over layers, each a mean over
-                tokens; {} for a dense model
-    load        {path of an MoE's parameters: share of the assignments that each expert got, [E] or
-                [repeats, E]}
+    statistics  {path of an MoE's parameters: its router statistics, summed over tokens}, for
+                `auxiliary`; those of the parts of a batch add up. {} for a dense model
     cache       with this call's keys and values; None without a cache
     """
 
     hidden_btd: jax.Array
-    losses: dict[str, jax.Array]
-    load: dict[str, jax.Array]
+    statistics: Statistics
     cache: Caches | None
 
 
@@ -166,13 +164,11 @@ class Transformer(nnx.Module):
         x_btd, caches, sums = run_layers(
             config, parts, shard_stream(x_btd), inputs, positions, cache, dropout_key, options
         )
-        losses, load = _auxiliary(config, sums)
         if self.final_norm is not None:
             x_btd = shard_stream(self.final_norm(x_btd))
         return Output(
             hidden_btd=_join_context(shard(x_btd, "batch", "seq", "embed")),
-            losses=losses,
-            load=load,
+            statistics=_by_path(sums),
             cache=None if cache is None else caches,
         )
 
@@ -211,21 +207,38 @@ def _join_context(x_btd: jax.Array) -> jax.Array:
     return shard_map(in_order, (rows,), rows, axes=("context",))(x_btd)
 
 
-def _auxiliary(
-    config: Config, sums: dict[str, LayerSums]
+def _by_path(sums: dict[str, LayerSums]) -> Statistics:
+    return {
+        f"{name}/{i}/ffn": measured
+        for name, part in sums.items()
+        for i, measured in part.items()
+        if measured is not None
+    }
+
+
+def auxiliary(
+    config: Config, statistics: Statistics
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The auxiliary losses, summed over layers, and the load of each MoE."""
-    blocks = config.layout.parts
+    """The auxiliary losses and the load of a batch, from its `Output.statistics`.
+
+    Returns:
+      The losses by name, weighted and summed over layers, each a mean over tokens; and the load of
+      each MoE, {path: share of the assignments that each expert got, [E] or [repeats, E]}.
+    """
     losses: dict[str, jax.Array] = {}
     loads = {}
-    for name, part in sums.items():
-        for i, measured in part.items():
-            if measured is not None:
-                own, load = blocks[name][int(i)].ffn.measures(measured)
-                if load is not None:
-                    loads[f"{name}/{i}/ffn"] = load
-                losses |= {name: losses.get(name, 0.0) + x.sum() for name, x in own.items()}
+    for path, sums in statistics.items():
+        own, load = _block(config, path).ffn.measures(sums)
+        if load is not None:
+            loads[path] = load
+        losses |= {name: losses.get(name, 0.0) + x.sum() for name, x in own.items()}
     return losses, loads
+
+
+def _block(config: Config, path: str) -> Block:
+    """The block of a feed-forward's path, 'blocks/0/ffn'."""
+    part, i, _ = path.split("/")
+    return config.layout.parts[part][int(i)]
 
 
 class Declaration(NamedTuple):
@@ -288,13 +301,11 @@ def axes(config: Config) -> Params:
 
 
 def update_balance(config: Config, params: Params, load: dict[str, jax.Array]) -> Params:
-    """Moves the routing biases of experts by the `load` of a step's Output, for an MoE that
-    balances with BiasBalance; leaves all other weights as they are."""
-    blocks = config.layout.parts
+    """Moves the routing biases of experts by the `load` of a step's batch (see `auxiliary`), for an
+    MoE that balances with BiasBalance; leaves all other weights as they are."""
     flat = trees.flatten(params)
     for path, load_e in load.items():
-        part, i, _ = path.split("/")
-        balance = getattr(blocks[part][int(i)].ffn, "balance", None)
+        balance = getattr(_block(config, path).ffn, "balance", None)
         if isinstance(balance, moe.BiasBalance) and f"{path}/bias" in flat:
             flat[f"{path}/bias"] = moe.update_bias(flat[f"{path}/bias"], load_e, balance.rate)
     return trees.unflatten(flat)

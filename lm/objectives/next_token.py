@@ -19,7 +19,7 @@ from lm.parallel import sharding
 @dataclass(frozen=True, kw_only=True)
 class NextToken(Objective):
     """Cross-entropy of the next token, plus z_loss * logsumexp**2 (PaLM, arXiv:2204.02311), plus
-    the auxiliary losses of the model.
+    the auxiliary losses of the model, which the training step adds.
 
     Logits are computed for `chunk` positions and `vocab_chunk` vocabulary entries at a time. If
     only one of them is set, the other dimension is whole; if neither, the kernel chooses.
@@ -51,12 +51,7 @@ class NextToken(Objective):
             softcap=apply.config.logit_softcap,
         )
         weight = jnp.sum(batch.weights, dtype=jnp.float32)
-        # Auxiliary losses are means over tokens; times the weight they are sums like the others.
-        auxiliary = {
-            name: weight * value.astype(jnp.float32) for name, value in output.losses.items()
-        }
-        load = {path: weight * share for path, share in output.load.items()}
-        return Loss(total + sum(auxiliary.values()), weight, {"nll": nll, **auxiliary}, load)
+        return Loss(total, weight, {"nll": nll}, output.statistics)
 
     def _cross_entropy(
         self, x_btd: jax.Array, w_dv: jax.Array, *rest: jax.Array, softcap: float | None

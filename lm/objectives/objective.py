@@ -14,16 +14,17 @@ class Loss(NamedTuple):
     """Sums over a batch in float32, never means: the step adds them over micro-batches and devices
     and divides once by the weight.
 
-    total     scalar, what is minimized, times the weight
-    weight    scalar, sum of the weights of the targets
-    metrics   name -> scalar, each times the weight
-    load      {path of an MoE: [E] or [L, E]} (see lm.model.Output), each times the weight
+    total       scalar, what is minimized, times the weight; without auxiliary losses
+    weight      scalar, sum of the weights of the targets
+    metrics     name -> scalar, each times the weight
+    statistics  of the forward pass (`lm.model.Output.statistics`), from which the step computes the
+                auxiliary losses of the whole batch. Leave it out to train without them
     """
 
     total: jax.Array
     weight: jax.Array
     metrics: dict[str, jax.Array] = {}  # noqa: RUF012
-    load: dict[str, jax.Array] = {}  # noqa: RUF012
+    statistics: dict[str, Any] = {}  # noqa: RUF012
 
 
 @dataclass(frozen=True, kw_only=True)

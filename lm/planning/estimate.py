@@ -138,13 +138,14 @@ def estimate(
     state = state or state_at(e, place)
     schedule = e.pipeline_at(place)
     recomputed = _recomputed(place) if recompute is None else (recompute, recompute)
+    first = _first_passes(e, place)
     half = _half(e) if place.microbatches == 1 else place.accumulate == "bfloat16"
     gradients = state["gradients"] // (2 if half else 1)
     fractions = attention or ATTENTION[tpu_slice.generation]
     compute, in_layers = _compute(
-        e, place, tpu_slice, layers, tokens, recomputed, fractions, state["parameters"]
+        e, place, tpu_slice, layers, tokens, recomputed, first, fractions, state["parameters"]
     )
-    on_links, exposed = _links(e, place, tpu_slice, layers, tokens, recomputed[0], gradients)
+    on_links, exposed = _links(e, place, tpu_slice, layers, tokens, recomputed[0], first, gradients)
     return Estimate(
         parameters=state["parameters"],
         optimizer=state["optimizer"],
@@ -167,26 +168,27 @@ def _compute(
     layers: list[_Sizes],
     tokens: float,
     recomputed: tuple[float, float],
+    first: int,
     fractions: tuple[float, float],
     parameters: int,
 ) -> tuple[float, float]:
     """(seconds of matmuls, memory traffic and optimizer; those of them in layers), for `tokens` per
-    device and micro-batch."""
+    device and micro-batch, with `first` forward passes before the one that is differentiated."""
     mesh, chip, dim, tensor = place.mesh, tpu_slice.chip, e.model.dim, place.mesh.tensor
     flops, hbm = MATMUL * chip.flops / chip.devices, HBM * chip.hbm_bandwidth / chip.devices
     seconds = 0.0
     for layer in layers:
-        matmuls = 2 * tokens * layer.dense / tensor * (3 + recomputed[0])
+        matmuls = 2 * tokens * layer.dense / tensor * (3 + first + recomputed[0])
         # With expert parallelism the backward pass always recomputes rows of other devices.
         routed = max(recomputed) if mesh.expert == 1 else 1.0
-        matmuls += 2 * tokens * layer.routed / tensor * (3 + routed)
+        matmuls += 2 * tokens * layer.routed / tensor * (3 + first + routed)
         operands = matmuls * 2 / TILE  # bytes: two operands of two bytes a number
         hidden = HIDDEN * (layer.hidden + layer.chosen) / tensor
         traffic = 2 * tokens * ((WIDE + ROWS * layer.rows) * dim + hidden)
-        seconds += max(matmuls / flops, operands / hbm) + 4 * traffic / hbm
+        seconds += max(matmuls / flops, operands / hbm) + (4 + first) * traffic / hbm
         attention = 4 * tokens * layer.heads * layer.keys / tensor
         peak = chip.flops / chip.devices
-        forwards = 1 + recomputed[1]
+        forwards = 1 + first + recomputed[1]
         seconds += attention_flops_at_peak(attention, forwards, layer.head_dim, fractions) / peak
     seconds *= place.microbatches / mesh.pipe
     stage_tokens = place.microbatches * tokens / mesh.pipe
@@ -244,6 +246,15 @@ def grouped_flops(e: Experiment) -> float:
         ),
         default=0,
     )
+
+
+def _first_passes(e: Experiment, place: Place) -> int:
+    """Forward passes for the statistics of the whole batch (see lm/training/gradient.py)."""
+    balanced = any(
+        isinstance(getattr(block.ffn, "balance", None), model.LoadBalance)
+        for block in e.model.layout.blocks
+    )
+    return int(balanced and place.microbatches > 1 and place.mesh.pipe == 1)
 
 
 def _half(e: Experiment) -> bool:
@@ -333,6 +344,7 @@ def _links(
     layers: list[_Sizes],
     tokens: float,
     recomputed: float,
+    first: int,
     gradients: int,
 ) -> tuple[float, float]:
     """(seconds of all collectives, those of them that matmuls wait for)."""
@@ -340,17 +352,17 @@ def _links(
     torus = _Torus(place, tpu_slice)
     total = exposed = 0.0
     for layer in layers:
-        # FSDP: all-gather forward and backward, reduce-scatter of gradients.
+        # FSDP: all-gather in each forward pass and backward, reduce-scatter of gradients.
         weights = size * (layer.dense + layer.experts / mesh.expert) / mesh.tensor / mesh.pipe
-        total += 3 * place.microbatches * torus.gather("fsdp", weights)
+        total += (3 + first) * place.microbatches * torus.gather("fsdp", weights)
         stream = size * tokens * e.model.dim * place.microbatches / mesh.pipe
-        tensor = (4 + 2 * recomputed) * 2 * torus.gather("tensor", stream)
+        tensor = (4 + 2 * first + 2 * recomputed) * 2 * torus.gather("tensor", stream)
         # Forward: rows to experts and back. Backward: rows and gradients to experts, gradients
         # back.
-        expert = 5 * torus.exchange("expert", stream * layer.rows)
+        expert = (5 + 2 * first) * torus.exchange("expert", stream * layer.rows)
         # Ring attention: keys and values, in the backward pass with their gradients.
         keys = size * tokens * 2 * layer.kv / mesh.tensor * place.microbatches / mesh.pipe
-        context = (3 + recomputed) * torus.gather("context", keys * mesh.context)
+        context = (3 + first + recomputed) * torus.gather("context", keys * mesh.context)
         total += tensor + expert + context
         exposed += tensor + expert + context / 2
     if schedule := e.pipeline_at(place):

@@ -1,11 +1,12 @@
 """Supervised training: the state, the step, and the loop that repeats it.
 
-state    what a step changes and a checkpoint holds
-step     one optimizer update, as a pure function
-loop     repeats it: metrics, evaluations, checkpoints
-guard    stops at SIGINT and SIGTERM
-metrics  writes metrics.jsonl and eval.jsonl; terminal, TensorBoard, Weights & Biases
-plot     draws the loss curve
+state     what a step changes and a checkpoint holds
+gradient  of a whole batch, accumulated over micro-batches
+step      one optimizer update, as a pure function
+loop      repeats it: metrics, evaluations, checkpoints
+guard     stops at SIGINT and SIGTERM
+metrics   writes metrics.jsonl and eval.jsonl; terminal, TensorBoard, Weights & Biases
+plot      draws the loss curve
 """
 
 from lm.training.guard import Stopper

@@ -8,17 +8,17 @@ and loss_scale with loss scaling.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lm import model, optim, trees
-from lm.errors import UserError
 from lm.objectives import Loss, Objective
 from lm.parallel import sharding
 from lm.parallel.mesh import Mesh, Place
 from lm.precision import LossScale, Precision, cast
+from lm.training.gradient import gradient_of
 from lm.training.state import ALL, ScaleState, State
 
 Metrics = dict[str, jax.Array]  # name -> float32 scalar
@@ -26,15 +26,6 @@ Step = Callable[[State, Any, Any], tuple[State, Metrics]]
 
 # Range of the loss scale that float32 and float16 can use.
 _SMALLEST_SCALE, _LARGEST_SCALE = 1.0, 2.0**24
-
-
-class Gradient(NamedTuple):
-    """Sums over a batch: gradients of the total loss, the factor `scale` that they are multiplied
-    by, and the loss itself."""
-
-    grads: Any
-    scale: jax.Array
-    loss: Loss
 
 
 def make_step(
@@ -73,7 +64,7 @@ def make_step(
             apply = model.Model(config, trees.merge(params, constants), options=options)
             return objective.loss(apply, batch, key, constants)
 
-        gradient = _gradient(loss_of, compute, batch, state.loss_scale, key, place)
+        gradient = gradient_of(config, loss_of, compute, batch, state.loss_scale, key, place)
         loss = gradient.loss
         share = 1 / jnp.where(loss.weight > 0, loss.weight, 1)  # an empty batch has no gradient
 
@@ -88,7 +79,7 @@ def make_step(
                 *(transformation, gradient.grads, to_mean, clip),
                 *(params, opt_state, state.step, offload),
             )
-            load = jax.tree.map(lambda x: x * share, loss.load)
+            _, load = model.auxiliary(config, loss.statistics)
             return precision.to_params(model.update_balance(config, params, load)), opt_state
 
         # A branch instead of jnp.where per element: it updates the donated state in place, where
@@ -177,60 +168,6 @@ def compile_step(
         out_shardings=(state, sharding.replicated(mesh)),
         donate_argnums=0,
     )
-
-
-def _gradient(
-    loss_of: Callable[[Any, Any, jax.Array], Loss],
-    params: Any,
-    batch: Any,
-    scaling: ScaleState | None,
-    key: jax.Array,
-    place: Place,
-) -> Gradient:
-    """The gradient summed over the batch: one micro-batch after another, or all in a pipeline."""
-    # A float16 gradient of a sum over many tokens would overflow: scale the mean over token slots
-    # instead of the sum.
-    slots = max(x.size for x in jax.tree.leaves(batch))
-    scale = jnp.float32(1) if scaling is None else scaling.scale / slots
-
-    def scaled(params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Loss]:
-        loss = loss_of(params, batch, key)
-        return loss.total * scale, loss
-
-    differentiate = jax.grad(scaled, has_aux=True)
-    microbatches = 1 if sharding.pipeline_parallel_size() > 1 else place.microbatches
-    if microbatches == 1:
-        grads, loss = differentiate(params, batch, jax.random.fold_in(key, 0))
-        return Gradient(grads, scale, loss)
-
-    def add(sums: tuple[Any, Loss], part: tuple[Any, jax.Array]) -> tuple[tuple[Any, Loss], None]:
-        batch, index = part
-        new = differentiate(
-            params, jax.tree.map(sharding.shard_rows, batch), jax.random.fold_in(key, index)
-        )
-        return jax.tree.map(lambda s, x: s + x.astype(s.dtype), sums, new), None
-
-    parts = jax.tree.map(lambda x: _split(x, microbatches), batch)
-    first = jax.tree.map(lambda x: x[0], parts)
-    grads, loss = jax.eval_shape(differentiate, params, first, key)
-    zeros = (
-        jax.tree.map(lambda g: jnp.zeros(g.shape, place.accumulate), grads),
-        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), loss),
-    )
-    (grads, loss), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(microbatches)))
-    return Gradient(grads, scale, loss)
-
-
-def _split(x: jax.Array, microbatches: int) -> jax.Array:
-    """[B, ...] -> [M, B/M, ...]. Micro-batch m takes the rows m, m + M, ..., so that the rows of
-    each device stay on that device."""
-    rows, *rest = x.shape
-    if rows % microbatches:
-        raise UserError(
-            f"place.microbatches={microbatches} does not divide batch.sequences={rows}; "
-            "choose a divisor of it."
-        )
-    return x.reshape(rows // microbatches, microbatches, *rest).swapaxes(0, 1)
 
 
 def _rescale(

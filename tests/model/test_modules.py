@@ -190,4 +190,5 @@ def test_user_defined_feed_forward_reports_its_auxiliary_loss():
         ffn=Penalized(),
     )
     output = model.Model(config, model.init(config, jax.random.key(0)))(jnp.zeros((1, 3), int))
-    assert output.losses["square"] > 0 and output.load == {}
+    losses, load = model.auxiliary(config, output.statistics)
+    assert losses["square"] > 0 and load == {}

@@ -239,27 +239,30 @@ def test_auxiliary_losses_and_expert_load(base, draw, tokens):
         prefix=(model.Block(ffn=model.SwiGLU(hidden=24)),),
         pattern=(model.Block(), model.Block(ffn=model.SwiGLU(hidden=24))),
     )
-    out = model.Model(config, draw(config))(tokens)
-    assert {path: load.shape for path, load in out.load.items()} == {
+    statistics = model.Model(config, draw(config))(tokens).statistics
+    losses, loads = model.auxiliary(config, statistics)
+    assert {path: load.shape for path, load in loads.items()} == {
         "blocks/0/ffn": (2, 4),
         "suffix/0/ffn": (4,),
     }
-    for load in out.load.values():
+    for load in loads.values():
         np.testing.assert_allclose(load.sum(-1), 1, rtol=1e-5)
-    assert set(out.losses) == {"balance", "router_z"}
-    assert all(value.shape == () and value > 0 for value in out.losses.values())
+    assert set(losses) == {"balance", "router_z"}
+    assert all(value.shape == () and value > 0 for value in losses.values())
     dense = model.Model(base, draw(base))(tokens)
-    assert dense.losses == {} and dense.load == {} and dense.cache is None
+    assert dense.statistics == {} and dense.cache is None
 
 
 def test_padding_is_excluded_from_the_expert_load(base, draw, tokens):
     config = dataclasses.replace(base, ffn=MOE)
     params, segments = draw(config), np.ones_like(tokens)
     segments[:, 8:] = 0
-    padded = model.Model(config, params)(tokens, segments_bt=segments)
-    short = model.Model(config, params)(tokens[:, :8])
-    np.testing.assert_allclose(padded.load["blocks/0/ffn"], short.load["blocks/0/ffn"], atol=1e-6)
-    np.testing.assert_allclose(padded.losses["balance"], short.losses["balance"], rtol=1e-5)
+    apply = model.Model(config, params)
+    padded = model.auxiliary(config, apply(tokens, segments_bt=segments).statistics)
+    short = model.auxiliary(config, apply(tokens[:, :8]).statistics)
+    (padded_losses, padded_load), (losses, load) = padded, short
+    np.testing.assert_allclose(padded_load["blocks/0/ffn"], load["blocks/0/ffn"], atol=1e-6)
+    np.testing.assert_allclose(padded_losses["balance"], losses["balance"], rtol=1e-5)
 
 
 def test_update_balance_changes_only_router_biases(base, draw, tokens):
@@ -267,7 +270,7 @@ def test_update_balance_changes_only_router_biases(base, draw, tokens):
         base, ffn=dataclasses.replace(MOE, balance=model.BiasBalance(rate=0.01))
     )
     params = jax.tree.map(jnp.asarray, draw(config))
-    load = model.Model(config, params)(tokens).load
+    _, load = model.auxiliary(config, model.Model(config, params)(tokens).statistics)
     moved = trees.flatten(model.update_balance(config, params, load))
     bias = "blocks/0/ffn/bias"
     for path, weight in trees.flatten(params).items():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from train_examples import DENSE, batch
 
 from lm import model, objectives, optim, training, trees
@@ -64,6 +65,56 @@ def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch():
         assert difference < 5e-6 * size
         for name in line:
             assert metrics[name] == pytest.approx(float(line[name]), rel=1e-6), name
+
+
+class Squares(model.FeedForwardConfig):
+    """A user's feed-forward whose auxiliary loss is not linear in its statistics."""
+
+    def build(self, dim, rngs, init=None):
+        return _Squares(dim, rngs)
+
+    def measures(self, sums):
+        return {"square": 0.3 * jnp.square(sums["square"] / sums["count"])}, None
+
+
+class _Squares(nnx.Module):
+    def __init__(self, dim, rngs):
+        self.w = model.param(rngs, (dim, dim), ("embed", "mlp"), jax.nn.initializers.normal(0.3))
+
+    def __call__(self, x_btd, mask_bt=None):
+        y_btd = model.einsum("btd,df->btf", x_btd, self.w)
+        mask_bt = mask_bt.astype(y_btd.dtype)
+        squares = jnp.sum(mask_bt[..., None] * jnp.square(y_btd))
+        return y_btd, {"square": squares, "count": mask_bt.sum()}
+
+
+MOE = model.MoE(
+    experts=4, experts_per_token=2, hidden=16, balance=model.LoadBalance(weight=0.5), z_loss=0.1
+)
+
+
+@pytest.mark.parametrize("ffn", [MOE, Squares()], ids=["moe", "own"])
+def test_auxiliary_losses_do_not_depend_on_the_number_of_micro_batches(ffn):
+    """Loss, gradient and metrics, although the micro-batches have different numbers of tokens and
+    target weights, one of them none."""
+    config = dataclasses.replace(DENSE, ffn=ffn)
+    data = batch()
+    segments = data.segments * (np.arange(8) < np.array([[8], [5], [2], [7]]))
+    weights = data.weights * np.array([[1], [0], [0.1], [5]], np.float32) * (segments > 0)
+    data, lines, changes = data._replace(segments=segments, weights=weights), {}, {}
+    for microbatches in (1, 2, 4):
+        state, step = prepare(config, microbatches=microbatches)
+        before = host(state.params)
+        state, lines[microbatches] = step(state, data, {})
+        changes[microbatches] = jax.tree.map(lambda a, b: np.array(a) - b, state.params, before)
+    names = {"balance", "router_z"} if ffn is MOE else {"square"}
+    assert names <= lines[1].keys() and all(lines[1][name] > 0 for name in names)
+    for microbatches in (2, 4):
+        for name, value in lines[1].items():
+            # float32 sums in a different order.
+            assert lines[microbatches][name] == pytest.approx(float(value), rel=2e-6), name
+        difference = jax.tree.map(lambda a, b: a - b, changes[1], changes[microbatches])
+        assert trees.global_norm(difference) < 5e-6 * trees.global_norm(changes[1])
 
 
 def test_gradients_may_be_accumulated_in_bfloat16():
