@@ -26,6 +26,7 @@ setup(
         "etils[epath]>=1.12",
         "matplotlib>=3.9",
         "psutil>=6.0",
+        "zstandard>=0.23",
         "tqdm>=4.67",
     ],
     extras_require={

@@ -1,23 +1,24 @@
 """Sources that read files: Text, Jsonl, Csv, Parquet, and their base class FileSource.
 
-Paths are files, globs or fsspec URLs; .gz .bz2 .xz .zst are decompressed by extension.
+Paths are files, globs or fsspec URLs. Files are decompressed by extension: .gz, .bz2, .xz, .zst,
+and .zip with one file.
 """
 
 import abc
-import codecs
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
-from lm.data import files
+from lm.data import compression, files
 from lm.data.sources import Source, positional
-from lm.errors import UserError, check_name, nearest
+from lm.data.unicode import check_encoding
+from lm.errors import UserError, nearest
 
 # Characters: a longer text file becomes several documents, so that memory stays bounded.
 PART = 1 << 26
-_ENCODINGS = ("utf-8", "utf-16", "latin-1", "cp1252", "ascii")  # suggested for a misspelt one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +63,7 @@ class _Encoded(FileSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            codecs.lookup(self.encoding)
-        except LookupError:
-            check_name("data.encoding", self.encoding, _ENCODINGS)
+        check_encoding("data.encoding", self.encoding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,45 +98,88 @@ class Jsonl(_Encoded):
                 if line.isspace():
                     continue
                 where = f"{path}, line {number}"
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{where} is not JSON ({error.msg} at column {error.colno})."
-                    ) from None
+                record = _json(line, where)
                 if not isinstance(record, dict):
                     raise UserError(f"{where} holds {type(record).__name__}, not a JSON object.")
-                yield _replace_surrogates(text_of(record, self.field, where))
+                yield text_of(record, self.field, where)
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line, parse_int=_number)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error.msg} at column {error.colno}).") from None
+    except RecursionError:
+        raise UserError(f"{where} is JSON with too many levels of brackets.") from None
+
+
+def _number(digits: str) -> int | float:
+    """Python refuses to convert integers of more than 4,300 digits."""
+    return int(digits) if len(digits) < 1_000 else float(digits)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Csv(_Encoded):
-    """Comma-separated files with a header line, whose column `field` is the text."""
+    """Comma-separated files with a header line, whose column `field` is the text.
+
+    A field that begins with `quote` ends at the next single `quote`, and may contain delimiters and
+    line ends. With quote=None quotes are letters like any other.
+    """
 
     field: str = "text"
     delimiter: str = ","
+    quote: str | None = '"'
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.delimiter) != 1:
-            raise UserError(f"data.delimiter={self.delimiter!r} must be one character.")
+        for name in ("delimiter", "quote"):
+            value = getattr(self, name)
+            if name == "quote" and value is None:
+                continue
+            if len(value) != 1 or value in "\r\n":
+                raise UserError(f"data.{name}={value!r} must be one character of a line.")
+        if self.delimiter == self.quote:
+            raise UserError(f"data.delimiter={self.delimiter!r} must differ from data.quote.")
 
     def read_file(self, path: str) -> Iterator[str]:
-        csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
         with files.reading(path) as file:
-            rows = csv.reader(files.lines(file, path, self.encoding), delimiter=self.delimiter)
+            lines = files.lines(file, path, self.encoding)
+            rows = self._rows(lines, path)
+            names = next(rows, [])
+            check_field(self.field, names, path)
+            column = names.index(self.field)
+            for row in rows:
+                yield row[column]
+
+    def _rows(self, lines: Iterator[str], path: str) -> Iterator[list[str]]:
+        """The fields of the header and of each row that is not blank, as many as in the header."""
+        csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
+        rows = csv.reader(
+            lines,
+            delimiter=self.delimiter,
+            quotechar=self.quote,
+            quoting=csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE,
+            strict=True,  # nothing but a delimiter or a line end after a closing quote
+        )
+        columns = None
+        while True:
+            line = rows.line_num + 1
+            where = f"{path}, line {line}"
+            hint = " If quotes are letters in this file, set quote=None."
             try:
-                names = next(rows, [])
-                check_field(self.field, names, path)
-                column = names.index(self.field)
-                for row in rows:
-                    if len(row) > column:
-                        yield row[column]
-                    elif row:
-                        where = f"{path}, line {rows.line_num}"
-                        raise UserError(f"{where} has {len(row)} of {len(names)} columns.")
+                row = next(rows, None)
             except csv.Error as error:
-                raise UserError(f"{path}, line {rows.line_num}: {error}.") from None
+                raise UserError(f"{where}: {error}.{hint}") from None
+            if row is None:
+                return
+            columns = columns or len(row)
+            if row and len(row) != columns:
+                several = rows.line_num > line
+                where += f" to {rows.line_num}, within quotes," if several else ""
+                counts = f"has {len(row)} of {columns} columns"
+                raise UserError(f"{where} {counts}.{hint if several else ''}")
+            if row:
+                yield row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,20 +192,42 @@ class Parquet(FileSource):
         return None  # only one column is read, and it is compressed
 
     def read_file(self, path: str) -> Iterator[str]:
-        import pyarrow
-        import pyarrow.parquet
-
         with files.reading(path) as file:
-            try:
-                table = pyarrow.parquet.ParquetFile(file)
-                check_field(self.field, table.schema_arrow.names, path)
-                for rows in table.iter_batches(batch_size=512, columns=[self.field]):
-                    for text in rows.column(0).to_pylist():
-                        yield text_of({self.field: text}, self.field, path)
-            except pyarrow.ArrowException as error:
-                raise UserError(
-                    f"{path} is not a complete Parquet file ({error}); fetch or write it again."
-                ) from None
+            number = 0
+            for column in _columns(file, self.field, path):
+                for value in column:
+                    number += 1
+                    where = f"{path}, row {number}"
+                    try:
+                        text = value.as_py()
+                    except UnicodeDecodeError as error:
+                        raise UserError(
+                            f"{where}: byte {error.start} ({error.object[error.start]:#04x}) is "
+                            f"not utf-8; write column {self.field!r} as UTF-8."
+                        ) from None
+                    yield text_of({self.field: text}, self.field, where)
+
+
+def _columns(file: BinaryIO, field: str, path: str) -> Iterator[Any]:
+    """The column `field` of a Parquet file as pyarrow arrays."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if compression.is_compressed(path):  # Parquet needs random access
+            file = io.BytesIO(file.read())
+        table = pyarrow.parquet.ParquetFile(file)
+        check_field(field, table.schema_arrow.names, path)
+        type_ = table.schema_arrow.field(field).type
+        type_ = getattr(type_, "value_type", type_)  # of a dictionary
+        if str(type_) not in ("string", "large_string", "string_view", "null"):
+            raise UserError(f"{path}: field {field!r} holds {type_}, not text.")
+        for rows in table.iter_batches(batch_size=512, columns=[field]):
+            yield rows.column(0)
+    except (pyarrow.ArrowException, OSError, MemoryError, OverflowError) as error:
+        raise UserError(
+            f"{path} is not a complete Parquet file ({error}); fetch or write it again."
+        ) from None
 
 
 def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
@@ -180,15 +243,8 @@ def text_of(record: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def check_field(field: str, known: list[str], where: str) -> None:
-    """Raises UserError, with the nearest name, unless `field` is one of `known`."""
+    """Raises UserError, with the nearest name, unless exactly one of `known` is `field`."""
     if field not in known:
         raise UserError(f"{where} has no field {field!r} (data.field).{nearest(field, known)}")
-
-
-def _replace_surrogates(text: str) -> str:
-    # JSON can encode half of a surrogate pair, which is not a character and has no UTF-8 form.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    if known.count(field) > 1:
+        raise UserError(f"{where} has {known.count(field)} fields {field!r}; rename one of them.")

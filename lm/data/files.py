@@ -7,9 +7,7 @@ Every error is a UserError that names the file, and the line or byte offset wher
 import codecs
 import contextlib
 import hashlib
-import lzma
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
+from lm.data import compression
 from lm.errors import UserError, nearest
 
 BLOCK = 1 << 20  # bytes per read
@@ -71,19 +70,17 @@ def on_read(advance: Callable[[int], None] | None) -> Iterator[None]:
 def reading(path: str) -> Iterator[BinaryIO]:
     """Opens a file for reading its decompressed bytes. An OSError or decompression error inside the
     context becomes a UserError that names the file."""
-    _check_zstandard(path)
     try:
-        opened = fsspec.open(path, "rb", compression="infer")
-        with opened as file:
-            advance = _on_read.get()
-            yield file if advance is None else _Reported(file, opened.fobjects[0], advance)
+        with fsspec.open(path, "rb") as raw:
+            file, advance = compression.decompressed(raw, path), _on_read.get()
+            yield file if advance is None else _Reported(file, raw, advance)
     except FileNotFoundError:
         raise UserError(_missing(path)) from None
     except IsADirectoryError:
         raise UserError(_is_folder(path)) from None
     except PermissionError:
         raise UserError(f"{path} cannot be read: permission denied.") from None
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+    except (EOFError, OSError) as error:
         raise UserError(
             f"{path} is cut short or damaged ({error}); fetch or write it again."
         ) from error
@@ -113,10 +110,11 @@ class _Reported:
 
 def decoded(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
     """The text of a file in blocks, without a byte-order mark. Raises UserError with the offset of
-    the first byte that is invalid in this encoding."""
+    the first byte that is invalid in this encoding, and for an archive."""
     decoder = codecs.getincrementaldecoder(encoding)("strict")
-    bytes_decoded = 0
+    bytes_decoded, is_start = 0, True
     block = file.read(BLOCK)
+    compression.check_text(block, path)
     while True:
         try:
             text = decoder.decode(block, final=not block)
@@ -127,9 +125,11 @@ def decoded(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
                 f"{path}: byte {offset} ({error.object[error.start]:#04x}) is not {encoding}. "
                 "Convert the file, or set its encoding, as in encoding='latin-1'."
             ) from None
-        if bytes_decoded == 0:
-            text = text.removeprefix("\ufeff")
+        except UnicodeError as error:
+            raise UserError(f"{path} is not {encoding} ({error}); set its encoding.") from None
         bytes_decoded += len(block)
+        if text and is_start:
+            text, is_start = text.removeprefix("\ufeff"), False
         if text:
             yield text
         if not block:
@@ -139,13 +139,15 @@ def decoded(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
 
 def lines(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
     """The lines of a file, line ends included. Only '\\n' ends a line."""
-    partial = ""
+    parts: list[str] = []  # of a line that continues in the next block
     for block in decoded(file, path, encoding):
-        *complete, partial = (partial + block).split("\n")
-        for line in complete:
-            yield line + "\n"
-    if partial:
-        yield partial
+        first, *others = block.split("\n")
+        parts.append(first)
+        for part in others:
+            yield "".join(parts) + "\n"
+            parts = [part]
+    if last := "".join(parts):
+        yield last
 
 
 def _find(path: str) -> list[File]:
@@ -192,8 +194,3 @@ def _missing(path: str) -> str:
 
 def _is_folder(path: str) -> str:
     return f"{path} is a folder; name its files, as in '{path}/*.txt'."
-
-
-def _check_zstandard(path: str) -> None:
-    if path.endswith(".zst") and "zstd" not in fsspec.available_compressions():
-        raise UserError(f"{path} needs one more package: pip install zstandard")

@@ -21,7 +21,10 @@ def tfrecords(path: str, start: int, stop: int) -> Iterator[bytes]:
         for number in range(stop):
             header = file.read(12)
             length = struct.unpack("<Q", header[:8])[0] if len(header) == 12 else 0
-            record = file.read(length + 4)
+            try:
+                record = file.read(length + 4)
+            except (OverflowError, MemoryError):  # a damaged length
+                record = b""
             if len(header) < 12 or len(record) < length + 4:
                 raise UserError(f"{path} is damaged: it ends after {number} of {stop} records.")
             if number >= start:

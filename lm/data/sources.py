@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from lm.data import files
 from lm.data.identity import class_name, code_digest, plain
+from lm.data.unicode import replace_surrogates
 from lm.errors import UserError
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -73,14 +74,15 @@ class Source(abc.ABC):
         return type(self).__name__.lower()
 
     def documents(self) -> Iterator[str]:
-        """The texts that are not empty, in the order of `read`."""
+        """The texts that are not empty, in the order of `read`, with U+FFFD for halves of surrogate
+        pairs."""
         for text in self.read():
             if not isinstance(text, str):
                 raise UserError(
                     f"data: {type(self).__name__}.read() must yield str, not {type(text).__name__}."
                 )
             if text:
-                yield text
+                yield replace_surrogates(text)
 
     def recipe(self) -> dict[str, Any]:
         """What decides the texts, for JSON: the class, its fields without locations, and the
@@ -143,7 +145,7 @@ class Documents(Source):
     _locations = ("texts",)
 
     def size(self) -> int | None:
-        return sum(len(text.encode()) for text in self.texts)
+        return sum(len(replace_surrogates(text).encode()) for text in self.texts)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()

@@ -37,8 +37,11 @@ class Tfds(Source):
         check_field(self.field, list(builder.info.features), self.name)
         features = tfds.features.FeaturesDict({self.field: builder.info.features[self.field]})
         for number, record in enumerate(self._records(builder)):
-            value = features.deserialize_example_np(record)[self.field]
             where = f"{self.name}, {self.split}, example {number}"
+            try:
+                value = features.deserialize_example_np(record)[self.field]
+            except Exception as error:  # of the parser of protocol buffers
+                raise UserError(f"{where} is damaged ({error}); prepare it again.") from None
             try:
                 text = value.decode() if isinstance(value, bytes) else value
             except UnicodeDecodeError as error:
@@ -77,7 +80,7 @@ class Tfds(Source):
             hint = close if "Did you mean" in close else ""
             reason = str(error).splitlines()[0]
             raise UserError(f"data.name={self.name!r}: {reason}{hint}") from None
-        except OSError as error:
+        except Exception as error:  # OSError, or that of a damaged dataset_info.json
             raise UserError(f"data.name={self.name!r} is not a prepared dataset: {error}") from None
         if not builder.info.splits:
             raise UserError(

@@ -1,0 +1,159 @@
+"""Decompression by extension: .gz, .bz2, .xz, .zst, and .zip with one file.
+
+The end of every compressed stream is checked: a file that was cut short raises an error instead of
+giving the text up to the cut.
+"""
+
+import bz2
+import io
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+import zstandard
+
+from lm.errors import UserError
+
+_READ = 1 << 14  # compressed bytes at a time: bounds the memory of highly compressed text
+_MAGIC = {  # the first bytes of files that are not text
+    b"\x1f\x8b": "gzip data",
+    b"BZh": "bzip2 data",
+    b"\xfd7zXZ\x00": "xz data",
+    b"\x28\xb5\x2f\xfd": "Zstandard data",
+    b"\x04\x22\x4d\x18": "LZ4 data",
+    b"\xff\x06\x00\x00sNaPpY": "Snappy data",
+    b"PK\x03\x04": "a zip archive",
+    b"PK\x05\x06": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"PAR1": "a Parquet file",
+}
+
+
+def _zstandard() -> Any:
+    # 2 GiB: the largest window that the command line tool writes, with --ultra --long=31.
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+# Each makes an object with decompress(bytes), eof and unused_data for one compressed stream.
+_STREAMS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lzma.LZMADecompressor,
+    ".zst": _zstandard,
+}
+
+
+def decompressed(raw: BinaryIO, path: str) -> BinaryIO:
+    """The decompressed bytes of an open file; `raw` itself without a known extension.
+
+    Raises UserError for a zip archive that does not hold exactly one file, and, while reading,
+    UserError or EOFError for damaged data.
+    """
+    extension = os.path.splitext(path)[1].lower()
+    if extension == ".zip":
+        return _only_member(raw, path)
+    if extension not in _STREAMS:
+        return raw
+    return io.BufferedReader(_Blocks(_streams(raw, path, _STREAMS[extension])), 1 << 20)
+
+
+def is_compressed(path: str) -> bool:
+    """Whether `decompressed` decompresses a file of this name."""
+    return os.path.splitext(path)[1].lower() in {".zip", *_STREAMS}
+
+
+def check_text(start: bytes, path: str) -> None:
+    """Raises UserError if a file that starts with these bytes is compressed or an archive."""
+    kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
+    if kind is None and _is_tar(start):
+        kind = "a tar archive"
+    if kind is not None:
+        raise UserError(
+            f"{path} holds {kind}, not text; extract it, or give it the extension of its format "
+            f"({', '.join(_STREAMS)} and .zip are read)."
+        )
+
+
+def _is_tar(start: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(start[:512], "utf-8", "surrogateescape")  # compares a checksum
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def _streams(raw: BinaryIO, path: str, begin: Callable[[], Any]) -> Iterator[bytes]:
+    """Decompressed blocks of all streams of a file: compressed files may be concatenated."""
+    stream, is_empty = None, True
+    while data := raw.read(_READ):
+        is_empty = False
+        while data:
+            if stream is None:
+                data = data.lstrip(b"\0")  # padding between streams
+                if not data:
+                    break
+                stream = begin()
+            try:
+                block = stream.decompress(data)
+            except Exception as error:  # each library has its own
+                raise UserError(
+                    f"{path} is cut short or damaged ({error}); fetch or write it again."
+                ) from None
+            data = stream.unused_data if stream.eof else b""
+            if stream.eof:
+                stream = None
+            if block:
+                yield block
+    if stream is not None or is_empty:
+        raise EOFError("the compressed data ends too early")
+
+
+class _Blocks(io.RawIOBase):
+    """An iterator of bytes as an unbuffered file."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self._blocks, self._rest = blocks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = next(self._blocks, b"")
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
+
+
+def _only_member(raw: BinaryIO, path: str) -> BinaryIO:
+    """The only file in a zip archive."""
+    try:
+        archive = zipfile.ZipFile(raw)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"{path} is cut short or damaged ({error}); fetch or write it again."
+        ) from None
+    names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    names = [name for name in names if not name.startswith("__MACOSX/")]  # macOS's own entries
+    if len(names) != 1:
+        raise UserError(f"{path} holds {len(names)} files; extract it and name them.")
+    try:
+        member = archive.open(names[0])
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{path} cannot be decompressed ({error}); extract it.") from None
+    return io.BufferedReader(_Blocks(_members_blocks(member, path)), 1 << 20)
+
+
+def _members_blocks(member: BinaryIO, path: str) -> Iterator[bytes]:
+    try:
+        while block := member.read(1 << 20):
+            yield block
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError) as error:
+        raise UserError(
+            f"{path} is cut short or damaged ({error}); fetch or write it again."
+        ) from None
