@@ -182,6 +182,8 @@ def check_types(value: Any, path: str = "") -> None:
         below = join(path, key)
         if is_config(value):
             fit(child, hint, below)
+        if isinstance(child, float) and math.isnan(child):
+            raise UserError(f"{below}=nan is not a number; set it to one.")
         check_types(child, below)
 
 

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import math
 import numbers
 from collections.abc import Iterable
 
@@ -33,7 +34,30 @@ def check_name(what: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_positive(**fields: float) -> None:
-    """Raises UserError naming the first field that is not a number above zero."""
+    """Raises UserError naming the first field that is not a finite number above zero."""
     for field, value in fields.items():
-        if not (isinstance(value, numbers.Real) and value > 0):
-            raise UserError(f"{field}={value!r} must be above zero.")
+        if not (_is_finite(value) and value > 0):
+            raise UserError(f"{field}={value!r} must be above zero{_and_finite(value)}.")
+
+
+def check_not_negative(**fields: float) -> None:
+    """Raises UserError naming the first field that is not a finite number from zero on."""
+    for field, value in fields.items():
+        if not (_is_finite(value) and value >= 0):
+            raise UserError(f"{field}={value!r} must be zero or above{_and_finite(value)}.")
+
+
+def check_seed(**fields: int) -> None:
+    """Raises UserError naming the first field that is not a seed. JAX reads 32 bits of a seed, so
+    that larger ones would coincide."""
+    for field, value in fields.items():
+        if not (isinstance(value, numbers.Integral) and 0 <= value < 2**32):
+            raise UserError(f"{field}={value!r} must be a whole number from 0 to 2**32 - 1.")
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, numbers.Real) and (isinstance(value, int) or math.isfinite(value))
+
+
+def _and_finite(value: float) -> str:
+    return " and finite" if value == math.inf else ""

@@ -266,7 +266,9 @@ def _evaluation_table(run: Run) -> str:
         return "None."
     rows = []
     for line in lines:
-        error = "" if line["stderr"] is None else f"{line['stderr']:.4f}"
-        rows.append(f"| {line['name']} | {line['value']:.4f} | {error} | {line['count']:,} |")
+        value, error = (
+            "" if line[name] is None else f"{line[name]:.4f}" for name in ("value", "stderr")
+        )
+        rows.append(f"| {line['name']} | {value} | {error} | {line['count']:,} |")
     head = ["| measure | value | standard error | tokens |", "|---|---|---|---|"]
     return "\n".join([*head, *rows])

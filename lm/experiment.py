@@ -14,7 +14,7 @@ from typing import Any
 from lm import declaration, model, serialization, trees
 from lm.checkpoint import Save
 from lm.data import BatchShape, Mixture, Shards, Source, TokenizerConfig
-from lm.errors import UserError, check_name, nearest
+from lm.errors import UserError, check_name, check_seed, nearest
 from lm.evals import Evaluator
 from lm.model import Capacity
 from lm.objectives import NextToken, Objective
@@ -87,6 +87,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         declaration.check_types(self)
+        check_seed(seed=self.seed)
         self._check_names()
         self._check_vocabulary()
         self._check_trainable()

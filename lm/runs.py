@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from lm import checkpoint, data, evals, generate, hf, model, optim, trees
-from lm.errors import UserError
+from lm.errors import UserError, check_positive
 from lm.experiment import MAY_CHANGE, Experiment, differences, from_json, identity, to_json
 from lm.model import Model, Transformer
 from lm.parallel import distributed, sharding
@@ -298,7 +298,7 @@ class Run:
             self.apply.cast(),
             self._tokenizer(),
             [prompts] if isinstance(prompts, str) else list(prompts),
-            context=context or self.experiment.batch.length,
+            context=self.experiment.batch.length if context is None else context,
             max_tokens=max_tokens,
             sampling=sampling or generate.Sampling(temperature=temperature),
             stop=stop,
@@ -311,12 +311,14 @@ class Run:
         """Loss, perplexity and bits per byte with their standard errors.
 
         Args:
-            source: a path or glob of text files, or a source of lm.data; None: the held-out text of
-                the run's own data.
+            source: a path or glob of files (see `data.of_path`), or a source of lm.data; None: the
+                held-out text of the run's own data.
             context: tokens of a sequence; None: the sequence length of training, at most 4,096.
         """
         e = self.experiment
-        length, sequences = context or min(e.batch.length, 4096), e.batch.sequences_at(0)
+        length = min(e.batch.length, 4096) if context is None else context
+        check_positive(context=length)
+        sequences = e.batch.sequences_at(0)
         if source is None and e.data == NO_TEXT:
             raise UserError(f"{self.folder} came without text; name some, as in --data FILE.")
         if source is None:
@@ -324,7 +326,7 @@ class Run:
             RunFolder(self.folder).check_same_text(prepared)
             texts = [prepared.evaluation(name, length, sequences) for name in prepared.held_out]
         else:
-            source = data.Text(path=str(source)) if isinstance(source, str | Path) else source
+            source = data.of_path(str(source)) if isinstance(source, str | Path) else source
             texts = [data.evaluation(source, self._tokenizer(), length, sequences)]
         return [
             result

@@ -64,7 +64,8 @@ def _held_out(run: Run, prepared: data.Prepared) -> list[str]:
     """Bits per byte of the last evaluation, and of xz on the same text."""
     lines = []
     for result in training.read_lines(run.folder / "eval.jsonl"):
-        if result["step"] == run.step and result["name"].endswith("/bits_per_byte"):
+        measured = result["name"].endswith("/bits_per_byte") and result["value"] is not None
+        if result["step"] == run.step and measured:
             spread = f" ± {result['stderr']:.4f}" if result["stderr"] is not None else ""
             source = result["name"].removesuffix("/bits_per_byte")
             by_xz = evals.xz_bits_per_byte(prepared.texts(source))

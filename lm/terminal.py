@@ -5,6 +5,8 @@ stderr is not a terminal (a file, a pipe, a cluster's log), a few plain lines re
 """
 
 import contextlib
+import json
+import math
 import sys
 import textwrap
 import time
@@ -180,6 +182,19 @@ def number(value: float) -> str:
 def flops(per_second: float) -> str:
     """1.5e11 -> '150 GFLOP/s'."""
     return _scaled(per_second, ("", "k", "M", "G", "T", "P")) + "FLOP/s"
+
+
+def json_text(value: Any) -> str:
+    """Strict JSON, with null for numbers that are not finite."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def size(nbytes: float) -> str:

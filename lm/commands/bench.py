@@ -1,8 +1,8 @@
 """`python -m lm bench`"""
 
 import argparse
-import json
 
+from lm import terminal
 from lm.commands import flags
 
 HELP = "Time a training step against the matmul rate, or reading weights against a plain read."
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Face folder",
     )
     flags.add_declaration(parser)
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
+    parser.add_argument("--steps", type=flags.whole(), default=20, help="timed steps (default: 20)")
     flags.add_json(parser)
 
 
@@ -36,8 +36,8 @@ def run(options: argparse.Namespace) -> None:
     if options.what == "import":
         distributed.initialize()
         reading = measure.reading(options.target, mesh=mesh)
-        print(json.dumps(reading) if options.json else measure.reading_text(reading))
+        print(terminal.json_text(reading) if options.json else measure.reading_text(reading))
         return
     experiment = flags.change(measure.find(options.target), options.set)
     step = measure.step(experiment, on=options.on, mesh=mesh, steps=options.steps)
-    print(json.dumps(step) if options.json else measure.step_text(step))
+    print(terminal.json_text(step) if options.json else measure.step_text(step))

@@ -2,8 +2,8 @@
 
 import argparse
 import dataclasses
-import json
 
+from lm import terminal
 from lm.commands import flags
 
 HELP = "Measure loss, perplexity and bits per byte on held-out or other text."
@@ -13,20 +13,25 @@ OUT_OF_MEMORY = "Use a shorter --context, or shard the model over more devices w
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of eval."""
     flags.add_run(parser)
-    parser.add_argument("--data", help="a text file or glob (default: the run's held-out text)")
-    parser.add_argument("--context", type=int, help="tokens of a sequence (default: as trained)")
+    parser.add_argument(
+        "--data",
+        help="a file or glob of text, .jsonl, .csv or .parquet (default: the run's held-out text)",
+    )
+    parser.add_argument(
+        "--context", type=flags.whole(), help="tokens of a sequence (default: as trained)"
+    )
     flags.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints the results as a table or as JSON."""
-    from lm import terminal
-
     loaded = flags.open_run(options)
     results = loaded.evaluate(options.data, context=options.context)
     if options.json:
         records = [dataclasses.asdict(result) for result in results]
-        print(json.dumps({"run": str(options.run), "step": loaded.step, "results": records}))
+        print(
+            terminal.json_text({"run": str(options.run), "step": loaded.step, "results": records})
+        )
         return
     rows = [
         (r.name, f"{r.value:.4f}", "" if r.stderr is None else f"{r.stderr:.4f}", f"{r.count:,}")

@@ -12,11 +12,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of export."""
     parser.add_argument("run", help="a run folder, as in runs/stdlib")
     parser.add_argument("target", help="the folder to write")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--step", type=flags.whole(0), help="step of the checkpoint (default: the newest)"
+    )
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: as the run stores weights)")
     parser.add_argument(
         "--shard-gb",
-        type=float,
+        type=flags.positive,
         default=5.0,
         help="largest safetensors file in GB (default: 5.0)",
     )

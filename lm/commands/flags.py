@@ -1,6 +1,8 @@
 """Options that several verbs share: their words, and the values that they stand for."""
 
 import argparse
+import contextlib
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -44,7 +46,9 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The run folder to open, and how to open it."""
     parser.add_argument("run", help="a run folder or a Hugging Face folder")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    parser.add_argument(
+        "--step", type=whole(0), help="step of the checkpoint (default: the newest)"
+    )
     parser.add_argument(
         "--compute", metavar="DTYPE", help="float32 or bfloat16 arithmetic (default: as declared)"
     )
@@ -54,6 +58,27 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json."""
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def whole(smallest: int = 1, below: float = math.inf) -> Callable[[str], int]:
+    """`type=` of an option that is a whole number from `smallest` on."""
+
+    def read(given: str) -> int:
+        with contextlib.suppress(ValueError):
+            if smallest <= int(given) < below:
+                return int(given)
+        upto = f"and below {below}" if below < math.inf else "or above"
+        raise argparse.ArgumentTypeError(f"{given!r} must be a whole number, {smallest} {upto}")
+
+    return read
+
+
+def positive(given: str) -> float:
+    """`type=` of an option that is a finite number above zero."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(given) < math.inf:
+            return float(given)
+    raise argparse.ArgumentTypeError(f"{given!r} must be a number above zero")
 
 
 def mesh(options: argparse.Namespace) -> Any:

@@ -1,8 +1,8 @@
 """`python -m lm generate`"""
 
 import argparse
-import json
 
+from lm import terminal
 from lm.commands import flags
 
 HELP = "Continue a prompt with a trained model."
@@ -14,7 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flags.add_run(parser)
     parser.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     parser.add_argument(
-        "--max-tokens", type=int, default=128, help="most tokens to generate (default: 128)"
+        "--max-tokens",
+        type=flags.whole(),
+        default=128,
+        help="most tokens to generate (default: 128)",
     )
     parser.add_argument(
         "--temperature",
@@ -22,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.8,
         help="divides the logits; 0 takes the likeliest token (default: 0.8)",
     )
-    parser.add_argument("--top-k", type=int, help="sample from the K likeliest tokens")
+    parser.add_argument("--top-k", type=flags.whole(), help="sample from the K likeliest tokens")
     parser.add_argument(
         "--top-p", type=float, help="sample from the likeliest tokens of total probability P"
     )
@@ -39,9 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], help="text to stop at; may be repeated"
     )
     parser.add_argument(
-        "--context", type=int, help="most tokens of prompt and continuation (default: as trained)"
+        "--context",
+        type=flags.whole(),
+        help="most tokens of prompt and continuation (default: as trained)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
+    parser.add_argument(
+        "--seed", type=flags.whole(0, 2**32), default=0, help="of the random choices (default: 0)"
+    )
     flags.add_json(parser)
 
 
@@ -70,7 +77,9 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.json:
         samples = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
-        print(json.dumps({"run": str(options.run), "step": loaded.step, "samples": samples}))
+        print(
+            terminal.json_text({"run": str(options.run), "step": loaded.step, "samples": samples})
+        )
     elif stream:
         stream.end()
     else:

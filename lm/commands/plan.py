@@ -1,10 +1,10 @@
 """`python -m experiments.NAME plan`"""
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
+from lm import terminal
 from lm.commands import flags
 from lm.errors import UserError
 
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimate", action="store_true", help="from the declaration alone, without compiling"
     )
-    parser.add_argument("--price", type=float, help="of a chip-hour, for the cost of the run")
+    parser.add_argument(
+        "--price", type=flags.positive, help="of a chip-hour, for the cost of the run"
+    )
 
 
 def run(declare: Callable[[], Any], options: argparse.Namespace) -> None:
@@ -38,9 +40,9 @@ def run(declare: Callable[[], Any], options: argparse.Namespace) -> None:
     declared = flags.declared(declare, options)
     plans = [_plan(stage, options) for stage in stages_of(declared)]
     if not isinstance(declared, Recipe):
-        print(json.dumps(plans[0][0]) if options.json else plans[0][1])
+        print(terminal.json_text(plans[0][0]) if options.json else plans[0][1])
     elif options.json:
-        print(json.dumps([facts for facts, _ in plans]))
+        print(terminal.json_text([facts for facts, _ in plans]))
     else:
         texts = (text for _, text in plans)
         print(flags.under_headings(zip(stages_of(declared), texts, strict=True)))

@@ -1,10 +1,10 @@
 """`python -m experiments.NAME show`"""
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
+from lm import terminal
 from lm.commands import flags
 
 HELP = "Print the resolved declaration, parameters, shardings and memory; compute nothing."
@@ -28,9 +28,9 @@ def run(declare: Callable[[], Any], options: argparse.Namespace) -> None:
     mesh = flags.mesh(options)
     shown = [show.facts(stage, on=options.on, mesh=mesh) for stage in stages_of(declared)]
     if not isinstance(declared, Recipe):
-        print(json.dumps(shown[0]) if options.json else show.text(shown[0]))
+        print(terminal.json_text(shown[0]) if options.json else show.text(shown[0]))
     elif options.json:
-        print(json.dumps(shown))
+        print(terminal.json_text(shown))
     else:
         texts = map(show.text, shown)
         print(flags.under_headings(zip(stages_of(declared), texts, strict=True)))

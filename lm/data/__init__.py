@@ -3,6 +3,8 @@
 batch            Batch, the arrays that every later stage reads
 progress         interface of progress bars
 identity         names and digests of the classes in a recipe
+unicode          half surrogate pairs, names of encodings
+compression      decompression by extension
 files            finding, opening and decoding files, local or at a URL
 sources          base class Source; Documents, StandardLibrary, Shards
 file_sources     Text, Jsonl, Csv, Parquet
@@ -26,7 +28,7 @@ down this list.
 
 from lm.data.batch import Batch
 from lm.data.evaluation import Evaluation, evaluation
-from lm.data.file_sources import Csv, FileSource, Jsonl, Parquet, Text
+from lm.data.file_sources import Csv, FileSource, Jsonl, Parquet, Text, of_path
 from lm.data.loader import BatchShape, Loader, prefetch
 from lm.data.mixture import Mixture
 from lm.data.packing import BestFit, Concatenate, Packing
@@ -67,6 +69,7 @@ __all__ = [
     "evaluation",
     "has_tokenizer",
     "load_tokenizer",
+    "of_path",
     "prefetch",
     "prepare",
     "recipe",

@@ -8,6 +8,7 @@ import abc
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -228,6 +229,18 @@ def _columns(file: BinaryIO, field: str, path: str) -> Iterator[Any]:
         raise UserError(
             f"{path} is not a complete Parquet file ({error}); fetch or write it again."
         ) from None
+
+
+def of_path(path: str) -> FileSource:
+    """The source of a file or glob by its extension: .jsonl, .csv, .tsv and .parquet, compressed or
+    not, with the text in the field "text"; plain text for any other."""
+    name = path.lower()
+    if compression.is_compressed(name):
+        name = os.path.splitext(name)[0]
+    kind = os.path.splitext(name)[1]
+    if kind == ".tsv":
+        return Csv(path=path, delimiter="\t")
+    return {".jsonl": Jsonl, ".csv": Csv, ".parquet": Parquet}.get(kind, Text)(path=path)
 
 
 def text_of(record: Mapping[str, Any], field: str, where: str) -> str:

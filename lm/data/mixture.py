@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from lm.data.sources import Source
-from lm.errors import UserError, check_name
+from lm.errors import UserError, check_name, check_not_negative
 
 # Weights as declared: one table, or ((step, table), ...) from step 0 on.
 Weights = dict[str, float] | tuple[tuple[int, dict[str, float]], ...]
@@ -57,8 +57,7 @@ def phases(weights: Weights, tokens: Mapping[str, int]) -> Phases:
     for _, table in steps:
         for name, weight in table.items():
             check_name("data.weights", name, tokens)
-            if weight < 0:
-                raise UserError(f"data.weights.{name}={weight!r} must not be below zero.")
+            check_not_negative(**{f"data.weights.{name}": weight})
         if not sum(table.values()) > 0:
             raise UserError(f"data.weights={table!r} must have a weight above zero.")
     return tuple((step, {name: t.get(name, 0.0) for name in tokens}) for step, t in steps)

@@ -27,7 +27,7 @@ from lm.data.tokenizer import Sample, Tokenizer, TokenizerConfig
 from lm.data.tokenizer_files import has_tokenizer, load_tokenizer
 from lm.errors import UserError, check_name
 
-FORMAT = 1  # of the shards: raised when older ones can no longer be read
+FORMAT = 2  # of the shards: raised when older ones can no longer be read, or hold other tokens
 
 
 @dataclass(frozen=True)

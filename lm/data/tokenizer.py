@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from lm import terminal
 from lm.data.folder import Folder, digest
 from lm.data.identity import class_name, code_digest, plain
-from lm.errors import UserError, check_name, check_positive
+from lm.data.unicode import replace_surrogates
+from lm.errors import UserError, check_name, check_positive, check_seed
 
 KINDS = ("bpe", "unigram", "char")
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
@@ -35,7 +37,7 @@ _SPACE = "\u2581"  # stands for a space in SentencePiece's pieces
 # Training threads. The number changes the result: unigram training sums in thread order.
 _THREADS = 2
 _SENTENCE = 4_000  # characters per training sentence
-_CUT = 16_000  # characters per encoder call: longer texts take more time per character
+_CUT = 16_000  # characters per encoder call, about: many parts are encoded on all cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,7 @@ class SentencePiece(TokenizerConfig):
 
     def __post_init__(self) -> None:
         check_positive(**{"tokenizer.sample_bytes": self.sample_bytes})
+        check_seed(**{"tokenizer.seed": self.seed})
         check_name("tokenizer.kind", self.kind, KINDS)
         if not 0 < self.coverage <= 1:
             raise UserError(f"tokenizer.coverage={self.coverage!r} must be above 0 and at most 1.")
@@ -101,6 +104,12 @@ class SentencePiece(TokenizerConfig):
             )
         if "" in self.symbols or len(set(self.symbols)) < len(self.symbols):
             raise UserError(f"tokenizer.symbols={self.symbols!r} must be different and not empty.")
+        for symbol in self.symbols:
+            if _SPACE in symbol or symbol != replace_surrogates(symbol):
+                raise UserError(
+                    f"tokenizer.symbols has {symbol!r}, which contains U+2581 or half a surrogate "
+                    "pair; leave it out."
+                )
 
     def build(self, texts: Iterable[str]) -> "Tokenizer":
         return self.train_on(texts)
@@ -144,12 +153,23 @@ class SentencePiece(TokenizerConfig):
             raise UserError(_training_error(self, str(error))) from None
         trained = model.getvalue()
         tokenizer = Tokenizer(_exact(trained) if self.kind == "unigram" else trained)
+        self._check_symbols(tokenizer)
         if tokenizer.vocab < self.vocab and self.kind != "char":
             terminal.note(
                 f"The text yields only {tokenizer.vocab} of tokenizer.vocab={self.vocab} pieces; "
                 "the other ids stay unused."
             )
         return tokenizer
+
+    def _check_symbols(self, tokenizer: "Tokenizer") -> None:
+        """Raises UserError for a symbol that is not one piece of its own in every text."""
+        for symbol in self.symbols:
+            first, *_, last = tokenizer.encode(f"{symbol}a{symbol}")
+            if first != last or first <= UNK or tokenizer.decode([first]) != symbol:
+                raise UserError(
+                    f"tokenizer.symbols has {symbol!r}, which the trained tokenizer does not keep "
+                    "as one piece; choose another spelling."
+                )
 
 
 class Tokenizer:
@@ -159,6 +179,7 @@ class Tokenizer:
     pad, bos, eos, unk  ids. An imported model without padding or begin has its end id there
     prefix       ids before a prompt
     stops        ids that end a generated text
+    symbols      texts that are one piece wherever they stand, such as markers of turns
     name, model  name and bytes of the model file
     extra_files  further files of an imported model, by name: special tokens, chat template
     """
@@ -196,6 +217,14 @@ class Tokenizer:
         space_bytes = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._escapes = all(self._sp.is_byte(piece) for piece in space_bytes)
         self._escape_ids = np.array(space_bytes, np.int32)
+        self.symbols = _symbols_of(model)
+        longest_first = map(re.escape, sorted(self.symbols, key=len, reverse=True))
+        self._symbol = re.compile(f"({'|'.join(longest_first)})") if self.symbols else None
+        # Whether every piece with a space begins with it. Then no piece spans the boundary before
+        # the first space of a run, and text may be cut there.
+        self._cuts_at_spaces = not any(
+            _SPACE in self.piece(i).lstrip(_SPACE) for i in range(self.vocab)
+        )
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -227,8 +256,9 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text as int32, without begin and end; on all cores."""
-        cuts = [self._cut(text) for text in texts]
+        """Ids of each text as int32, without begin and end; on all cores. Half surrogate pairs are
+        encoded as U+FFFD."""
+        cuts = [self._cut(replace_surrogates(text)) for text in texts]
         flat = [part for parts in cuts for part in parts if not self._is_escaped(part)]
         encoded = iter(self._sp.EncodeAsNumpy(flat, num_threads=os.cpu_count()) if flat else ())
         return [
@@ -266,12 +296,18 @@ class Tokenizer:
         return content
 
     def _cut(self, text: str) -> list[str]:
+        """Parts that encode to the ids of the whole text: cut around U+2581, around symbols, and at
+        spaces that begin a piece."""
         if self._adds_space:
             return [text]
         parts = [text]
         if self._escapes and _SPACE in text:
             parts = re.split(f"({_SPACE})", text)
-        return [piece for part in parts for piece in cut(part, _CUT)]
+        if self._symbol is not None and len(text) > _CUT:
+            parts = [piece for part in parts for piece in self._symbol.split(part)]
+        if self._cuts_at_spaces:
+            parts = [piece for part in parts for piece in _cut_at_spaces(part, _CUT)]
+        return parts
 
     def _is_escaped(self, part: str) -> bool:
         return self._escapes and part == _SPACE
@@ -354,12 +390,28 @@ def cut(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
+def _symbols_of(model: bytes) -> tuple[str, ...]:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    symbol = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
+    return tuple(each.piece for each in proto.pieces if each.type == symbol)
+
+
+def _cut_at_spaces(text: str, size: int) -> Iterator[str]:
+    """Consecutive parts of at least `size` characters, each cut before the first space of a run."""
+    start = 0
+    while (end := _FIRST_SPACE.search(text, start + size)) is not None:
+        yield text[start : end.start()]
+        start = end.start()
+    yield text[start:]
+
+
+_FIRST_SPACE = re.compile("(?<! ) ")
+
+
 def _exact(model: bytes) -> bytes:
     """The unigram model with scores rounded to 64ths of a nat, whose sums are exact in float32.
     Then float32 search, here, and float64 search, by readers of tokenizer.json, find the same
     segmentation."""
-    from sentencepiece import sentencepiece_model_pb2
-
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     for piece in proto.pieces:
         piece.score = round(64 * piece.score) / 64

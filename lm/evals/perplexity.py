@@ -174,7 +174,8 @@ class _Sums:
             bytes_c = tokens_c * bytes_c.sum() / tokens
         loss, loss_error = ratio(nll_c, tokens_c)
         bits, bits_error = ratio(nll_c / math.log(2), bytes_c)
-        perplexity = math.exp(loss)
+        with np.errstate(over="ignore"):  # infinity above 709.8 nats
+            perplexity = float(np.exp(loss))
         # The delta method: the derivative of exp is exp.
         perplexity_error = None if loss_error is None else perplexity * loss_error
         values = {

@@ -8,6 +8,7 @@ Shapes are rounded up to powers of two, and everything but the model's structure
 the compiled function, so repeated calls rarely compile.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.errors import UserError, check_positive
+from lm.errors import UserError, check_positive, check_seed
 from lm.generate.sampling import Filters, Sampling, sample
 from lm.model import Config, Model
 from lm.parallel import sharding
@@ -67,7 +68,8 @@ def generate(
         first_tokens: for each prompt, the ids that may come first after it, or None for any.
 
     Raises:
-        UserError: an empty prompt, one longer than the context, a token outside the vocabulary.
+        UserError: an empty prompt, one longer than the context, a token outside the vocabulary,
+            logits that are not finite.
     """
     results: list[Result] = []
     for results in stream(  # noqa: B007
@@ -106,6 +108,9 @@ def stream(
     results are all finished. The tokens do not depend on `chunk`.
     """
     check_positive(max_tokens=max_tokens, context=context, chunk=chunk)
+    max_tokens = min(max_tokens, context)  # a row ends where its context is full
+    if isinstance(key, int):
+        check_seed(seed=key)
     _check_prompts(model.config, prompts, context)
     if not prompts:
         return
@@ -364,7 +369,12 @@ def _results(
             why = "stop"
         elif why is None and count >= request.limit_b[row]:
             why = "max_tokens" if count == max_tokens else "context"
-        results.append(
-            Result(tokens_bt[row, :count].tolist(), logprobs_bt[row, :count].tolist(), why)
-        )
+        logprobs = logprobs_bt[row, :count].tolist()
+        if any(map(math.isnan, logprobs)):
+            raise UserError(
+                f"The model's logits are not finite after prompt {row}: weights are not finite, or "
+                "arithmetic overflows. Try float32 (--compute float32) or an earlier checkpoint "
+                "(--step)."
+            )
+        results.append(Result(tokens_bt[row, :count].tolist(), logprobs, why))
     return results

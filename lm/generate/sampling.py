@@ -13,7 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.errors import UserError, check_positive
+from lm.errors import UserError
+
+_GREEDY = 1e-20  # temperatures below it would overflow float32 logits; the limit is greedy
+_LARGEST = 1e6  # beyond it, temperatures and penalties leave nothing of the model
 
 # The set of active filters is part of the compiled program; their values are its arguments.
 Filters = Mapping[str, jax.Array | np.ndarray]
@@ -23,10 +26,11 @@ Filters = Mapping[str, jax.Array | np.ndarray]
 class Sampling:
     """Sampling options.
 
-    `temperature` 0 is greedy: it takes the most probable token. `top_k` keeps the k most probable
-    tokens, `top_p` the fewest whose probabilities sum to at least p, `min_p` those with at least
-    that share of the largest probability. A `repetition_penalty` above 1 lowers the probability of
-    tokens that occur in the prompt or the text so far. None, or a penalty of 1, turns a filter off.
+    `temperature` 0 (or below 1e-20) is greedy: it takes the most probable token. `top_k` keeps the
+    k most probable tokens, `top_p` the fewest whose probabilities sum to at least p, `min_p` those
+    with at least that share of the largest probability. A `repetition_penalty` above 1 lowers the
+    probability of tokens that occur in the prompt or the text so far. None, or a penalty of 1,
+    turns a filter off.
     """
 
     temperature: float = 1.0
@@ -36,12 +40,12 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < np.inf:
+        if not 0 <= self.temperature <= _LARGEST:
             raise UserError(
                 f"sampling.temperature={self.temperature!r} must be 0 (the most probable token) "
-                "or a number above it."
+                f"or a number above it, {_LARGEST:g} at most."
             )
-        if self.top_k is not None and (self.top_k != int(self.top_k) or self.top_k < 1):
+        if self.top_k is not None and not (1 <= self.top_k < np.inf and self.top_k % 1 == 0):
             raise UserError(
                 f"sampling.top_k={self.top_k!r} must be a whole number from 1; or None."
             )
@@ -51,20 +55,24 @@ class Sampling:
                 raise UserError(
                     f"sampling.{name}={value!r} must be above 0 and at most 1; or None."
                 )
-        check_positive(**{"sampling.repetition_penalty": self.repetition_penalty})
+        if not 1 / _LARGEST <= self.repetition_penalty <= _LARGEST:
+            raise UserError(
+                f"sampling.repetition_penalty={self.repetition_penalty!r} must be between "
+                f"{1 / _LARGEST:g} and {_LARGEST:g}; 1 turns it off."
+            )
 
     def filters(self) -> dict[str, np.ndarray]:
         """The active filters, for `sample`. Without 'temperature' the choice is greedy."""
         on: dict[str, np.ndarray] = {}
         if self.repetition_penalty != 1:
             on["repetition_penalty"] = np.float32(self.repetition_penalty)
-        if self.temperature == 0:
+        if self.temperature < _GREEDY:
             return on  # the most probable token passes every other filter
         on["temperature"] = np.float32(self.temperature)
         if self.top_k is not None:
-            on["top_k"] = np.int32(self.top_k)
+            on["top_k"] = np.int32(min(self.top_k, 2**31 - 1))
         if self.top_p is not None and self.top_p < 1:  # 1 keeps all tokens
-            on["top_p"] = np.float32(self.top_p)
+            on["top_p"] = np.float32(max(self.top_p, 1e-30))  # the most probable one is kept
         if self.min_p is not None:
             on["min_p"] = np.float32(self.min_p)
         return on

@@ -197,7 +197,7 @@ def _check_ids(tokenizer: Tokenizer, files: dict[str, bytes]) -> None:
     exported = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     config = json.loads(files["tokenizer_config.json"])
     exported.encode_special_tokens = config["split_special_tokens"]
-    for text in SAMPLES:
+    for text in (*SAMPLES, *(f"a{symbol}b {symbol}{symbol}\n" for symbol in tokenizer.symbols)):
         ids = tokenizer.encode(text)
         exported_ids = exported.encode(text, add_special_tokens=False).ids
         if ids != exported_ids:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.errors import UserError, check_name, check_positive
+from lm.errors import UserError, check_name, check_not_negative, check_positive
 from lm.model.experts import Experts, dropless, token_partition, within_capacity
 from lm.model.ffn import ACTIVATIONS, FeedForwardConfig, GatedMLP
 from lm.model.initializers import DEFAULT, Init, zeros
@@ -158,10 +158,7 @@ class MoE(FeedForwardConfig):
                 f"model.ffn.experts_per_token={self.experts_per_token} is more than "
                 f"model.ffn.experts={self.experts}; a token chooses each expert at most once."
             )
-        if self.z_loss < 0:
-            raise UserError(
-                f"model.ffn.z_loss={self.z_loss} must not be negative; 0 leaves it out."
-            )
+        check_not_negative(**{"model.ffn.z_loss": self.z_loss})
         if self.experts_per_token == 1 and getattr(self.router, "renormalize", False):
             raise UserError(
                 "model.ffn.router.renormalize=True makes every weight one with "

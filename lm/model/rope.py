@@ -159,7 +159,7 @@ class Llama3Scaling:
 
 
 def _check_factor(factor: float) -> None:
-    if not factor >= 1:
+    if not 1 <= factor < math.inf:
         raise UserError(
             f"{_FIELD}.scaling.factor={factor!r} must be at least 1: "
             "how many times longer than in training."
@@ -186,7 +186,7 @@ class RoPE:
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.theta > 1:
+        if not 1 < self.theta < math.inf:
             raise UserError(
                 f"{_FIELD}.theta={self.theta!r} must be above 1; the paper's is 10_000."
             )

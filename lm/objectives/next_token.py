@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 import kernels_pallas
 from lm.data.batch import Batch
-from lm.errors import UserError, check_positive
+from lm.errors import check_not_negative, check_positive
 from lm.model import Model
 from lm.objectives.objective import Loss, Objective
 from lm.parallel import sharding
@@ -30,8 +30,7 @@ class NextToken(Objective):
     vocab_chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if self.z_loss < 0:
-            raise UserError(f"objective.z_loss={self.z_loss!r} must be zero or above.")
+        check_not_negative(**{"objective.z_loss": self.z_loss})
         sizes = {"objective.chunk": self.chunk, "objective.vocab_chunk": self.vocab_chunk}
         check_positive(**{name: size for name, size in sizes.items() if size is not None})
 

@@ -15,7 +15,7 @@ import jax
 import optax
 
 from lm import trees
-from lm.errors import UserError, check_name, check_positive
+from lm.errors import UserError, check_name, check_not_negative, check_positive
 from lm.optim.layout import decays
 
 ScheduleFunction = Callable[[jax.Array], jax.Array]  # step -> learning rate
@@ -47,8 +47,7 @@ class Optimizer(abc.ABC):
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if self.weight_decay < 0:
-            raise UserError(f"optimizer.weight_decay={self.weight_decay!r} must be zero or above.")
+        check_not_negative(**{"optimizer.weight_decay": self.weight_decay})
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UserError(
                 f"optimizer.clip_norm={self.clip_norm!r} must be above zero; "

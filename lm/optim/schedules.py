@@ -247,7 +247,7 @@ class InverseSqrt(Schedule):
 def _check_duration(name: str, value: Duration) -> None:
     if isinstance(value, Tokens):
         return
-    if not (value >= 0 and (value < 1 or value == int(value))):
+    if not (0 <= value < 1 or (1 <= value < math.inf and value == int(value))):
         raise UserError(
             f"{name}={value!r} must be a whole number of steps, Tokens(...), or a fraction of the "
             "steps below 1."

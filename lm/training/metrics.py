@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,7 +115,7 @@ class JsonLines:
 
     def write(self, values: Values) -> None:
         """Appends one object."""
-        line = json.dumps({key: _finite(x) for key, x in values.items()}, allow_nan=False) + "\n"
+        line = terminal.json_text(values) + "\n"
         if self._lines is not None:
             self._lines.append(line)
             return
@@ -407,7 +406,3 @@ def _write_errors(path: epath.Path) -> Iterator[None]:
 
 def _is_remote(path: epath.PathLike) -> bool:
     return "://" in str(path)
-
-
-def _finite(x: Any) -> Any:
-    return None if isinstance(x, float) and not math.isfinite(x) else x

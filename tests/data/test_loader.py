@@ -145,7 +145,7 @@ def test_invalid_weights_are_errors():
     a = {"a": data.Documents(("x",))}
     for weights, words in (
         ({"b": 1.0}, "data.weights='b' is not known"),
-        ({"a": -1.0}, "data.weights.a=-1.0 must not be below zero"),
+        ({"a": -1.0}, "data.weights.a=-1.0 must be zero or above"),
         ({"a": 0.0}, "must have a weight above zero"),
         (((5, {"a": 1.0}),), "must begin at step 0"),
         (((0, {"a": 1.0}), (0, {"a": 1.0})), "must begin at step 0 and rise"),

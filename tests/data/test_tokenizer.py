@@ -1,11 +1,12 @@
 """Encoding is lossless, and training is deterministic."""
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from made_up_corpus import documents
 
 from lm import data
+from lm.data import tokenizer as tokenizer_module
 from lm.errors import UserError
 
 # All of Unicode except surrogates, which UTF-8 cannot encode; difficult characters are frequent.
@@ -17,6 +18,9 @@ TEXT = st.text(
     max_size=60,
 )
 AWKWARD = "  a\u2581 b\r\n\n\t</s><0x41><unk> \u2585\0 ﬁ e\u0301 \u2028<|user|>"
+
+# Parts of the corpus and of symbols, so that pieces of several characters meet at every boundary.
+BITS = ["def ", "x", " ", "  ", "\n", "\n\n", "\u2581", "<|us", "er|>", "):", "\t", "天", "é"]
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram", "char"])
@@ -56,6 +60,35 @@ def test_symbols_are_encoded_as_single_tokens(any_tokenizer):
         (piece,) = any_tokenizer.encode(symbol)
         assert any_tokenizer.decode([piece]) == symbol
         assert piece in any_tokenizer.encode(f"x{symbol}y")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    parts=st.lists(st.sampled_from([*data.CHAT_SYMBOLS, *BITS]), max_size=40),
+    size=st.integers(1, 9),
+)
+def test_ids_do_not_depend_on_where_long_text_is_cut(any_tokenizer, monkeypatch, parts, size):
+    text = "".join(parts)
+    monkeypatch.setattr(tokenizer_module, "_CUT", 1_000_000)
+    whole = any_tokenizer.encode(text)
+    monkeypatch.setattr(tokenizer_module, "_CUT", size)
+    assert any_tokenizer.encode(text) == whole
+
+
+@pytest.mark.parametrize("length", [15_990, 15_996, 31_999])
+def test_a_symbol_in_a_long_text_without_spaces_is_one_token(any_tokenizer, length):
+    assert any_tokenizer.encode("天" * length + "<|user|>")[-1:] == any_tokenizer.encode("<|user|>")
+
+
+@pytest.mark.parametrize("symbol", ["<end of turn>", "<s>", "<0x41>", "a\u2581", "\ud83d", " "])
+def test_symbols_that_would_not_be_one_token_are_refused(symbol):
+    with pytest.raises(UserError, match="tokenizer"):
+        data.SentencePiece(vocab=384, symbols=(symbol,)).train(documents(30))
+
+
+def test_half_surrogate_pairs_are_encoded_as_replacement_characters(any_tokenizer):
+    assert any_tokenizer.encode("caf\udce9") == any_tokenizer.encode("caf\ufffd")
+    assert any_tokenizer.encode("\ud83d\ude42") == any_tokenizer.encode("\U0001f642")
 
 
 def test_special_ids_and_ids_beyond_the_vocabulary(tokenizer):
