@@ -3,6 +3,7 @@
 batch            Batch, the arrays that every later stage reads
 progress         interface of progress bars
 identity         names and digests of the classes in a recipe
+json_files       JSON files of other programs
 unicode          half surrogate pairs, names of encodings
 compression      decompression by extension
 files            finding, opening and decoding files, local or at a URL

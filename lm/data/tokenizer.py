@@ -9,7 +9,6 @@ and runs of spaces; characters outside the vocabulary are encoded as bytes. Ids:
 import abc
 import codecs
 import io
-import json
 import os
 import re
 import zlib
@@ -24,6 +23,7 @@ from sentencepiece import sentencepiece_model_pb2
 from lm import terminal
 from lm.data.folder import Folder, digest
 from lm.data.identity import class_name, code_digest, plain
+from lm.data.json_files import damaged, is_id, json_object
 from lm.data.unicode import replace_surrogates
 from lm.errors import UserError, check_name, check_positive, check_seed
 
@@ -241,9 +241,18 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The Jinja template of a conversation; None if the files have none."""
-        if "chat_template.jinja" in self.extra_files:
-            return self.extra_files["chat_template.jinja"].decode()
-        return self._read_extra("tokenizer_config.json").get("chat_template")
+        if (content := self.extra_files.get("chat_template.jinja")) is not None:
+            try:
+                return content.decode()
+            except UnicodeDecodeError:
+                raise damaged("chat_template.jinja", "it is not UTF-8") from None
+        template = self._read_extra("tokenizer_config.json").get("chat_template")
+        if isinstance(template, list):  # several by name, as old files have them
+            named = {each.get("name"): each for each in template if isinstance(each, dict)}
+            template = named.get("default", {}).get("template")
+        if not isinstance(template, str | None):
+            raise damaged("tokenizer_config.json", "its chat_template is not text")
+        return template
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes the files atomically into a folder, local or at an fsspec URL."""
@@ -287,13 +296,7 @@ class Tokenizer:
 
     def _read_extra(self, name: str) -> dict[str, Any]:
         """A JSON file beside the model; {} if missing."""
-        try:
-            content = json.loads(self.extra_files.get(name, b"{}"))
-        except ValueError:
-            content = None
-        if not isinstance(content, dict):
-            raise UserError(f"{name} beside {self.name} is damaged; fetch it again.")
-        return content
+        return json_object(self.extra_files.get(name, b"{}"), f"{name} beside {self.name}")
 
     def _cut(self, text: str) -> list[str]:
         """Parts that encode to the ids of the whole text: cut around U+2581, around symbols, and at
@@ -323,8 +326,12 @@ class Tokenizer:
 
 
 def ids_of(value: Any) -> list[int]:
-    """The ids in a JSON field that holds one id, a list, or null."""
-    return [] if value is None else value if isinstance(value, list) else [value]
+    """The ids in a JSON field that holds one id, a list, or null. Raises UserError for another
+    value."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(map(is_id, ids)):
+        raise damaged("generation_config.json", f"{value!r} is no list of token ids")
+    return ids
 
 
 class StreamDecoder:

@@ -8,16 +8,19 @@ from typing import Any
 
 from lm.data import files
 from lm.data.folder import Folder
+from lm.data.json_files import damaged, is_id, json_object
 from lm.data.tokenizer import Tokenizer, TokenizerConfig
 from lm.data.tokenizer_json import JsonTokenizer
 from lm.errors import UserError
+
+ADDED = "added_tokens.json"
 
 # Files that are loaded with a model file and saved with it, so that an export contains them.
 EXTRA_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
+    ADDED,
     "generation_config.json",
     "chat_template.jinja",
     "vocab.json",
@@ -73,6 +76,7 @@ def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
 
 def _of_folder(folder: Folder) -> Tokenizer:
     extra_files = {name: data for name in EXTRA_FILES if (data := folder.read(name)) is not None}
+    extra_files |= _special_ids(folder, extra_files)
     model = folder.read(JsonTokenizer.name)
     if model is not None:
         return JsonTokenizer(model, folder.path_to(JsonTokenizer.name), extra_files)
@@ -82,11 +86,36 @@ def _of_folder(folder: Folder) -> Tokenizer:
     return tokenizer
 
 
+def _special_ids(folder: Folder, extra_files: dict[str, bytes]) -> dict[str, bytes]:
+    """A generation_config.json with the special ids of config.json, for a folder whose own has no
+    end tokens, as transformers makes one."""
+    name = "generation_config.json"
+    own = json_object(extra_files.get(name, b"{}"), folder.path_to(name))
+    content = folder.read("config.json")
+    if own.get("eos_token_id") is not None or content is None:
+        return {}
+    config = json_object(content, folder.path_to("config.json"))
+    text = config.get("text_config")
+    config = (text if isinstance(text, dict) else {}) | config
+    ids = {f"{role}_token_id": config.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    ids = {key: value for key, value in ids.items() if value is not None}
+    return {name: json.dumps(own | ids).encode()} if "eos_token_id" in ids else {}
+
+
 def _check_added(folder: Folder, tokenizer: Tokenizer) -> None:
     """Raises UserError for tokens that were added outside of the SentencePiece model."""
-    config = json.loads(tokenizer.extra_files.get("tokenizer_config.json", b"{}"))
-    added = json.loads(tokenizer.extra_files.get("added_tokens.json", b"{}"))
-    ids = [*map(int, config.get("added_tokens_decoder", {})), *added.values()]
+    ids = []
+    for name, field in (("tokenizer_config.json", "added_tokens_decoder"), (ADDED, None)):
+        where = folder.path_to(name)
+        content = json_object(tokenizer.extra_files.get(name, b"{}"), where)
+        tokens = content.get(field, {}) if field else content
+        if not isinstance(tokens, dict):
+            raise damaged(where, f"{field} is not a JSON object")
+        for each in tokens if field else tokens.values():
+            number = int(each) if isinstance(each, str) and each.isdecimal() and field else each
+            if not is_id(number):
+                raise damaged(where, f"{each!r} is no token id")
+            ids.append(number)
     if any(i >= tokenizer.vocab for i in ids):
         raise UserError(
             f"{folder} adds tokens to its tokenizer.model and has no tokenizer.json; write one "

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from lm.data.json_files import damaged
 from lm.data.tokenizer import Tokenizer, ids_of
+from lm.data.unicode import replace_surrogates
 from lm.errors import UserError
 
 _SPACE = "\u2581"
@@ -48,7 +50,8 @@ class JsonTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as int32, without begin and end; on all cores."""
-        encoded = self._json.encode_batch(list(texts), add_special_tokens=False)
+        texts = [replace_surrogates(text) for text in texts]
+        encoded = self._json.encode_batch(texts, add_special_tokens=False)
         return [np.array(each.ids, np.int32) for each in encoded]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -68,6 +71,8 @@ class JsonTokenizer(Tokenizer):
         def find(role: str) -> int | None:
             token = named.get(f"{role}_token")
             token = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(token, str | None):
+                raise damaged("tokenizer_config.json", f"{role}_token is not text")
             token_id = self._json.token_to_id(token) if token else None
             if token_id is None:
                 token_id = next(iter(ids_of(generation.get(f"{role}_token_id"))), None)

@@ -34,7 +34,10 @@ _NEUTRAL = """
     remove_invalid_values return_dict_in_generate output_scores is_decoder is_encoder_decoder
     add_cross_attention cross_attention_hidden_size tie_encoder_decoder pruned_heads
     chunk_size_feed_forward tf_legacy_loss use_bfloat16 unsloth_version unsloth_fixed
-    sliding_window_pattern _sliding_window_pattern
+    sliding_window_pattern sliding_window_size is_llama_config transformers.js_config
+    max_sequence_length model_max_length seq_length gradient_checkpointing neftune_noise_alpha
+    keys_to_ignore_at_inference ep_size license language bos_token eos_token pad_token unk_token
+    use_sdpa use_flash_attn use_flash_attention use_flash_attention_2 attn_impl
 """
 NEUTRAL = frozenset(_NEUTRAL.split())
 REQUIRED = object()
@@ -42,7 +45,8 @@ REQUIRED = object()
 
 class Fields:
     """The fields of a config.json. `fields(name)` reads a required field, `fields(name, default)`
-    an optional one; `check_unread` refuses the rest.
+    an optional one; `check_unread` refuses the rest. Names that begin with an underscore belong to
+    the program that wrote the file, unless they are read.
 
     Args:
       values: config.json, or an object in it.
@@ -61,9 +65,12 @@ class Fields:
             raise UserError(f"{self.where} has no {name}; download it again, or add the field.")
         return default
 
-    def add_defaults(self, defaults: Mapping[str, Any]) -> None:
-        """Sets these fields where they are absent."""
-        self.values = {**defaults, **self.values}
+    def layers(self) -> int:
+        """num_hidden_layers. Raises UserError unless it is a number of layers."""
+        layers = self("num_hidden_layers")
+        if type(layers) is not int or not 0 < layers < 10_000:
+            raise self.error("num_hidden_layers", layers, "it must be a whole number above zero")
+        return layers
 
     def only(self, name: str, *allowed: Any) -> Any:
         """Reads a field that may have only these values; the first one is the default."""
@@ -79,7 +86,8 @@ class Fields:
     def check_unread(self) -> None:
         """Raises UserError for an unread field that may change what the model computes."""
         for name, value in self.values.items():
-            if name not in self.read | NEUTRAL and value not in (None, False, 0, "", [], {}):
+            is_neutral = name in self.read | NEUTRAL or name.startswith("_")
+            if not is_neutral and value not in (None, False, 0, "", [], {}):
                 raise self.error(name, value, "it may change what the model computes")
 
 
@@ -191,7 +199,7 @@ def sparse_ffn(fields: Fields, **options: Any) -> MoE:
 def is_sliding(fields: Fields, default: Callable[[int], bool]) -> list[bool]:
     """For each layer, whether its attention has a sliding window: from `layer_types`, or by
     `default` of the layer's number."""
-    layers = fields("num_hidden_layers")
+    layers = fields.layers()
     layer_types = fields("layer_types", None)
     if layer_types is None:
         return [default(layer) for layer in range(layers)]
@@ -207,7 +215,7 @@ def model(
 ) -> Config:
     """The Config. `attention` and `ffn` are one for all layers, or one for each; `options` override
     and add fields of Config."""
-    layers = fields("num_hidden_layers")
+    layers = fields.layers()
     attentions = [attention] * layers if isinstance(attention, GQA) else attention
     ffns = ffn if isinstance(ffn, list) else [ffn] * layers
     common = {

@@ -22,7 +22,7 @@ def _deepseek(fields: Fields) -> Config:
     dense, step = config_json.dense_ffn(fields), fields("moe_layer_freq", 1)
     ffns = [
         dense if layer < first or layer % step else sparse
-        for layer in range(fields("num_hidden_layers"))
+        for layer in range(fields.layers())
     ]
     attention = config_json.attention(fields, bias=bias, out_bias=bias)
     return config_json.model(fields, attention, ffns)

@@ -46,10 +46,11 @@ def read(config: Mapping[str, Any], where: str = "config.json") -> tuple[Family,
     Raises UserError for an unknown architecture, and for a field that is not supported and may
     change what the model computes; the message names it.
     """
-    family = _named(config, where)
-    fields = Fields(config, where)
     try:
+        family = _named(config, where)
+        fields = Fields(family.defaults | config, where)
         model = family.config(fields)
+        declaration.check_types(model, "model")
     except UserError as error:
         named = str(error).startswith(where)
         raise error if named else UserError(f"{where}: {error}") from None
@@ -124,7 +125,7 @@ def _differences(
 ) -> tuple[list[str], dict[str, Any]]:
     """The differences between `canonical` and the model that the family reads from these fields,
     and the fields that it reads."""
-    fields = Fields(config)
+    fields = Fields(family.defaults | config)
     try:
         model = config_json.canonical(family.config(fields))
         different = declaration.differences(canonical, model, "model")

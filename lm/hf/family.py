@@ -6,9 +6,9 @@ sides, so that ours "dnh" and theirs "(nh)d" is a transposition and a split. The
 families share are here; each family's own file adds the others.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from lm.hf.config_json import Fields
 from lm.model.config import Config
@@ -38,12 +38,15 @@ class Family:
       rows: one for every weight that a model of this family may have.
       config: the Config of a config.json. It reads every field that matters through `Fields`, which
         refuses the fields that remain.
+      defaults: values of absent fields in transformers, where the functions of config_json have
+        others (tests/hf/test_family_defaults.py compares them).
     """
 
     architecture: str
     model_type: str
     rows: tuple[Row, ...]
     config: Callable[[Fields], Config]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 WHOLE_MODEL = (

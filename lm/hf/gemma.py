@@ -54,13 +54,11 @@ GEMMA2 = Family(
     model_type="gemma2",
     rows=WHOLE_MODEL + ATTENTION + DENSE_FFN + SANDWICH_NORMS,
     config=_gemma2,
+    defaults={"num_key_value_heads": 4, "max_position_embeddings": 8192},
 )
 
 
 def _gemma3(fields: Fields) -> Config:
-    # The config.json of published small models leaves these out.
-    defaults = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262_208}
-    fields.add_defaults(defaults | {"max_position_embeddings": 131_072})
     period = fields("sliding_window_pattern", None) or fields("_sliding_window_pattern", 6)
     sliding = config_json.is_sliding(fields, lambda layer: (layer + 1) % period != 0)
     window = fields("sliding_window", 4096)
@@ -85,16 +83,27 @@ def _gemma3(fields: Fields) -> Config:
 
 
 GEMMA3 = Family(
-    architecture="Gemma3ForCausalLM", model_type="gemma3_text", rows=GEMMA2.rows, config=_gemma3
+    architecture="Gemma3ForCausalLM",
+    model_type="gemma3_text",
+    rows=GEMMA2.rows,
+    config=_gemma3,
+    # The config.json of published small models leaves these out.
+    defaults={
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 262_208,
+        "max_position_embeddings": 131_072,
+    },
 )
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The text model's fields of a config.json: for a Gemma 3 with vision those of `text_config`,
     otherwise all."""
-    if "Gemma3ForConditionalGeneration" not in (config.get("architectures") or ()):
+    if config.get("architectures") != ["Gemma3ForConditionalGeneration"]:
         return config
     ids = {f"{role}_token_id": config.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
     ids = {name: value for name, value in ids.items() if value is not None}
     family = {"architectures": [GEMMA3.architecture], "model_type": GEMMA3.model_type}
-    return (config.get("text_config") or {}) | ids | family
+    text = config.get("text_config")
+    return (text if isinstance(text, dict) else {}) | ids | family

@@ -8,6 +8,7 @@ from lm.model.config import Config
 
 def _llama(fields: Fields) -> Config:
     bias = fields("attention_bias", False)
+    fields.only("activation", None, "swiglu")  # of Falcon 3, which transformers does not read
     attention = config_json.attention(fields, bias=bias, out_bias=bias)
     ffn = config_json.dense_ffn(fields, bias=fields("mlp_bias", False))
     return config_json.model(fields, attention, ffn)

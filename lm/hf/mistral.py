@@ -23,6 +23,7 @@ MISTRAL = Family(
     model_type="mistral",
     rows=WHOLE_MODEL + ATTENTION + DENSE_FFN + PRE_NORMS,
     config=_mistral,
+    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072},
 )
 
 
@@ -50,4 +51,11 @@ MIXTRAL = Family(
         Row("ffn/down", "efd", "block_sparse_moe.experts.{expert}.w2.weight", "df"),
     ),
     config=_mixtral,
+    defaults={
+        "num_key_value_heads": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
 )

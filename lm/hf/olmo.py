@@ -19,4 +19,5 @@ OLMO2 = Family(
     model_type="olmo2",
     rows=WHOLE_MODEL + ATTENTION + DENSE_FFN + OUTPUT_NORMS,
     config=_olmo2,
+    defaults={"rms_norm_eps": 1e-5},
 )

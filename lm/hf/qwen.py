@@ -33,22 +33,31 @@ QWEN2 = Family(
     model_type="qwen2",
     rows=WHOLE_MODEL + ATTENTION + DENSE_FFN + PRE_NORMS,
     config=_qwen2,
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32_768},
 )
 
 
 def _qwen3(fields: Fields) -> Config:
     bias = fields("attention_bias", False)
+    fields.only("use_qk_norm", True, None)
     qk_norm = QKNorm(norm=config_json.norm(fields))
     attention = _attention(fields, qk_norm=qk_norm, bias=bias, out_bias=bias)
     return config_json.model(fields, attention, config_json.dense_ffn(fields))
 
 
-QWEN3 = Family(architecture="Qwen3ForCausalLM", model_type="qwen3", rows=QWEN2.rows, config=_qwen3)
+QWEN3 = Family(
+    architecture="Qwen3ForCausalLM",
+    model_type="qwen3",
+    rows=QWEN2.rows,
+    config=_qwen3,
+    defaults={"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+)
 
 
 def _qwen3_moe(fields: Fields) -> Config:
     window = fields("sliding_window", 4096) if fields("use_sliding_window", False) else None
     bias = fields("attention_bias", False)
+    fields.only("use_qk_norm", True, None)
     qk_norm = QKNorm(norm=config_json.norm(fields))
     attention = config_json.attention(
         fields, window=window, qk_norm=qk_norm, bias=bias, out_bias=bias
@@ -72,7 +81,7 @@ def _ffns(fields: Fields, **options: Any) -> list[Any]:
     dense_layers = fields("mlp_only_layers", None) or []
     return [
         dense if layer in dense_layers or (layer + 1) % step else sparse
-        for layer in range(fields("num_hidden_layers"))
+        for layer in range(fields.layers())
     ]
 
 
@@ -81,6 +90,11 @@ QWEN3_MOE = Family(
     model_type="qwen3_moe",
     rows=WHOLE_MODEL + ATTENTION + PRE_NORMS + DENSE_FFN + EXPERTS,
     config=_qwen3_moe,
+    defaults={
+        "num_key_value_heads": 4,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 32_768,
+    },
 )
 
 
@@ -103,4 +117,9 @@ QWEN2_MOE = Family(
         Row("ffn/shared/gate", "do", "mlp.shared_expert_gate.weight", "od"),
     ),
     config=_qwen2_moe,
+    defaults={
+        "num_key_value_heads": 16,
+        "num_experts_per_tok": 4,
+        "max_position_embeddings": 32_768,
+    },
 )

@@ -16,6 +16,7 @@ import fsspec
 import ml_dtypes
 import numpy as np
 
+from lm.data.json_files import damaged, json_object
 from lm.errors import UserError
 
 DTYPES = {
@@ -23,6 +24,7 @@ DTYPES = {
     "F16": np.dtype("float16"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_BLOCK = 1 << 24  # bytes compared at a time
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -37,7 +39,8 @@ class Tensor(NamedTuple):
 
 class Files:
     """The arrays of a folder, local or at an fsspec URL. Opening reads the headers and raises
-    UserError for a missing or truncated file."""
+    UserError for a missing or damaged file. Of a folder with both forms, the single file is read,
+    as in transformers."""
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = str(folder)
@@ -46,7 +49,13 @@ class Files:
         self.tensors: dict[str, Tensor] = {}
         self.names = self._find()
         for name in self.names:
-            self.tensors |= self._header(name)
+            header = self._header(name)
+            if twice := self.tensors.keys() & header:
+                raise UserError(
+                    f"{self.folder} holds {min(twice)} twice, also in {name}; remove the files of "
+                    "one version."
+                )
+            self.tensors |= header
 
     @property
     def size(self) -> int:
@@ -68,20 +77,37 @@ class Files:
                     raise UserError(f"{self.folder}/{tensor.file} is truncated; download it again.")
                 done += count
 
+    def equal(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two arrays have the same bytes, dtype and shape."""
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        size = math.prod(a.shape) * a.dtype.itemsize
+        for start in range(0, size, _BLOCK):
+            blocks = [np.empty(min(_BLOCK, size - start), np.uint8) for _ in range(2)]
+            for tensor, block in zip((a, b), blocks, strict=True):
+                self.read_into(tensor, start, block)
+            if not np.array_equal(*blocks):
+                return False
+        return True
+
     def _find(self) -> list[str]:
         names = {os.path.basename(p.rstrip("/")) for p in self._listed()}
-        if INDEX in names:
-            index = self._json(self._fs.cat_file(f"{self._root}/{INDEX}"), INDEX)
-            indexed = sorted(set(index.get("weight_map", {}).values()))
-            missing = [name for name in indexed if name not in names]
-            if missing or not indexed:
-                name = missing[0] if missing else "weight_map"
-                raise UserError(
-                    f"{self.folder}: {INDEX} names {name}, which is missing; download it."
-                )
-            return indexed
         if SINGLE in names:
             return [SINGLE]
+        if INDEX in names:
+            where = f"{self.folder}/{INDEX}"
+            index = json_object(self._fs.cat_file(f"{self._root}/{INDEX}"), where)
+            weight_map = index.get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise damaged(where, "it has no weight_map")
+            if not all(isinstance(name, str) for name in weight_map.values()):
+                raise damaged(where, "its weight_map does not name files")
+            indexed = sorted(set(weight_map.values()))
+            if missing := [name for name in indexed if name not in names]:
+                raise UserError(
+                    f"{self.folder}: {INDEX} names {missing[0]}, which is missing; download it."
+                )
+            return indexed
         other = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pth")))
         hint = f"; {other[0]} is not a supported format" if other else ""
         raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}.")
@@ -98,37 +124,47 @@ class Files:
         length = int.from_bytes(self._fs.cat_file(path, 0, 8), "little") if size >= 8 else 0
         if not 0 < length <= size - 8:
             raise UserError(f"{where} is truncated or not safetensors; download it again.")
-        header = self._json(self._fs.cat_file(path, 8, 8 + length), name)
-        tensors, end = {}, 0
-        for tensor, entry in header.items():
-            if tensor == "__metadata__":
-                continue
-            start, stop = entry["data_offsets"]
-            end = max(end, stop)
-            if entry["dtype"] not in DTYPES:
-                raise UserError(
-                    f"{where}: {tensor} is stored as {entry['dtype']}; supported are "
-                    f"{', '.join(DTYPES)}. Download the model without quantization."
-                )
-            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if stop - start != math.prod(shape) * dtype.itemsize:
-                raise UserError(f"{where}: the bytes of {tensor} do not match its shape {shape}.")
-            tensors[tensor] = Tensor(name, 8 + length + start, dtype, shape)
+        header = json_object(self._fs.cat_file(path, 8, 8 + length), where)
+        header.pop("__metadata__", None)
+        entries = {tensor: _entry(entry, tensor, where) for tensor, entry in header.items()}
+        # The arrays follow one another without holes and overlaps.
+        end = 0
+        for tensor, (start, stop, _, _) in sorted(entries.items(), key=lambda item: item[1][:2]):
+            if start != end:
+                raise damaged(where, f"the bytes of {tensor} do not follow those before")
+            end = stop
         if 8 + length + end > size:
             raise UserError(
                 f"{where} is truncated: it has {size:,} bytes of {8 + length + end:,}; "
                 "download it again."
             )
-        return tensors
+        if 8 + length + end < size:
+            raise damaged(where, f"{size - 8 - length - end:,} bytes follow the last tensor")
+        return {
+            tensor: Tensor(name, 8 + length + start, dtype, shape)
+            for tensor, (start, _, dtype, shape) in entries.items()
+        }
 
-    def _json(self, data: bytes, name: str) -> dict[str, Any]:
-        try:
-            value = json.loads(data)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise UserError(f"{self.folder}/{name} is damaged; download it again.")
-        return value
+
+def _entry(entry: Any, tensor: str, where: str) -> tuple[int, int, np.dtype, tuple[int, ...]]:
+    """(start, stop, dtype, shape) of an array in a header."""
+    entry = entry if isinstance(entry, dict) else {}
+    offsets, shape, code = (entry.get(key) for key in ("data_offsets", "shape", "dtype"))
+    are_numbers = all(
+        isinstance(each, list) and all(type(n) is int and n >= 0 for n in each)
+        for each in (offsets, shape)
+    )
+    if not are_numbers or len(offsets) != 2 or not isinstance(code, str):
+        raise damaged(where, f"the header's entry of {tensor} is not dtype, shape and data_offsets")
+    if code not in DTYPES:
+        raise UserError(
+            f"{where}: {tensor} is stored as {code}; supported are {', '.join(DTYPES)}. "
+            "Download the model without quantization."
+        )
+    start, stop = offsets
+    if stop - start != math.prod(shape) * DTYPES[code].itemsize:
+        raise UserError(f"{where}: the bytes of {tensor} do not match its shape {tuple(shape)}.")
+    return start, stop, DTYPES[code], tuple(shape)
 
 
 def write(

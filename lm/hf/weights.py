@@ -6,7 +6,6 @@ that memory, others copy it. Arrays follow one another, so that a host holds at 
 besides the weights themselves.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from lm import trees
+from lm import terminal, trees
+from lm.data.json_files import json_object
 from lm.errors import UserError
 from lm.hf import families, gemma, safetensors
 from lm.hf.family import Family
@@ -29,6 +29,7 @@ from lm.model import Config
 from lm.parallel import distributed
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+HEAD, TABLE = "lm_head.weight", "embed_tokens.weight"
 _PIECE = 1 << 22  # bytes per read: few enough to be transposed while in the CPU cache
 _ROWS = 8  # rows transposed at a time
 _THREADS = min(16, os.cpu_count() or 1)
@@ -61,12 +62,31 @@ class Pretrained:
         self.config_json = gemma.text_part(_json(self.folder / CONFIG))
         generation = self.folder / GENERATION
         self.generation_config = _json(generation) if generation.exists() else {}
-        self.family, self.config = families.read(self.config_json, str(self.folder / CONFIG))
+        where = str(self.folder / CONFIG)
+        self.family, self.config = families.read(self.config_json, where)
+        if (self.folder / "adapter_config.json").exists():
+            raise UserError(
+                f"{self.folder} holds an adapter (adapter_config.json) beside the model; merge it "
+                "with peft's merge_and_unload(), or remove its files."
+            )
+        self.files = safetensors.Files(self.folder)
+        if self.config.tied and self._has_other_head():
+            # As in transformers 5 and vLLM, the weights decide.
+            terminal.note(f"{where} ties the embeddings, but {HEAD} differs; it is kept.")
+            self.config_json = {**self.config_json, "tie_word_embeddings": False}
+            self.family, self.config = families.read(self.config_json, where)
 
     @property
     def length(self) -> int:
         """The maximum sequence length of the model."""
-        return self.config_json.get("max_position_embeddings") or 2048
+        length = self.config_json.get("max_position_embeddings")
+        length = 2048 if length is None else length
+        if type(length) is not int or not 0 < length < 2**31:
+            raise UserError(
+                f"{self.folder / CONFIG}: max_position_embeddings={length!r} is no number of "
+                "tokens; correct it."
+            )
+        return length
 
     def params(
         self,
@@ -83,8 +103,7 @@ class Pretrained:
 
         Raises UserError for a missing or damaged file, and for tensors that do not match the model.
         """
-        files = safetensors.Files(self.folder)
-        groups = self._groups(files, config or self.config)
+        files, groups = self.files, self._groups(config or self.config)
         first = shardings or SingleDeviceSharding(jax.local_devices()[0])
         flat = trees.flatten(first) if isinstance(first, Mapping) else dict.fromkeys(groups, first)
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -96,13 +115,21 @@ class Pretrained:
 
     def stored_dtypes(self) -> set[str]:
         """The names of the dtypes in which the weights are stored."""
-        groups = self._groups(safetensors.Files(self.folder), self.config)
+        groups = self._groups(self.config)
         return {tensor.dtype.name for group in groups.values() for _, tensor in group}
 
-    def _groups(
-        self, files: safetensors.Files, config: Config
-    ) -> dict[str, list[tuple[TensorSlice, safetensors.Tensor]]]:
+    def _has_other_head(self) -> bool:
+        """Whether the folder has an output matrix that differs from its embedding."""
+        tensors = self.files.tensors
+        head = next((tensors[name] for name in tensors if name.endswith(HEAD)), None)
+        table = next((tensors[name] for name in tensors if name.endswith(TABLE)), None)
+        if head is None or table is None:
+            return False
+        return not self.files.equal(head, table)
+
+    def _groups(self, config: Config) -> dict[str, list[tuple[TensorSlice, safetensors.Tensor]]]:
         """The tensors of each parameter's path. Checks that all exist and have the right shape."""
+        files = self.files
         slices = list(tensor_slices(self.family, config))
         spell = next((s for s in _SPELLINGS if s(slices[0].name) in files.tensors), _SPELLINGS[0])
         groups: dict[str, list[tuple[TensorSlice, safetensors.Tensor]]] = {}
@@ -123,7 +150,7 @@ class Pretrained:
             known.add(name)
             groups.setdefault(part.path, []).append((part, tensor))
         for name in files.tensors.keys() - known:
-            tied = self.config.tied and name.endswith("lm_head.weight")
+            tied = self.config.tied and name.endswith(HEAD)
             if not tied and not any(ignored in name for ignored in _IGNORED):
                 raise UserError(
                     f"{self.folder} holds {name}, which {self.family.architecture} with this "
@@ -189,13 +216,7 @@ def _take(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it is not a JSON object; download it again.")
-    return value
+    return json_object(path.read_bytes(), str(path))
 
 
 def _array(
