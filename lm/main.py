@@ -36,6 +36,7 @@ def main(
 ) -> None:
     """Command line of an experiment file: trains, shows or plans what `declare()` returns."""
     program = f"python -m {_module_name(declare)}"
+    _print_any_text()
     command, options = _parse(program, EXPERIMENT_VERBS, arguments, default="train")
     with _sentences(program, command):
         command.run(declare, options)
@@ -43,9 +44,17 @@ def main(
 
 def lm_main(arguments: Sequence[str] | None = None) -> None:
     """Command line of results: `python -m lm generate|eval|import|export|bench ...`."""
+    _print_any_text()
     command, options = _parse("python -m lm", RESULT_VERBS, arguments)
     with _sentences(f"python -m lm {options.verb}", command):
         command.run(options)
+
+
+def _print_any_text() -> None:
+    """Prints characters that stdout cannot encode as escapes instead of failing: of arguments that
+    are not UTF-8, and of any text on a terminal that has another encoding."""
+    if hasattr(sys.stdout, "reconfigure"):  # pytest and notebooks replace it
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _module_name(declare: Callable[[], Any]) -> str:

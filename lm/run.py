@@ -11,7 +11,18 @@ from typing import Any
 
 from etils import epath
 
-from lm import checkpoint, data, evals, model, serialization, summary, terminal, training, trees
+from lm import (
+    checkpoint,
+    data,
+    evals,
+    generate,
+    model,
+    serialization,
+    summary,
+    terminal,
+    training,
+    trees,
+)
 from lm.errors import UserError
 from lm.experiment import Experiment, to_json
 from lm.model import Model
@@ -86,6 +97,7 @@ def _train(
         folder.check_same_text(prepared)
         if start:
             start.check_tokenizer(prepared.tokenizer)
+        _check_prepared(experiment, prepared)
         folder.write(program, prepared, start.folder.origin if start else folder.origin)
         state, frozen = _first_state(program, folder, store, start)
         outcome, stopped = _play(program, prepared, store, folder, state, frozen)
@@ -110,6 +122,20 @@ def _check_declared(experiment: Any) -> None:
     if not isinstance(experiment, Experiment):
         raise UserError(f"train(...) needs an Experiment, not {type(experiment).__name__}.")
     serialization.check_readable(experiment)
+
+
+def _check_prepared(experiment: Experiment, prepared: data.Prepared) -> None:
+    """Raises UserError for what would fail only during training or after it."""
+    length, sequences = experiment.batch.length, experiment.batch.sequences_at(0)
+    for evaluator in experiment.evals:
+        for source in evaluator.sources():
+            prepared.evaluation(source, length, sequences)
+    try:
+        generate.check_prompts(
+            experiment.model, prepared.tokenizer, summary.prompts_of(experiment), length
+        )
+    except UserError as error:
+        raise UserError(f"sample: {error}") from None
 
 
 def _complete(folder: RunFolder, program: Program, store: checkpoint.Store, prefix: str) -> Run:

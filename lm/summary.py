@@ -6,6 +6,8 @@ import sys
 from etils import epath
 
 from lm import data, evals, terminal, training
+from lm.errors import UserError
+from lm.experiment import Experiment
 from lm.parallel import distributed
 from lm.runs import Run
 
@@ -55,9 +57,19 @@ def _draw(run: Run) -> epath.Path:
 
 def _samples(run: Run) -> list[str]:
     """The prompts of the declaration with their continuations."""
-    prompts = run.experiment.sample or ()
-    prompts = (prompts,) if isinstance(prompts, str) else prompts
-    return [p + run.generate(p, max_tokens=96, temperature=0.5) for p in prompts]
+    samples = []
+    for prompt in prompts_of(run.experiment):
+        try:
+            samples.append(prompt + run.generate(prompt, max_tokens=96, temperature=0.5))
+        except UserError as error:  # the weights may not be finite
+            samples.append(f"{prompt}... ({error})")
+    return samples
+
+
+def prompts_of(experiment: Experiment) -> tuple[str, ...]:
+    """The prompts of `sample`."""
+    sample = experiment.sample or ()
+    return (sample,) if isinstance(sample, str) else sample
 
 
 def _held_out(run: Run, prepared: data.Prepared) -> list[str]:
@@ -75,8 +87,7 @@ def _held_out(run: Run, prepared: data.Prepared) -> list[str]:
 
 
 def _next_commands(run: Run, prefix: str) -> list[str]:
-    prompts = run.experiment.sample
-    prompt = (prompts if isinstance(prompts, str) else prompts[0]) if prompts else "The"
+    prompt = next(iter(prompts_of(run.experiment)), "The")
     longer = f"{_this_command(prefix)} --set {prefix}schedule.steps={2 * run.step}"
     return [
         f'python -m lm generate {run.folder} --prompt "{prompt}" --temperature 0.8',

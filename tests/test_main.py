@@ -149,6 +149,13 @@ def test_set_options_become_part_of_the_run_name(cli, tmp_path):
         (("--set", "seed=1", "show"), ("unexpected argument 'show'", "the verb comes first")),
         (("--set", "optimizer.lr=3e-4"), ("optimizer.lr is not known", "--set schedule.peak=3e-4")),
         (("--set", "batch_size=8"), ("that setting is batch.sequences",)),
+        (("--set", "seed=4294967296"), ("seed=4294967296 must be a whole number",)),
+        (("--set", "schedule.peak=nan"), ("schedule.peak=nan",)),
+        (("--set", "schedule.peak=inf"), ("schedule.peak=inf must be above zero and finite",)),
+        (("--set", "optimizer.b1=nan"), ("optimizer.b1=nan",)),
+        (("--set", "optimizer.weight_decay=nan"), ("optimizer.weight_decay=nan",)),
+        (("--set", "objective.z_loss=nan"), ("objective.z_loss=nan",)),
+        (("--set", "model.embed_scale=nan"), ("embed_scale=nan",)),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith(("-", "tran")) else "",
 )
@@ -399,6 +406,17 @@ def test_eval_prints_table_or_json(tiny, cli, tmp_path):
         (("generate", "RUN", "--top-p", "2"), ("top_p=2",)),
         (("generate", "RUN", "--max-tokens", "0"), ("max",)),
         (("generate", "RUN", "--max-tokens", "many"), ("many",)),
+        (("generate", "RUN", "--context", "0"), ("--context: '0' must be a whole number",)),
+        (("generate", "RUN", "--context", "-1"), ("--context: '-1' must be a whole number",)),
+        (("generate", "RUN", "--seed", str(2**70)), ("--seed", "must be a whole number, 0 and")),
+        (("generate", "RUN", "--temperature", "1e300"), ("temperature=1e+300",)),
+        (("generate", "RUN", "--repetition-penalty", "1e-46"), ("repetition_penalty=1e-46",)),
+        (("eval", "RUN", "--context", "0"), ("--context: '0' must be a whole number",)),
+        (("eval", "RUN", "--context", "-1"), ("--context: '-1' must be a whole number",)),
+        (("eval", "RUN", "--step", "-1"), ("--step: '-1' must be a whole number, 0 or above",)),
+        (("export", "RUN", "out", "--shard-gb", "nan"), ("--shard-gb: 'nan' must be a number",)),
+        (("export", "RUN", "out", "--shard-gb", "inf"), ("--shard-gb: 'inf' must be a number",)),
+        (("bench", "step", "RUN", "--steps", "0"), ("--steps: '0' must be a whole number",)),
         (("generate", "nowhere"), ("nowhere is neither a run folder (it has no experiment.json)",)),
         (("eval", "nowhere"), ("nor a Hugging Face folder (it has no config.json)",)),
         (("eval", "RUN", "--data", "nowhere.txt"), ("There is no file 'nowhere.txt'",)),
@@ -416,6 +434,32 @@ def test_eval_prints_table_or_json(tiny, cli, tmp_path):
 def test_invalid_lm_arguments_print_one_line_error(tiny, cli, arguments, parts):
     arguments = [str(tiny.folder) if a == "RUN" else a for a in arguments]
     check_user_error(cli("lm", *arguments), *parts)
+
+
+@pytest.mark.parametrize("temperature", ["1e-38", "1e-300", "1e-5"])
+def test_generate_at_extreme_temperatures_is_greedy(tiny, cli, temperature):
+    arguments = ("lm", "generate", str(tiny.folder), "--prompt", "the", "--max-tokens", "4")
+    assert cli(*arguments, "--temperature", temperature) == cli(*arguments, "--temperature", "0")
+
+
+def test_generate_from_a_prompt_that_is_not_utf8(tiny, cli):
+    prompt = os.fsdecode(b"caf\xe9")
+    code, out, _ = cli("lm", "generate", str(tiny.folder), "--prompt", prompt, "--max-tokens", "2")
+    assert code == 0 and out.startswith("caf\ufffd")
+
+
+def test_eval_reads_files_by_their_extension(tiny, cli, tmp_path):
+    losses = []
+    for name, content in (
+        ("a.txt", "the tree of light"),
+        ("a.jsonl", '{"text": "the tree of light"}\n'),
+        ("a.tsv", "id\ttext\n1\tthe tree of light\n"),
+    ):
+        (tmp_path / name).write_text(content)
+        code, out, _ = cli("lm", "eval", str(tiny.folder), "--data", str(tmp_path / name), "--json")
+        assert code == 0
+        losses.append([result["value"] for result in json.loads(out)["results"]])
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_run_without_checkpoint_prints_error(tiny, cli, tmp_path):

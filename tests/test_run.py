@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from tiny_experiments import LENGTH, STEPS, config, experiment
+from tiny_experiments import LENGTH, STEPS, config, experiment, texts
 
 import lm
-from lm import data, model, optim, runs, summary, trees
+from lm import data, evals, model, optim, runs, summary, trees
 from lm.errors import UserError
+from lm.main import lm_main
 from lm.parallel.mesh import Mesh
 from lm.prepared import prepare
 
@@ -213,6 +214,67 @@ def test_too_little_text_raises_user_error_before_compilation(tmp_path):
     declared = experiment(data=data.Documents(texts=("a",), held_out=0.1))
     with pytest.raises(UserError, match="too small to give a held_out part"):
         lm.train(declared, workdir=tmp_path)
+
+
+def test_prompt_of_sample_longer_than_context_raises_user_error_before_training(tmp_path):
+    declared = experiment(name="sample", sample=("a", "the tree " * 40))
+    with pytest.raises(UserError, match=r"sample: prompt 1 has 82 tokens.*context=32"):
+        lm.train(declared, workdir=tmp_path)
+    assert not (tmp_path / "sample" / "metrics.jsonl").exists()
+
+
+def test_evaluation_without_held_out_text_raises_user_error_before_training(tmp_path):
+    declared = experiment(
+        name="nothing",
+        data=data.Documents(texts=texts(), held_out=0),
+        evals=(evals.Perplexity(source="documents"),),
+    )
+    with pytest.raises(UserError, match="'documents' has nothing held out"):
+        lm.train(declared, workdir=tmp_path)
+    assert not (tmp_path / "nothing" / "metrics.jsonl").exists()
+
+
+def damaged(loaded, change):
+    """The run with its output matrix changed."""
+    params = {**loaded.params, "unembed": {"w": change(loaded.params["unembed"]["w"])}}
+    return replace(loaded, params=params)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_generating_from_weights_that_are_not_finite_raises_user_error(loaded, value, temperature):
+    broken = damaged(loaded, lambda w: w.at[0, 0].set(value))
+    with pytest.raises(UserError, match="logits are not finite after prompt 0"):
+        broken.generate("the", max_tokens=3, temperature=temperature)
+
+
+def test_perplexity_beyond_float64_is_infinite_and_null_in_json(loaded, monkeypatch, capsys):
+    broken = damaged(loaded, lambda w: 1e5 * w)
+    results = broken.evaluate(data.Documents(("the tree",)))
+    assert results[0].value > 709.8 and results[1].value == np.inf
+    monkeypatch.setattr(runs.Run, "evaluate", lambda *_, **__: results)
+    lm_main(["eval", str(loaded.folder), "--json"])
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    printed = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert [each["value"] for each in printed["results"]][1] is None
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
+def test_seeds_that_jax_would_not_tell_apart_raise_user_error(loaded, seed):
+    with pytest.raises(UserError, match="seed="):
+        loaded.generate("the", seed=seed)
+    with pytest.raises(UserError, match="seed="):
+        experiment(seed=seed)
+
+
+def test_context_of_zero_raises_user_error(loaded):
+    with pytest.raises(UserError, match="context=0 must be above zero"):
+        loaded.evaluate(data.Documents(("the tree",)), context=0)
+    with pytest.raises(UserError, match="context=0 must be above zero"):
+        loaded.generate("the", context=0)
 
 
 def test_public_api_consists_of_functions_that_check_their_argument():

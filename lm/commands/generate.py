@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Prints prompt and continuation: as it is generated if there is one prompt."""
     from lm import generate
+    from lm.data.unicode import replace_surrogates
 
     sampling = generate.Sampling(
         temperature=options.temperature,
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         min_p=options.min_p,
         repetition_penalty=options.repetition_penalty,
     )
-    prompts = options.prompt or [""]
+    prompts = [replace_surrogates(prompt) for prompt in options.prompt or [""]]
     loaded = flags.open_run(options)
     stream = None if options.json or len(prompts) > 1 else _Stream(prompts[0])
     texts = loaded.generate(

@@ -2,6 +2,6 @@
 
 from lm.generate.decode import Result, generate, stream
 from lm.generate.sampling import Sampling
-from lm.generate.text import Text, generate_text
+from lm.generate.text import Text, check_prompts, generate_text
 
-__all__ = ["Result", "Sampling", "Text", "generate", "generate_text", "stream"]
+__all__ = ["Result", "Sampling", "Text", "check_prompts", "generate", "generate_text", "stream"]

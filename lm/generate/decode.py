@@ -111,7 +111,7 @@ def stream(
     max_tokens = min(max_tokens, context)  # a row ends where its context is full
     if isinstance(key, int):
         check_seed(seed=key)
-    _check_prompts(model.config, prompts, context)
+    check_prompts(model.config, prompts, context)
     if not prompts:
         return
     request = _request(
@@ -147,7 +147,8 @@ def stream(
             return
 
 
-def _check_prompts(config: Config, prompts: Sequence[Sequence[int]], context: int) -> None:
+def check_prompts(config: Config, prompts: Sequence[Sequence[int]], context: int) -> None:
+    """Raises UserError for prompts that cannot be continued."""
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise UserError(f"prompt {i} is empty; give it at least one token.")

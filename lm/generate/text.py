@@ -11,7 +11,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.generate import decode
 from lm.generate.sampling import Sampling
-from lm.model import Model
+from lm.model import Config, Model
 
 CHUNK = 8  # tokens between two checks of the text, with stop strings or streaming
 
@@ -85,6 +85,13 @@ def generate_text(
             if reader.stopped:
                 ended.add(row)
     return [reader.result() for reader in readers]
+
+
+def check_prompts(
+    config: Config, tokenizer: Tokenizer, prompts: Sequence[str], context: int
+) -> None:
+    """Raises UserError for prompts that cannot be continued within `context` tokens."""
+    decode.check_prompts(config, [_begin(tokenizer, each).ids for each in prompts], context)
 
 
 class _Begin(NamedTuple):

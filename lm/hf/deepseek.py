@@ -20,10 +20,7 @@ def _deepseek(fields: Fields) -> Config:
         shared=Shared(hidden=shared * hidden) if shared else None,
     )
     dense, step = config_json.dense_ffn(fields), fields("moe_layer_freq", 1)
-    ffns = [
-        dense if layer < first or layer % step else sparse
-        for layer in range(fields.layers())
-    ]
+    ffns = [dense if layer < first or layer % step else sparse for layer in range(fields.layers())]
     attention = config_json.attention(fields, bias=bias, out_bias=bias)
     return config_json.model(fields, attention, ffns)
 

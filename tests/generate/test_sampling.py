@@ -1,9 +1,14 @@
 """Each filter keeps the tokens that its definition in NumPy selects; sampled tokens have the
 expected frequencies."""
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lm.errors import UserError
 from lm.generate.sampling import Sampling, filtered, sample
@@ -133,8 +138,36 @@ def test_only_the_choice_of_filters_triggers_recompilation():
         ("top_p", 1.1),
         ("min_p", -0.1),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-46),
+        ("repetition_penalty", float("inf")),
+        ("temperature", 1e300),
+        ("top_k", float("inf")),
+        ("top_k", float("nan")),
+        ("min_p", float("nan")),
     ],
 )
 def test_errors_for_invalid_values_name_the_field(field, value):
-    with pytest.raises(UserError, match=f"sampling.{field}={value!r}"):
+    with pytest.raises(UserError, match=re.escape(f"sampling.{field}={value!r}")):
         Sampling(**{field: value})
+
+
+def tiny_or(values):
+    return st.one_of(st.none(), values, st.sampled_from([1e-300, 1e-46, 1e-38, 1e-20, 1e-6]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    temperature=st.one_of(st.floats(0, 1e6), st.sampled_from([1e-300, 1e-46, 1e-38, 1e-20])),
+    top_k=st.one_of(st.none(), st.integers(1, 10**12)),
+    top_p=tiny_or(st.floats(1e-6, 1)),
+    min_p=tiny_or(st.floats(1e-6, 1)),
+    penalty=st.floats(1e-6, 1e6),
+)
+def test_accepted_options_leave_a_finite_largest_logit(temperature, top_k, top_p, min_p, penalty):
+    """float32 arithmetic neither overflows nor removes every token."""
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
+    )
+    logits = jnp.array([[-80.0, 0.0, 3.0, 3.0, 90.0], [1.0, 1.0, 1.0, 1.0, 1.0]])
+    left = filtered(logits, sampling.filters(), jnp.array([[True, False, True, False, True]] * 2))
+    assert jnp.isfinite(left.max(axis=-1)).all() and not jnp.isnan(left).any()
