@@ -62,7 +62,8 @@ def experiment() -> Experiment:
                 experts=EXPERTS,
                 experts_per_token=ACTIVE,
                 hidden=HIDDEN,
-                balance=model.LoadBalance(weight=0.02),
+                # Over the batch it would take a second forward pass with gradient accumulation.
+                balance=model.LoadBalance(weight=0.02, over="sequence"),
                 z_loss=1e-3,
             ),
         ),

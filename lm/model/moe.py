@@ -69,15 +69,18 @@ class LoadBalance:
     of the assignments and p_e its mean share of the scores. It equals `weight` when both are
     uniform.
 
-    Both are shares of the whole batch at every place. With gradient accumulation that takes a
-    second forward pass, about a quarter to a third more time (see lm/training/gradient.py);
-    `BiasBalance` without a z-loss does not need it.
+    over  "batch": the shares of the whole batch, at every place. With gradient accumulation that
+          takes a second forward pass, about a third more time (see lm/training/gradient.py).
+          "sequence": the shares of each row, as in DeepSeek-V3 (arXiv:2412.19437); the loss is
+          their mean by tokens, and takes no second pass
     """
 
     weight: float = 0.01
+    over: str = "batch"
 
     def __post_init__(self) -> None:
         check_positive(**{"model.ffn.balance.weight": self.weight})
+        check_name("model.ffn.balance.over", self.over, ("batch", "sequence"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +194,7 @@ class Sums(NamedTuple):
     choices_e: jax.Array  # assignments per expert
     shares_e: jax.Array  # normalized scores per expert
     squares: jax.Array  # squared log-sum-exp of the logits
+    balance: jax.Array | None  # f_e p_e of each row times its tokens; for LoadBalance by sequence
 
 
 def measures(config: "MoE", sums: Sums) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -201,7 +205,8 @@ def measures(config: "MoE", sums: Sums) -> tuple[dict[str, jax.Array], jax.Array
     losses = {}
     if isinstance(config.balance, LoadBalance):
         share_e = sums.shares_e / tokens[..., None]
-        losses["balance"] = config.balance.weight * config.experts * (load_e * share_e).sum(-1)
+        product = (load_e * share_e).sum(-1) if sums.balance is None else sums.balance / tokens
+        losses["balance"] = config.balance.weight * config.experts * product
     if config.z_loss:
         losses["router_z"] = config.z_loss * sums.squares / tokens
     return losses, load_e
@@ -292,8 +297,21 @@ def route(
         choices_e=jax.nn.one_hot(chosen_btk, experts).sum((0, 1, 2)),
         shares_e=(mask_bt1 * _normalized(scores_bte)).sum((0, 1)),
         squares=(mask_bt1 * squared_bt1).sum(),
+        balance=_balance_by_row(config, chosen_btk, scores_bte, mask_bt1),
     )
     return Routing(chosen_btk, weights_btk, sums)
+
+
+def _balance_by_row(
+    config: MoE, chosen_btk: jax.Array, scores_bte: jax.Array, mask_bt1: jax.Array
+) -> jax.Array | None:
+    balance = config.balance
+    if not isinstance(balance, LoadBalance) or balance.over == "batch":
+        return None
+    choices_be = jax.nn.one_hot(chosen_btk, config.experts).sum((1, 2))
+    shares_be = (mask_bt1 * _normalized(scores_bte)).sum(1)
+    tokens_b1 = jnp.maximum(mask_bt1.sum(1), 1)
+    return (choices_be * shares_be / (tokens_b1 * config.experts_per_token)).sum()
 
 
 def _choose(ranks_bte: jax.Array, experts_per_token: int) -> jax.Array:

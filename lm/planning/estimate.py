@@ -250,10 +250,8 @@ def grouped_flops(e: Experiment) -> float:
 
 def _first_passes(e: Experiment, place: Place) -> int:
     """Forward passes for the statistics of the whole batch (see lm/training/gradient.py)."""
-    balanced = any(
-        isinstance(getattr(block.ffn, "balance", None), model.LoadBalance)
-        for block in e.model.layout.blocks
-    )
+    balances = [getattr(block.ffn, "balance", None) for block in e.model.layout.blocks]
+    balanced = any(getattr(balance, "over", None) == "batch" for balance in balances)
     return int(balanced and place.microbatches > 1 and place.mesh.pipe == 1)
 
 

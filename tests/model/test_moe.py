@@ -186,6 +186,19 @@ def test_load_balancing_loss_equals_its_weight_for_uniform_load_and_grows_with_s
     assert balance(skewed - 3 * gradient) < value
 
 
+def test_load_balancing_by_sequence_is_the_mean_of_the_rows_by_their_tokens():
+    whole = dataclasses.replace(PLAIN, balance=LoadBalance(weight=0.3))
+    rows = dataclasses.replace(PLAIN, balance=LoadBalance(weight=0.3, over="sequence"))
+    logits = LOGITS + jnp.linspace(0, 2, E)
+    each = [
+        measured(whole, logits[b : b + 1], None, MASK[b : b + 1])[0]["balance"] for b in range(B)
+    ]
+    mean = np.average(each, weights=MASK.sum(1))
+    by_row = measured(rows, logits, None, MASK)[0]["balance"]
+    np.testing.assert_allclose(by_row, mean, rtol=1e-6)
+    assert by_row != measured(whole, logits, None, MASK)[0]["balance"]
+
+
 def test_z_loss_is_the_mean_squared_logsumexp():
     config = dataclasses.replace(PLAIN, z_loss=0.01)
     z = np.log(np.exp(np.asarray(LOGITS, np.float64)).sum(-1))
@@ -294,6 +307,7 @@ def test_routing_uses_float32_with_bfloat16_weights():
         ),
         (lambda: Capacity(factor=0.0), "model.ffn.dispatch.factor=0.0"),
         (lambda: LoadBalance(weight=0.0), "model.ffn.balance.weight=0.0"),
+        (lambda: LoadBalance(over="rows"), "model.ffn.balance.over='rows'"),
         (lambda: BiasBalance(rate=-1.0), "model.ffn.balance.rate=-1.0"),
         (lambda: SigmoidRouter(scale=0.0), "model.ffn.router.scale=0.0"),
         (lambda: Shared(hidden=0), "model.ffn.shared.hidden=0"),

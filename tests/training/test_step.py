@@ -93,7 +93,10 @@ MOE = model.MoE(
 )
 
 
-@pytest.mark.parametrize("ffn", [MOE, Squares()], ids=["moe", "own"])
+BY_SEQUENCE = dataclasses.replace(MOE, balance=model.LoadBalance(weight=0.5, over="sequence"))
+
+
+@pytest.mark.parametrize("ffn", [MOE, BY_SEQUENCE, Squares()], ids=["batch", "sequence", "own"])
 def test_auxiliary_losses_do_not_depend_on_the_number_of_micro_batches(ffn):
     """Loss, gradient and metrics, although the micro-batches have different numbers of tokens and
     target weights, one of them none."""
@@ -107,7 +110,7 @@ def test_auxiliary_losses_do_not_depend_on_the_number_of_micro_batches(ffn):
         before = host(state.params)
         state, lines[microbatches] = step(state, data, {})
         changes[microbatches] = jax.tree.map(lambda a, b: np.array(a) - b, state.params, before)
-    names = {"balance", "router_z"} if ffn is MOE else {"square"}
+    names = {"square"} if ffn == Squares() else {"balance", "router_z"}
     assert names <= lines[1].keys() and all(lines[1][name] > 0 for name in names)
     for microbatches in (2, 4):
         for name, value in lines[1].items():
