@@ -17,7 +17,7 @@ import tiny_experiments
 from test_layering import ORDER
 
 import lm.main
-from lm import run, runs
+from lm import run, runs, terminal
 from lm.commands import eval, export, generate, import_, measure, plan, train
 from lm.experiment import from_json, override, to_json
 from lm.parallel import distributed
@@ -89,7 +89,7 @@ def test_documented_command_parses(file, module, arguments, monkeypatch):
     monkeypatch.setattr(train, "_folders", lambda *_: [])  # folders in a bucket need gcsfs
     monkeypatch.setattr(show, "facts", call)
     monkeypatch.setattr(show, "text", lambda shown: "")
-    monkeypatch.setattr(json, "dumps", lambda shown: "")
+    monkeypatch.setattr(terminal, "json_text", lambda shown: "")
     for command in (generate, eval, import_, export, plan):
         monkeypatch.setattr(command, "run", call)
     for what in ("step", "reading"):
