@@ -27,6 +27,7 @@ setup(
         "matplotlib>=3.9",
         "psutil>=6.0",
         "zstandard>=0.23",
+        "jinja2>=3.1",
         "tqdm>=4.67",
     ],
     extras_require={

@@ -9,6 +9,8 @@ compression      decompression by extension
 files            finding, opening and decoding files, local or at a URL
 sources          base class Source; Documents, StandardLibrary, Shards
 file_sources     Text, Jsonl, Csv, Parquet
+chat_template    renders conversations with Jinja, finds the assistant's parts
+chat             Chat: conversations, with the loss on the assistant's messages
 tfds             Tfds: datasets prepared by TensorFlow Datasets; records: their record files
 folder           atomic reads and writes in a folder, local or at a URL
 tokenizer        SentencePiece: training, encoding, decoding
@@ -28,6 +30,7 @@ down this list.
 """
 
 from lm.data.batch import Batch
+from lm.data.chat import Chat, chat_template, encode_spans
 from lm.data.evaluation import Evaluation, evaluation
 from lm.data.file_sources import Csv, FileSource, Jsonl, Parquet, Text, of_path
 from lm.data.loader import BatchShape, Loader, prefetch
@@ -35,7 +38,7 @@ from lm.data.mixture import Mixture
 from lm.data.packing import BestFit, Concatenate, Packing
 from lm.data.prepare import Counts, Prepared, prepare, recipe
 from lm.data.progress import Progress
-from lm.data.sources import Documents, Shards, Source, StandardLibrary
+from lm.data.sources import Documents, Encoded, Shards, Source, StandardLibrary
 from lm.data.tfds import Tfds
 from lm.data.tokenizer import CHAT_SYMBOLS, SentencePiece, Tokenizer, TokenizerConfig
 from lm.data.tokenizer_files import TokenizerFile, has_tokenizer, load_tokenizer
@@ -45,10 +48,12 @@ __all__ = [
     "Batch",
     "BatchShape",
     "BestFit",
+    "Chat",
     "Concatenate",
     "Counts",
     "Csv",
     "Documents",
+    "Encoded",
     "Evaluation",
     "FileSource",
     "Jsonl",
@@ -67,6 +72,8 @@ __all__ = [
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerFile",
+    "chat_template",
+    "encode_spans",
     "evaluation",
     "has_tokenizer",
     "load_tokenizer",

@@ -30,7 +30,7 @@ class Evaluation:
     def __init__(self, name: str, stream: Stream, length: int, sequences: int):
         self.name = name
         self.bytes_d = stream.bytes_d
-        self.tokens_d = np.diff(stream.starts) - 1
+        self.tokens_d = stream.losses_d
         self._stream = stream
         self._length = length
         self._rows = sequences
@@ -71,13 +71,14 @@ def evaluation(
 
     Raises UserError for a source without text.
     """
-    ids, lengths = [], []
-    for texts in in_batches(source.documents()):
-        for text, tokens in zip(texts, tokenizer.encode_batch(texts)):
-            ids.append(np.concatenate([[tokenizer.bos], tokens, [tokenizer.eos]]).astype(np.int32))
-            lengths.append((len(ids[-1]), len(text.encode())))
-    if not ids:
+    encoded = [
+        e for texts in in_batches(source.documents()) for e in source.encode(texts, tokenizer)
+    ]
+    if not encoded:
         raise UserError(f"There is no text to evaluate on in {source}.")
-    tokens = np.concatenate(ids)
-    stream = Stream([np.array(lengths, np.uint32)], lambda _: tokens)
+    lengths = np.array([(len(each.ids), each.bytes) for each in encoded], np.uint32)
+    tokens = np.concatenate([each.ids for each in encoded])
+    weighted = [each.weights for each in encoded if each.weights is not None]
+    weights = np.concatenate(weighted) if weighted else None
+    stream = Stream([lengths], lambda _: tokens, (lambda _: weights) if weighted else None)
     return Evaluation(name or source.label, stream, length, sequences)

@@ -94,15 +94,27 @@ class Jsonl(_Encoded):
     field: str = "text"
 
     def read_file(self, path: str) -> Iterator[str]:
-        with files.reading(path) as file:
-            for number, line in enumerate(files.lines(file, path, self.encoding), start=1):
-                if line.isspace():
-                    continue
-                where = f"{path}, line {number}"
-                record = _json(line, where)
-                if not isinstance(record, dict):
-                    raise UserError(f"{where} holds {type(record).__name__}, not a JSON object.")
-                yield text_of(record, self.field, where)
+        for where, record in json_records(path, self.encoding):
+            yield text_of(record, self.field, where)
+
+
+def json_records(path: str, encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, JSON object) of each line; of a .json file, of each element of its list."""
+    name = os.path.splitext(path)[0] if compression.is_compressed(path) else path
+    with files.reading(path) as file:
+        if name.lower().endswith(".json"):
+            content = _json("".join(files.decoded(file, path, encoding)), path)
+            if not isinstance(content, list):
+                raise UserError(f"{path} holds {type(content).__name__}, not a list of objects.")
+            values = ((f"{path}, element {n}", each) for n, each in enumerate(content, start=1))
+        else:
+            lines = enumerate(files.lines(file, path, encoding), start=1)
+            numbered = ((f"{path}, line {n}", line) for n, line in lines if not line.isspace())
+            values = ((where, _json(line, where)) for where, line in numbered)
+        for where, value in values:
+            if not isinstance(value, dict):
+                raise UserError(f"{where} holds {type(value).__name__}, not a JSON object.")
+            yield where, value
 
 
 def _json(line: str, where: str) -> Any:

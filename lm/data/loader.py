@@ -116,7 +116,7 @@ class Loader:
     def bytes_per_token_at(self, step: int) -> float:
         """UTF-8 bytes per predicted token with the weights of this step."""
         table = [table for start, table in self._weights if start <= step][-1]
-        rate = {n: s.bytes_d.sum() / (s.tokens - s.documents) for n, s in self._streams.items()}
+        rate = {n: s.bytes_d.sum() / s.losses_d.sum() for n, s in self._streams.items()}
         return float(sum(table[n] * rate[n] for n in rate) / sum(table[n] for n in rate))
 
     @property

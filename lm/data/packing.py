@@ -141,10 +141,7 @@ def fill(batch: Batch, row: int, stream: Stream, plan: Plan, sequence: int) -> N
         tokens = stream.read(start, start + count + 1)
         batch.tokens[row, columns] = tokens[:-1]
         batch.targets[row, columns] = tokens[1:]
-        batch.weights[row, columns] = 1
+        batch.weights[row, columns] = stream.weights(start + 1, start + count + 1)
         batch.segments[row, columns] = segment
         batch.positions[row, columns] = np.arange(count)
-        # Only chunks over several documents contain begin tokens, which have no loss.
-        begins = stream.begins(start + 1, start + count + 1)
-        batch.weights[row, offset + begins - start - 1] = 0
         offset += count

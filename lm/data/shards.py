@@ -5,6 +5,8 @@
     SOURCE/train-00000.tokens         little-endian uint16, or uint32 above 65,536 ids;
                                       each document is [begin, t1 .. tn, end]
     SOURCE/train-00000.documents.npy  uint32 [documents, 2]: number of tokens, UTF-8 bytes
+    SOURCE/train-00000.weights        uint8 per token: whether it has a loss; only of sources that
+                                      say so (`Encoded.weights`)
     SOURCE/held_out-00000.*
     SOURCE/shard-00000.json           marks the shard as finished
 
@@ -22,7 +24,7 @@ import numpy as np
 
 from lm.data.folder import Folder, digest
 from lm.data.progress import Progress
-from lm.data.sources import Source
+from lm.data.sources import Encoded, Source
 from lm.data.split import Split, in_batches
 from lm.data.stream import Stream
 from lm.data.tokenizer import Tokenizer
@@ -59,7 +61,7 @@ def write(
             entry = _finished(folder, name, len(entries))
             if entry is None:
                 next(islice(documents, seen - read, seen - read), None)  # skip finished shards
-                entry = _build(folder, name, len(entries), documents, split, tokenizer)
+                entry = _build(folder, name, len(entries), source, documents, split, tokenizer)
                 read = seen + entry["documents"]
             if not entry["documents"]:
                 raise UserError(f"data: source {name!r} changed while it was read; run again.")
@@ -85,60 +87,64 @@ def stream(folder: Folder, entries: list[Entry], split: str, dtype: np.dtype) ->
     """All tokens of a split. Shards are memory-mapped on first use; remote ones are copied to the
     user's cache first."""
     parts = [list(entry[split]["files"].items()) for entry in entries if entry[split]["documents"]]
-    documents = [np.load(_fetch(folder, *lengths), mmap_mode="r") for _, lengths in parts]
+    documents = [np.load(_fetch(folder, *part[1]), mmap_mode="r") for part in parts]
 
     def open_shard(index: int) -> np.ndarray:
         return np.memmap(_fetch(folder, *parts[index][0]), dtype, mode="r")
 
-    return Stream(documents, open_shard)
+    def open_weights(index: int) -> np.ndarray:
+        return np.memmap(_fetch(folder, *parts[index][2]), "u1", mode="r")
+
+    has_weights = any(len(part) > 2 for part in parts)
+    return Stream(documents, open_shard, open_weights if has_weights else None)
 
 
 def _build(
     folder: Folder,
     name: str,
     number: int,
+    source: Source,
     documents: Iterator[str],
     split: Split,
     tokenizer: Tokenizer,
 ) -> Entry:
-    dtype = token_dtype(tokenizer.vocab)
-    tokens: dict[str, list[np.ndarray]] = {side: [] for side in SPLITS}
-    lengths: dict[str, list[tuple[int, int]]] = {side: [] for side in SPLITS}
+    encoded: dict[str, list[Encoded]] = {side: [] for side in SPLITS}
     entry: Entry = {"documents": 0, "bytes": 0}
     for texts in in_batches(_take(documents, SHARD)):
         entry["documents"] += len(texts)
         for side, parts in zip(SPLITS, zip(*map(split.split, texts))):
-            parts = [part for part in parts if part]
-            for part, ids in zip(parts, tokenizer.encode_batch(parts)):
-                document = np.empty(len(ids) + 2, dtype)
-                document[0], document[1:-1], document[-1] = tokenizer.bos, ids, tokenizer.eos
-                tokens[side].append(document)
-                lengths[side].append((len(document), len(part.encode())))
+            encoded[side] += source.encode([part for part in parts if part], tokenizer)
     for side in SPLITS:
-        entry[side] = _write_split(
-            folder, f"{name}/{side}-{number:05}", tokens[side], lengths[side]
-        )
+        stem = f"{name}/{side}-{number:05}"
+        entry[side] = _write_split(folder, stem, encoded[side], token_dtype(tokenizer.vocab))
         entry["bytes"] += entry[side]["bytes"]
     folder.write(f"{name}/shard-{number:05}.json", json.dumps(entry).encode())
     return entry
 
 
 def _write_split(
-    folder: Folder, stem: str, tokens: list[np.ndarray], lengths: list[tuple[int, int]]
+    folder: Folder, stem: str, documents: list[Encoded], dtype: np.dtype
 ) -> dict[str, Any]:
+    weighted = [each.weights for each in documents if each.weights is not None]
     counts = {
-        "documents": len(lengths),
-        "tokens": sum(count - 1 for count, _ in lengths),
-        "bytes": sum(size for _, size in lengths),
+        "documents": len(documents),
+        "tokens": sum(len(each.ids) - 1 for each in documents)
+        if not weighted
+        else sum(int(weights[1:].sum()) for weights in weighted),
+        "bytes": sum(each.bytes for each in documents),
         "files": {},
     }
-    if lengths:
+    if documents:
         table = io.BytesIO()
-        np.save(table, np.array(lengths, "<u4"))
-        for name, data in (
-            (f"{stem}.tokens", np.concatenate(tokens).data.cast("B")),
-            (f"{stem}.documents.npy", table.getvalue()),
-        ):
+        np.save(table, np.array([(len(each.ids), each.bytes) for each in documents], "<u4"))
+        tokens = np.concatenate([each.ids for each in documents]).astype(dtype)
+        contents = {
+            f"{stem}.tokens": tokens.data.cast("B"),
+            f"{stem}.documents.npy": table.getvalue(),
+        }
+        if weighted:
+            contents[f"{stem}.weights"] = np.concatenate(weighted).astype("u1").data.cast("B")
+        for name, data in contents.items():
             folder.write(name, data)
             counts["files"][name] = {"bytes": len(data), "sha256": digest(data)}
     return counts

@@ -11,12 +11,15 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 from lm.data import files
 from lm.data.identity import class_name, code_digest, plain
+from lm.data.tokenizer import Tokenizer
 from lm.data.unicode import replace_surrogates
 from lm.errors import UserError
 
@@ -26,6 +29,19 @@ _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-package
 def positional() -> Any:
     """A required field that is also accepted without its name: data.Text("books/*.txt")."""
     return dataclasses.field(kw_only=False)
+
+
+class Encoded(NamedTuple):
+    """The tokens of a document.
+
+    ids      int32, complete: with the begin token, and the end token where there is one
+    weights  uint8, 1 for each token that is predicted with a loss; None: all but the first
+    bytes    UTF-8 bytes of the text that these stand for
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray | None
+    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +54,9 @@ class Source(abc.ABC):
     """
 
     held_out: float = 0.05
+
+    # Whether a document is text whose end may be held out from training.
+    splits_text: ClassVar[bool] = True
 
     # Fields that only locate the content. The recipe leaves them out, since the fingerprint
     # identifies the content itself: moved files do not make prepared shards stale.
@@ -54,6 +73,18 @@ class Source(abc.ABC):
         Called several times, and in other processes: the same texts must come in the same order.
         Raise UserError for input that cannot be read.
         """
+
+    def encode(self, documents: Sequence[str], tokenizer: Tokenizer) -> list[Encoded]:
+        """The tokens of each document. Override it for a loss on some of them only."""
+        begin, end = [tokenizer.bos], [tokenizer.eos]
+        return [
+            Encoded(np.concatenate([begin, ids, end]).astype(np.int32), None, len(text.encode()))
+            for text, ids in zip(documents, tokenizer.encode_batch(documents), strict=True)
+        ]
+
+    def plain_text(self, document: str) -> str:
+        """The text of a document that a tokenizer is trained on."""
+        return document
 
     def fingerprint(self) -> str:
         """Identifies the content: token shards are prepared again when it changes.

@@ -77,7 +77,7 @@ def scan(
                 if sample and by == "ends":
                     sample.add(_split_end(text, source.held_out)[0])
                 elif sample and (by == "nothing" or value >= bound):
-                    sample.add(text, owner=value)
+                    sample.add(source.plain_text(text), owner=value)
             documents += len(texts)
             size += batch_size
             if not count_files:
@@ -110,6 +110,8 @@ def in_batches(documents: Iterable[str], characters: int = _BATCH) -> Iterator[l
 def _split_kind(source: Source) -> str:
     if source.held_out == 0:
         return "nothing"
+    if not source.splits_text:
+        return "documents"
     enough = max(FEW, math.ceil(1 / source.held_out))
     return "documents" if sum(1 for _ in islice(source.documents(), enough)) == enough else "ends"
 

@@ -1,8 +1,9 @@
 """Random access to all tokens of one source and split, end to end, over shards that may be memory
 maps."""
 
+import itertools
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -15,15 +16,18 @@ class Stream:
     starts    int64 [D + 1], position at which each document begins, and the end of the last
     bytes_d   int64 [D], UTF-8 bytes of each document's text
     tokens    number of tokens
+    losses_d  int64 [D], tokens of each document that are predicted with a loss
     """
 
     def __init__(
         self,
         documents: Sequence[np.ndarray],
         open_shard: Callable[[int], np.ndarray],
+        open_weights: Callable[[int], np.ndarray] | None = None,
     ):
         """`documents` holds a [documents, 2] array of token and byte counts per shard;
-        `open_shard(i)` returns the tokens of shard i."""
+        `open_shard(i)` returns the tokens of shard i, `open_weights(i)` whether each has a loss
+        (None: all but the first of each document)."""
         counts = np.concatenate([np.empty((0, 2), np.uint32), *documents])
         self.starts = np.concatenate([[0], np.cumsum(counts[:, 0], dtype=np.int64)])
         self.bytes_d = counts[:, 1].astype(np.int64)
@@ -31,6 +35,7 @@ class Stream:
         shard_tokens = [int(shard[:, 0].sum(dtype=np.int64)) for shard in documents]
         self._shard_starts = np.concatenate([[0], np.cumsum(shard_tokens, dtype=np.int64)])
         self._shard = lru_cache(_OPEN)(open_shard)
+        self._weights = lru_cache(_OPEN)(open_weights) if open_weights else None
 
     @property
     def documents(self) -> int:
@@ -39,10 +44,30 @@ class Stream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop."""
+        return self._read(self._shard, start, stop)
+
+    def weights(self, start: int, stop: int) -> np.ndarray:
+        """Whether each of the tokens start to stop is predicted with a loss: 0 or 1."""
+        if self._weights is not None:
+            return self._read(self._weights, start, stop)
+        weights = np.ones(stop - start, np.uint8)
+        weights[self.begins(start, stop) - start] = 0
+        return weights
+
+    @cached_property
+    def losses_d(self) -> np.ndarray:
+        if self._weights is None:
+            return np.diff(self.starts) - 1
+        spans = itertools.pairwise(self.starts.tolist())
+        return np.array([self.weights(a + 1, b).sum(dtype=np.int64) for a, b in spans], np.int64)
+
+    def _read(self, open_shard: Callable[[int], np.ndarray], start: int, stop: int) -> np.ndarray:
         shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         base, end = self._shard_starts[shard], self._shard_starts[shard + 1]
-        part = self._shard(shard)[start - base : stop - base]
-        return part if stop <= end else np.concatenate([part, self.read(int(end), stop)])
+        part = open_shard(shard)[start - base : stop - base]
+        if stop <= end:
+            return part
+        return np.concatenate([part, self._read(open_shard, int(end), stop)])
 
     def begins(self, start: int, stop: int) -> np.ndarray:
         """Positions in start to stop at which a document begins."""

@@ -179,6 +179,7 @@ class Tokenizer:
     pad, bos, eos, unk  ids. An imported model without padding or begin has its end id there
     prefix       ids before a prompt
     stops        ids that end a generated text
+    adds_space   whether a space is added before every text, as some imported models do
     symbols      texts that are one piece wherever they stand, such as markers of turns
     name, model  name and bytes of the model file
     extra_files  further files of an imported model, by name: special tokens, chat template
@@ -212,7 +213,7 @@ class Tokenizer:
         self._bytes = [self._bytes_of(piece) for piece in range(self.vocab)]
         # Whether an imported model adds a space before every text. Then texts must not be cut, and
         # decoding removes the space.
-        self._adds_space = "".join(self._sp.encode_as_pieces("a")) == f"{_SPACE}a"
+        self.adds_space = "".join(self._sp.encode_as_pieces("a")) == f"{_SPACE}a"
         # SentencePiece decodes U+2581 as a space; one in the text itself is encoded as bytes.
         space_bytes = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._escapes = all(self._sp.is_byte(piece) for piece in space_bytes)
@@ -280,7 +281,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids, without begin, end and padding. Invalid UTF-8 becomes U+FFFD."""
         text = self.decode_bytes(ids).decode(errors="replace")
-        return text.removeprefix(" ") if self._adds_space else text
+        return text.removeprefix(" ") if self.adds_space else text
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """UTF-8 bytes of these ids, which may begin or end within a character."""
@@ -301,7 +302,7 @@ class Tokenizer:
     def _cut(self, text: str) -> list[str]:
         """Parts that encode to the ids of the whole text: cut around U+2581, around symbols, and at
         spaces that begin a piece."""
-        if self._adds_space:
+        if self.adds_space:
             return [text]
         parts = [text]
         if self._escapes and _SPACE in text:

@@ -43,10 +43,11 @@ class JsonTokenizer(Tokenizer):
         self._json.no_padding()
         self._pieces = {i: piece for piece, i in self._json.get_vocab().items()}
         self.vocab = 1 + max(self._pieces)
+        self.symbols = ()
         self._find_special(path)
         self._spell(content, path)
         pieces = [self._pieces[i] for i in self._json.encode("a", add_special_tokens=False).ids]
-        self._adds_space = "".join(pieces) == f"{_SPACE}a"
+        self.adds_space = "".join(pieces) == f"{_SPACE}a"
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as int32, without begin and end; on all cores."""
