@@ -272,6 +272,33 @@ class Run:
         padding = ((0, -len(tokens_bt) % ways), (0, 0))
         return _logits(self.apply.cast(), np.pad(tokens_bt, padding))[: len(tokens_bt)]
 
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        context: int | None = None,
+        temperature: float = 0.8,
+        sampling: generate.Sampling | None = None,
+        seed: int = 0,
+    ) -> generate.Conversation:
+        """A conversation with the model, which keeps its KV cache between turns: call `say`.
+
+        Args:
+            system: its first message.
+            context: most tokens of the conversation; None: the sequence length of training.
+            temperature: 0 is greedy; `sampling` instead has all options.
+
+        Raises UserError for a model without a chat template.
+        """
+        return generate.Conversation(
+            self.apply.cast(),
+            self._tokenizer(),
+            context=self.experiment.batch.length if context is None else context,
+            system=system,
+            sampling=sampling or generate.Sampling(temperature=temperature),
+            seed=seed,
+        )
+
     def generate(
         self,
         prompts: str | Sequence[str],

@@ -1,6 +1,7 @@
 """Command line (`lm.main.main` and `lm.main.lm_main`): output, error messages and exit codes."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import jax
 import pytest
 from tiny_experiments import STEPS, experiment, losses, write_texts
 
-from lm import data, run
+from lm import data, run, runs
 from lm import main as lm_module
 from lm.commands import flags
 from lm.main import lm_main, main
@@ -460,6 +461,21 @@ def test_eval_reads_files_by_their_extension(tiny, cli, tmp_path):
         assert code == 0
         losses.append([result["value"] for result in json.loads(out)["results"]])
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_chat_answers_each_line_of_stdin(tiny, cli, monkeypatch):
+    template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    loaded = runs.load(tiny.folder)
+    loaded.tokenizer.extra_files["chat_template.jinja"] = template.encode()
+    monkeypatch.setattr(runs, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the\n/new\nthe\n\nnot read\n"))
+    options = ("--temperature", "0", "--max-tokens", "3")
+    code, out, err = cli("lm", "chat", str(tiny.folder), *options)
+    assert code == 0, err
+    first, second = out.splitlines()
+    assert first == second != ""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the tree " * 40))
+    check_user_error(cli("lm", "chat", str(tiny.folder)), "the context ends at 32")
 
 
 def test_run_without_checkpoint_prints_error(tiny, cli, tmp_path):

@@ -9,6 +9,7 @@ Verbs of an experiment file, `python -m experiments.NAME VERB`: `run(declare, op
     plan      plans for a TPU slice without having it
 Verbs of a result, `python -m lm VERB`: `run(options)`
     generate  continues prompts
+    chat      a conversation in the terminal
     eval      perplexity and bits per byte
     import_   reads a Hugging Face folder (the verb is `import`)
     export    writes a Hugging Face folder

@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         help="a file or glob of text, .jsonl, .csv or .parquet (default: the run's held-out text)",
     )
-    parser.add_argument(
-        "--context", type=flags.whole(), help="tokens of a sequence (default: as trained)"
-    )
+    flags.add_context(parser, "tokens of a sequence (default: as trained)")
     flags.add_json(parser)
 
 

@@ -55,6 +55,45 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     add_mesh(parser)
 
 
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How the next token is drawn."""
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="divides the logits; 0 takes the likeliest token (default: 0.8)",
+    )
+    parser.add_argument("--top-k", type=whole(), help="sample from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, help="sample from the likeliest tokens of total probability P"
+    )
+    parser.add_argument(
+        "--min-p", type=float, help="sample from tokens of at least P times the top probability"
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="above 1 makes tokens that occurred less likely (default: 1.0)",
+    )
+    parser.add_argument(
+        "--seed", type=whole(0, 2**32), default=0, help="of the random choices (default: 0)"
+    )
+
+
+def sampling(options: argparse.Namespace) -> Any:
+    """The Sampling of the options of `add_sampling`."""
+    from lm.generate import Sampling
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return Sampling(**{name: getattr(options, name) for name in names})
+
+
+def add_context(parser: argparse.ArgumentParser, words: str) -> None:
+    """--context."""
+    parser.add_argument("--context", type=whole(), help=words)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json."""
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")

@@ -30,7 +30,7 @@ down this list.
 """
 
 from lm.data.batch import Batch
-from lm.data.chat import Chat, chat_template, encode_spans
+from lm.data.chat import Chat, chat_template, encode_prompt, encode_spans, end_of_turn
 from lm.data.evaluation import Evaluation, evaluation
 from lm.data.file_sources import Csv, FileSource, Jsonl, Parquet, Text, of_path
 from lm.data.loader import BatchShape, Loader, prefetch
@@ -73,7 +73,9 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerFile",
     "chat_template",
+    "encode_prompt",
     "encode_spans",
+    "end_of_turn",
     "evaluation",
     "has_tokenizer",
     "load_tokenizer",

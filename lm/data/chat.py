@@ -123,6 +123,18 @@ def encode_spans(
     return np.array(ids, np.int32), np.array(weights, np.uint8)
 
 
+def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a rendered conversation up to the assistant's answer, with the begin token once."""
+    ids = tokenizer.encode(text) if tokenizer.adds_space else _encode(text, tokenizer)
+    return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
+
+
+def end_of_turn(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The ids that end an answer, and those of them that are text, as the end in DEFAULT is."""
+    texts = (CHAT_SYMBOLS[-1],) if CHAT_SYMBOLS[-1] in tokenizer.symbols else ()
+    return (*tokenizer.stops, *(tokenizer.encode(text)[0] for text in texts)), texts
+
+
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of a part of a rendered conversation, in which a template may spell special tokens."""
     if isinstance(tokenizer, JsonTokenizer):

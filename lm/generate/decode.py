@@ -114,37 +114,55 @@ def stream(
     check_prompts(model.config, prompts, context)
     if not prompts:
         return
-    request = _request(
+    request = make_request(
         prompts, context, max_tokens, sampling or Sampling(), key, stop_tokens, model.mesh
     )
     request = request._replace(
         first_bv=_first(first_tokens or (), len(request.length_b), model.config.vocab)
     )
     cache_length = min(_bucket(request.length_b.max() + max_tokens), context)
-    finished: list[str | None] = [None] * len(prompts)
+    cache = empty_cache(model, len(request.length_b), cache_length, cache_dtype)
+    states = run(model, request, cache, len(prompts), max_tokens, chunk, ended)
+    yield from (results for results, _ in states)
+
+
+def run(
+    model: Model,
+    request: "Request",
+    cache: Any,
+    rows: int,
+    max_tokens: int,
+    chunk: int,
+    ended: AbstractSet[int],
+) -> Iterator[tuple[list[Result], Any]]:
+    """(results, cache) after every `chunk` tokens of the first `rows` rows of a request. The cache
+    of an earlier yield must not be used again, nor the one passed in."""
+    finished: list[str | None] = [None] * rows
     state = None
     for until in range(chunk, max_tokens + chunk, chunk):
         steps = np.int32(min(until, max_tokens))
         if state is None:
-            state = _start(
-                model,
-                request,
-                steps,
-                shape=(_bucket(max_tokens), cache_length),
-                cache_dtype=cache_dtype,
-            )
+            state = _start(model, request, cache, steps, size=_bucket(max_tokens))
         else:
             state = _resume(model, request, state, steps)
         results = _results(state, request, max_tokens, finished)
-        yield results
+        yield results, state.cache
         if all(result.finished for result in results):
             return
         for row in ended:
             finished[row] = finished[row] or "ended"
             request.limit_b[row] = 0
         if all(finished):
-            yield [result._replace(finished=why) for result, why in zip(results, finished)]
+            last = [result._replace(finished=why) for result, why in zip(results, finished)]
+            yield last, state.cache
             return
+
+
+@partial(jax.jit, static_argnames=("rows", "length", "dtype"))
+def empty_cache(model: Model, rows: int, length: int, dtype: str | None = None) -> Any:
+    """Caches for `rows` rows of at most `length` tokens."""
+    with model.on_mesh(sharding.UNSPLIT_SEQUENCE):
+        return model.init_cache(rows, length, dtype)
 
 
 def check_prompts(config: Config, prompts: Sequence[Sequence[int]], context: int) -> None:
@@ -166,12 +184,13 @@ def check_prompts(config: Config, prompts: Sequence[Sequence[int]], context: int
             )
 
 
-class _Request(NamedTuple):
+class Request(NamedTuple):
     """The request as arrays: B rows, of which the last may be padding, and P tokens for the longest
     prompt."""
 
     prompts_bp: np.ndarray
-    length_b: np.ndarray  # of each prompt
+    begin_b: np.ndarray  # tokens of each row that the cache holds already
+    length_b: np.ndarray  # of each prompt, without these
     limit_b: np.ndarray  # most tokens to generate; 0 for padding rows and rows that were ended
     keys_b: jax.Array
     stops_s: np.ndarray
@@ -192,7 +211,7 @@ class _State(NamedTuple):
     cache: Any
 
 
-def _request(
+def make_request(
     prompts: Sequence[Sequence[int]],
     context: int,
     max_tokens: int,
@@ -200,7 +219,9 @@ def _request(
     key: jax.Array | int,
     stop_tokens: Sequence[int],
     mesh: jax.sharding.Mesh | None,
-) -> _Request:
+    begin: int = 0,
+) -> Request:
+    """Of prompts that continue `begin` tokens in the cache."""
     longest = max(len(prompt) for prompt in prompts)
     rows = _bucket(len(prompts), 1)
     if mesh is not None:
@@ -213,14 +234,15 @@ def _request(
     for row, prompt in enumerate(prompts):
         prompts_bp[row, : len(prompt)] = prompt
         length_b[row] = len(prompt)
-        limit_b[row] = min(max_tokens, context - len(prompt))
+        limit_b[row] = min(max_tokens, context - begin - len(prompt))
     key = jax.random.key(key) if isinstance(key, int) else key
     if key.ndim == 0:
         keys_b = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(rows))
     else:
         keys_b = key[np.arange(rows) % len(prompts)]
     stops_s = np.array(sorted(set(stop_tokens)), np.int32)
-    return _Request(prompts_bp, length_b, limit_b, keys_b, stops_s, sampling.filters())
+    begin_b = np.full(rows, begin, np.int32)
+    return Request(prompts_bp, begin_b, length_b, limit_b, keys_b, stops_s, sampling.filters())
 
 
 def _first(
@@ -241,32 +263,23 @@ def _bucket(size: int, smallest: int = SMALLEST) -> int:
     return max(smallest, 1 << (int(size) - 1).bit_length())
 
 
-@partial(jax.jit, static_argnames=("shape", "cache_dtype"))
-def _start(
-    model: Model,
-    request: _Request,
-    until: jax.Array,
-    *,
-    shape: tuple[int, int],
-    cache_dtype: str | None,
-) -> _State:
-    """Prefill, the first token of each row, and decoding up to step `until`.
-
-    `shape`: capacity in tokens of the output and of the cache.
-    """
+@partial(jax.jit, static_argnames="size", donate_argnames="cache")
+def _start(model: Model, request: Request, cache: Any, until: jax.Array, *, size: int) -> _State:
+    """Prefill, the first token of each row, and decoding up to step `until`. `size`: capacity of
+    the output in tokens."""
     with model.on_mesh(sharding.UNSPLIT_SEQUENCE):
         rows, prompt_length = request.prompts_bp.shape
         position_p = jnp.arange(prompt_length)
         output = model(
             sharding.shard(request.prompts_bp, "batch", "seq"),
-            positions_bt=jnp.broadcast_to(position_p, (rows, prompt_length)),
+            positions_bt=request.begin_b[:, None] + position_p,
             mask_bt=position_p < request.length_b[:, None],
-            cache=model.init_cache(rows, shape[1], cache_dtype),
+            cache=cache,
         )
         state = _State(
             step=jnp.int32(0),
-            tokens_bt=jnp.zeros((rows, shape[0]), jnp.int32),
-            logprobs_bt=jnp.zeros((rows, shape[0]), jnp.float32),
+            tokens_bt=jnp.zeros((rows, size), jnp.int32),
+            logprobs_bt=jnp.zeros((rows, size), jnp.float32),
             count_b=jnp.zeros(rows, jnp.int32),
             stopped_b=jnp.zeros(rows, bool),
             seen_bv=_seen(request, model.config.vocab),
@@ -279,19 +292,19 @@ def _start(
 
 
 @partial(jax.jit, donate_argnames=("state",))
-def _resume(model: Model, request: _Request, state: _State, until: jax.Array) -> _State:
+def _resume(model: Model, request: Request, state: _State, until: jax.Array) -> _State:
     """Decoding from `state` up to step `until`."""
     with model.on_mesh(sharding.UNSPLIT_SEQUENCE):
         return _decode(model, request, state, until)
 
 
-def _decode(model: Model, request: _Request, state: _State, until: jax.Array) -> _State:
+def _decode(model: Model, request: Request, state: _State, until: jax.Array) -> _State:
     def unfinished(state: _State) -> jax.Array:
         return (state.step < until) & jnp.any(_running(request, state))
 
     def step(state: _State) -> _State:
         last_b1 = jax.lax.dynamic_slice_in_dim(state.tokens_bt, state.step - 1, 1, axis=1)
-        position_b1 = (request.length_b + state.count_b - 1)[:, None]
+        position_b1 = (request.begin_b + request.length_b + state.count_b - 1)[:, None]
         output = model(
             sharding.shard(last_b1, "batch", "seq"), positions_bt=position_b1, cache=state.cache
         )
@@ -310,7 +323,7 @@ def _decode(model: Model, request: _Request, state: _State, until: jax.Array) ->
 
 
 def _emit(
-    request: _Request,
+    request: Request,
     state: _State,
     logits_bv: jax.Array,
     allowed_bv: jax.Array | np.ndarray | None = None,
@@ -340,11 +353,11 @@ def _emit(
     )
 
 
-def _running(request: _Request, state: _State) -> jax.Array:
+def _running(request: Request, state: _State) -> jax.Array:
     return ~state.stopped_b & (state.count_b < request.limit_b)
 
 
-def _seen(request: _Request, vocab: int) -> jax.Array | None:
+def _seen(request: Request, vocab: int) -> jax.Array | None:
     """Tokens that occur in each prompt, bool [B, V]."""
     if "repetition_penalty" not in request.filters:
         return None
@@ -359,7 +372,7 @@ def _seen(request: _Request, vocab: int) -> jax.Array | None:
 
 
 def _results(
-    state: _State, request: _Request, max_tokens: int, finished: Sequence[str | None]
+    state: _State, request: Request, max_tokens: int, finished: Sequence[str | None]
 ) -> list[Result]:
     count_b, stopped_b = np.asarray(state.count_b), np.asarray(state.stopped_b)
     tokens_bt, logprobs_bt = np.asarray(state.tokens_bt), np.asarray(state.logprobs_bt)

@@ -63,7 +63,7 @@ def generate_text(
     if "" in stop:
         raise UserError("stop='' would stop at once; leave it out.")
     begins = [_begin(tokenizer, prompt) for prompt in prompts]
-    readers = [_Reader(tokenizer, stop, begin.spaces) for begin in begins]
+    readers = [Reader(tokenizer, stop, begin.spaces) for begin in begins]
     ended: set[int] = set()
     for results in decode.stream(
         model,
@@ -119,7 +119,7 @@ def _starting_with(tokenizer: Tokenizer, text: bytes) -> tuple[int, ...]:
     return tuple(i for i in range(tokenizer.vocab) if tokenizer.decode_bytes([i]).startswith(text))
 
 
-class _Reader:
+class Reader:
     """Decodes the tokens of one row as they are generated, and drops `spaces` at the beginning."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], spaces: int = 0):
