@@ -8,6 +8,7 @@ import bz2
 import io
 import lzma
 import os
+import re
 import tarfile
 import zipfile
 import zlib
@@ -21,7 +22,6 @@ from lm.errors import UserError
 _READ = 1 << 14  # compressed bytes at a time: bounds the memory of highly compressed text
 _MAGIC = {  # the first bytes of files that are not text
     b"\x1f\x8b": "gzip data",
-    b"BZh": "bzip2 data",
     b"\xfd7zXZ\x00": "xz data",
     b"\x28\xb5\x2f\xfd": "Zstandard data",
     b"\x04\x22\x4d\x18": "LZ4 data",
@@ -30,7 +30,6 @@ _MAGIC = {  # the first bytes of files that are not text
     b"PK\x05\x06": "a zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!\x1a\x07": "a RAR archive",
-    b"PAR1": "a Parquet file",
 }
 
 
@@ -43,7 +42,7 @@ def _zstandard() -> Any:
 _STREAMS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=31),
     ".bz2": bz2.BZ2Decompressor,
-    ".xz": lzma.LZMADecompressor,
+    ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
     ".zst": _zstandard,
 }
 
@@ -70,7 +69,11 @@ def is_compressed(path: str) -> bool:
 def check_text(start: bytes, path: str) -> None:
     """Raises UserError if a file that starts with these bytes is compressed or an archive."""
     kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
-    if kind is None and _is_tar(start):
+    if re.match(rb"BZh[1-9]1AY&SY", start):
+        kind = "bzip2 data"
+    elif re.match(rb"PAR1[\x00-\x1f]", start):
+        kind = "a Parquet file"
+    elif kind is None and _is_tar(start):
         kind = "a tar archive"
     if kind is not None:
         raise UserError(
@@ -91,13 +94,12 @@ def _streams(raw: BinaryIO, path: str, begin: Callable[[], Any]) -> Iterator[byt
     """Decompressed blocks of all streams of a file: compressed files may be concatenated."""
     stream, is_empty = None, True
     while data := raw.read(_READ):
-        is_empty = False
         while data:
             if stream is None:
-                data = data.lstrip(b"\0")  # padding between streams
+                data = data if is_empty else data.lstrip(b"\0")  # padding between streams
                 if not data:
                     break
-                stream = begin()
+                stream, is_empty = begin(), False
             try:
                 block = stream.decompress(data)
             except Exception as error:  # each library has its own
@@ -138,12 +140,14 @@ def _only_member(raw: BinaryIO, path: str) -> BinaryIO:
         raise UserError(
             f"{path} is cut short or damaged ({error}); fetch or write it again."
         ) from None
-    names = [info.filename for info in archive.infolist() if not info.is_dir()]
-    names = [name for name in names if not name.startswith("__MACOSX/")]  # macOS's own entries
-    if len(names) != 1:
-        raise UserError(f"{path} holds {len(names)} files; extract it and name them.")
+    infos = [info for info in archive.infolist() if not info.is_dir()]
+    infos = [info for info in infos if not info.filename.startswith("__MACOSX/")]  # macOS's own
+    if len(infos) != 1:
+        raise UserError(f"{path} holds {len(infos)} files; extract it and name them.")
+    if min(info.header_offset for info in archive.infolist()) > 0:
+        raise UserError(f"{path} holds something before the zip archive; extract it.")
     try:
-        member = archive.open(names[0])
+        member = archive.open(infos[0])
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{path} cannot be decompressed ({error}); extract it.") from None
     return io.BufferedReader(_Blocks(_members_blocks(member, path)), 1 << 20)

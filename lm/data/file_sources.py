@@ -36,6 +36,8 @@ class FileSource(Source):
     def __post_init__(self) -> None:
         super().__post_init__()
         paths = self.path if isinstance(self.path, tuple) else (self.path,)
+        if not all(isinstance(path, str) for path in paths):
+            raise UserError(f"data.path={self.path!r} must be text or a tuple of texts.")
         if not paths or "" in paths:
             raise UserError(
                 f"data.path={self.path!r} names no file; set it, as in data.path='books/*.txt'."
@@ -119,11 +121,20 @@ def json_records(path: str, encoding: str = "utf-8") -> Iterator[tuple[str, dict
 
 def _json(line: str, where: str) -> Any:
     try:
-        return json.loads(line, parse_int=_number)
+        return json.loads(line, parse_int=_number, object_pairs_hook=lambda p: _object(p, where))
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON ({error.msg} at column {error.colno}).") from None
     except RecursionError:
         raise UserError(f"{where} is JSON with too many levels of brackets.") from None
+
+
+def _object(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{where} has the field {twice!r} twice; keep one of them.")
+    return values
 
 
 def _number(digits: str) -> int | float:
@@ -178,10 +189,12 @@ class Csv(_Encoded):
         while True:
             line = rows.line_num + 1
             where = f"{path}, line {line}"
-            hint = " If quotes are letters in this file, set quote=None."
+            hint = " If quotes are letters in this file, set quote=None." if self.quote else ""
             try:
                 row = next(rows, None)
             except csv.Error as error:
+                if "new-line character" in str(error):
+                    error, hint = "a line ends in a lone carriage return; convert the file", ""
                 raise UserError(f"{where}: {error}.{hint}") from None
             if row is None:
                 return
@@ -229,15 +242,15 @@ def _columns(file: BinaryIO, field: str, path: str) -> Iterator[Any]:
     try:
         if compression.is_compressed(path):  # Parquet needs random access
             file = io.BytesIO(file.read())
-        table = pyarrow.parquet.ParquetFile(file)
+        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
         check_field(field, table.schema_arrow.names, path)
         type_ = table.schema_arrow.field(field).type
         type_ = getattr(type_, "value_type", type_)  # of a dictionary
         if str(type_) not in ("string", "large_string", "string_view", "null"):
             raise UserError(f"{path}: field {field!r} holds {type_}, not text.")
         for rows in table.iter_batches(batch_size=512, columns=[field]):
-            yield rows.column(0)
-    except (pyarrow.ArrowException, OSError, MemoryError, OverflowError) as error:
+            yield rows.column(rows.schema.get_field_index(field))
+    except (pyarrow.ArrowException, OSError, MemoryError, OverflowError, UnicodeError) as error:
         raise UserError(
             f"{path} is not a complete Parquet file ({error}); fetch or write it again."
         ) from None

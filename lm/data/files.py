@@ -47,7 +47,7 @@ def find(path: str | tuple[str, ...]) -> list[File]:
 def fingerprint(files: list[File]) -> str:
     """A digest of names, sizes and stamps: changes when one of the files changes."""
     lines = [f"{os.path.basename(file.path)}\t{file.size}\t{file.stamp}" for file in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
 
 
 # Called with bytes read from disk. A context variable, since a file is opened inside the generator
@@ -71,7 +71,7 @@ def reading(path: str) -> Iterator[BinaryIO]:
     """Opens a file for reading its decompressed bytes. An OSError or decompression error inside the
     context becomes a UserError that names the file."""
     try:
-        with fsspec.open(path, "rb") as raw:
+        with open(path, "rb") if "://" not in path else fsspec.open(path, "rb") as raw:
             file, advance = compression.decompressed(raw, path), _on_read.get()
             yield file if advance is None else _Reported(file, raw, advance)
     except FileNotFoundError:
@@ -123,7 +123,7 @@ def decoded(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
             offset = bytes_decoded - (len(error.object) - len(block)) + error.start
             raise UserError(
                 f"{path}: byte {offset} ({error.object[error.start]:#04x}) is not {encoding}. "
-                "Convert the file, or set its encoding, as in encoding='latin-1'."
+                f"Convert the file, or set its encoding, as in {_other_encoding(error.object)}."
             ) from None
         except UnicodeError as error:
             raise UserError(f"{path} is not {encoding} ({error}); set its encoding.") from None
@@ -135,6 +135,11 @@ def decoded(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
         if not block:
             return
         block = file.read(BLOCK)
+
+
+def _other_encoding(start: bytes) -> str:
+    is_utf16 = start[:2] in (b"\xff\xfe", b"\xfe\xff")
+    return f"encoding='{'utf-16' if is_utf16 else 'latin-1'}'"
 
 
 def lines(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
@@ -151,25 +156,30 @@ def lines(file: BinaryIO, path: str, encoding: str) -> Iterator[str]:
 
 
 def _find(path: str) -> list[File]:
-    try:
-        fs, inner = fsspec.core.url_to_fs(os.path.expanduser(path))
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{path} cannot be opened: {error}") from None
     is_local = "://" not in path
-    if any(sign in inner for sign in "*?[") and not fs.exists(inner):
-        matches = sorted(fs.glob(inner, detail=True).items())
-        infos = [(name, info) for name, info in matches if info["type"] == "file"]
+    try:
+        if is_local:
+            fs, inner = fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(path))
+        else:
+            fs, inner = fsspec.core.url_to_fs(path)
+        is_glob = any(sign in inner for sign in "*?[") and not fs.exists(inner)
+        infos = (
+            sorted(fs.glob(inner, detail=True).items()) if is_glob else [(inner, fs.info(inner))]
+        )
+    except FileNotFoundError:
+        raise UserError(_missing(path)) from None
+    except Exception as error:  # each filesystem has its own
+        raise UserError(f"{path} cannot be opened: {error}.") from None
+    if is_glob:
+        infos = [(name, info) for name, info in infos if info["type"] != "directory"]
         if not infos:
             raise UserError(f"path={path!r} matches no file.")
-    else:
-        try:
-            infos = [(inner, fs.info(inner))]
-        except FileNotFoundError:
-            raise UserError(_missing(path)) from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
-        if infos[0][1]["type"] == "directory":
-            raise UserError(_is_folder(path))
+    elif infos[0][1]["type"] == "directory":
+        raise UserError(_is_folder(path))
+    for name, info in infos:
+        if info["type"] != "file":
+            kind = "link to nothing" if info.get("islink") else "file"
+            raise UserError(f"{name} is no regular file but a {info['type']} {kind}.")
     return [
         File(name if is_local else fs.unstrip_protocol(name), info.get("size"), _stamp(info))
         for name, info in infos
@@ -186,10 +196,17 @@ def _missing(path: str) -> str:
     folder, name = os.path.split(os.path.expanduser(path))
     hint = ""
     if "://" not in path and os.path.isdir(folder or "."):
-        files = [entry.name for entry in os.scandir(folder or ".") if entry.is_file()]
+        files = [entry.name for entry in os.scandir(folder or ".") if _is_file(entry)]
         close = nearest(name, files)
         hint = close if "Did you mean" in close else ""
     return f"There is no file {path!r}.{hint}"
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # links that lead to one another
+        return False
 
 
 def _is_folder(path: str) -> str:

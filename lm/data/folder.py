@@ -18,7 +18,13 @@ class Folder:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = str(path)
         self.is_remote = "://" in self.path
-        self._fs, self._root = fsspec.core.url_to_fs(self.path)
+        try:
+            if self.is_remote:
+                self._fs, self._root = fsspec.core.url_to_fs(self.path)
+            else:
+                self._fs, self._root = fsspec.filesystem("file"), os.path.abspath(self.path)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{self.path} cannot be opened: {error}.") from None
 
     def __str__(self) -> str:
         return self.path
@@ -33,6 +39,8 @@ class Folder:
             return self._fs.info(self._inner(name))["size"]
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path_to(name)} cannot be opened: {error}.") from None
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes; None if it does not exist."""
@@ -40,6 +48,8 @@ class Folder:
             return self._fs.cat_file(self._inner(name))
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path_to(name)} cannot be read: {error}.") from None
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Writes a file atomically. Raises UserError for a full disk or a read-only folder."""
@@ -51,6 +61,8 @@ class Folder:
                 _write_atomically(Path(self._inner(name)), data)
         except PermissionError:
             raise UserError(f"{self.path} is not writable; choose another --workdir.") from None
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self.path} is a file; name a folder.") from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

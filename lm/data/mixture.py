@@ -2,6 +2,7 @@
 step."""
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,11 @@ class Mixture:
             raise UserError(
                 "data.sources={} is empty; add a source, as in {'web': data.Text(...)}."
             )
-        for name in self.sources:
+        for name, source in self.sources.items():
+            if not isinstance(source, Source):
+                raise UserError(f"data.sources.{name} must be a source, not {source!r}.")
+            if len(name) > 100:
+                raise UserError(f"data.sources: {name[:20]!r}... is longer than 100 letters.")
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise UserError(f"data.sources: {name!r} must be letters, digits, '_' and '-'.")
         if self.weights:
@@ -50,6 +55,13 @@ def phases(weights: Weights, tokens: Mapping[str, int]) -> Phases:
     if not weights:
         weights = {name: float(count) for name, count in tokens.items()}
     steps = ((0, weights),) if isinstance(weights, Mapping) else tuple(weights)
+    for each in steps:
+        is_pair = isinstance(each, tuple | list) and len(each) == 2
+        if not is_pair or type(each[0]) is not int or not isinstance(each[1], Mapping):
+            raise UserError(
+                f"data.weights has {each!r}; a schedule is pairs of a step and a table, as in "
+                "((0, {...}), (1000, {...}))."
+            )
     if steps[0][0] != 0 or any(b[0] <= a[0] for a, b in pairwise(steps)):
         raise UserError(
             f"data.weights must begin at step 0 and rise; its steps are {[s for s, _ in steps]}."
@@ -60,6 +72,10 @@ def phases(weights: Weights, tokens: Mapping[str, int]) -> Phases:
             check_not_negative(**{f"data.weights.{name}": weight})
         if not sum(table.values()) > 0:
             raise UserError(f"data.weights={table!r} must have a weight above zero.")
+        if sum(table.values()) == math.inf:
+            raise UserError(
+                f"data.weights={table!r} have no finite sum; divide them by the largest."
+            )
     return tuple((step, {name: t.get(name, 0.0) for name in tokens}) for step, t in steps)
 
 

@@ -184,6 +184,8 @@ def _scan(
 ) -> None:
     """First pass: adds the splits and the tokenizer to the manifest, and writes the tokenizer. Each
     source contributes an equal part of the tokenizer's training text."""
+    for source in sources.values():
+        next(source.documents(), None)  # raises for a wrong field before all of another is read
     splits, texts = {}, []
     for name, source in sources.items():
         sample = None
@@ -265,8 +267,11 @@ def _load_tokenizer(folder: Folder, manifest: Mapping[str, Any]) -> Tokenizer:
 def _manifest(folder: Folder) -> dict[str, Any] | None:
     data = folder.read("manifest.json")
     try:
-        return json.loads(data) if data else None
-    except ValueError:
+        manifest = json.loads(data) if data else None
+        if manifest is None or isinstance(manifest["recipe"], dict):
+            return manifest
+        raise ValueError
+    except (ValueError, TypeError, KeyError):
         raise UserError(
             f"{folder.path_to('manifest.json')} is damaged; "
             f"delete the folder {folder} to prepare it again."

@@ -40,6 +40,9 @@ def array_records(path: str, start: int, stop: int) -> Iterator[bytes]:
         copy = os.path.join(folder, "records")
         fs, inner = fsspec.core.url_to_fs(path)
         fs.get_file(inner, copy)
-        source = ArrayRecordDataSource([copy])
-        for index in range(start, stop):
-            yield source[index]
+        try:
+            source = ArrayRecordDataSource([copy])
+            for index in range(start, stop):
+                yield source[index]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(f"{path} is damaged ({error}); prepare it again.") from None

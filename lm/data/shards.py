@@ -152,7 +152,11 @@ def _write_split(
 
 def _finished(folder: Folder, name: str, number: int) -> Entry | None:
     marker = folder.read(f"{name}/shard-{number:05}.json")
-    entry = json.loads(marker) if marker else None
+    try:
+        entry = json.loads(marker) if marker else None
+        entry = entry if entry is None or _files(entry) is not None else None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        entry = None  # damaged: built again
     if entry and all(_exists(folder, n, file["bytes"]) for n, file in _files(entry).items()):
         return entry
     return None

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -63,7 +63,7 @@ class Source(abc.ABC):
     _locations: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.held_out < 1:
+        if not (isinstance(self.held_out, int | float) and 0 <= self.held_out < 1):
             raise UserError(f"data.held_out={self.held_out!r} must be at least 0 and below 1.")
 
     @abc.abstractmethod
@@ -107,7 +107,13 @@ class Source(abc.ABC):
     def documents(self) -> Iterator[str]:
         """The texts that are not empty, in the order of `read`, with U+FFFD for halves of surrogate
         pairs."""
-        for text in self.read():
+        texts = self.read()
+        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+            raise UserError(
+                f"data: {type(self).__name__}.read() must yield texts, not return "
+                f"{type(texts).__name__}."
+            )
+        for text in texts:
             if not isinstance(text, str):
                 raise UserError(
                     f"data: {type(self).__name__}.read() must yield str, not {type(text).__name__}."
@@ -174,6 +180,12 @@ class Documents(Source):
     texts: tuple[str, ...] = positional()
 
     _locations = ("texts",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_list = isinstance(self.texts, tuple | list)
+        if not is_list or not all(isinstance(text, str) for text in self.texts):
+            raise UserError(f"data.texts={str(self.texts)[:60]!r} must be a tuple of texts.")
 
     def size(self) -> int | None:
         return sum(len(replace_surrogates(text).encode()) for text in self.texts)

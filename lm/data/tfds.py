@@ -61,7 +61,12 @@ class Tfds(Source):
             ) from None
         is_array = builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD
         if is_array and "://" not in str(builder.data_path):
-            yield from builder.as_data_source(self.split, deserialize_method=raw)
+            if not builder.info.splits[self.split].num_examples:
+                return
+            try:
+                yield from builder.as_data_source(self.split, deserialize_method=raw)
+            except (RuntimeError, ValueError, IndexError, OSError) as error:
+                raise UserError(f"{self.name} is damaged ({error}); prepare it again.") from None
             return
         for part in parts:  # one file each; a slice may need only some of its records
             read = records.array_records if is_array else records.tfrecords

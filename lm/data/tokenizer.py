@@ -9,6 +9,7 @@ and runs of spaces; characters outside the vocabulary are encoded as bytes. Ids:
 import abc
 import codecs
 import io
+import itertools
 import os
 import re
 import zlib
@@ -36,6 +37,9 @@ CHAT_SYMBOLS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"
 _SPACE = "\u2581"  # stands for a space in SentencePiece's pieces
 # Training threads. The number changes the result: unigram training sums in thread order.
 _THREADS = 2
+_UNKNOWN = "\u2585"  # reserved by SentencePiece, which leaves out training text that contains it
+_CONTROLS = ("<pad>", "<s>", "</s>", "<unk>")
+_NOT_IN_SYMBOLS = {" ", "\0", _SPACE, _UNKNOWN}
 _SENTENCE = 4_000  # characters per training sentence
 _CUT = 16_000  # characters per encoder call, about: many parts are encoded on all cores
 
@@ -94,9 +98,14 @@ class SentencePiece(TokenizerConfig):
         check_positive(**{"tokenizer.sample_bytes": self.sample_bytes})
         check_seed(**{"tokenizer.seed": self.seed})
         check_name("tokenizer.kind", self.kind, KINDS)
-        if not 0 < self.coverage <= 1:
-            raise UserError(f"tokenizer.coverage={self.coverage!r} must be above 0 and at most 1.")
+        if not 0.98 <= self.coverage <= 1:  # SentencePiece takes no other
+            raise UserError(
+                f"tokenizer.coverage={self.coverage!r} must be between 0.98 and 1; rarer characters "
+                "become bytes."
+            )
         fixed = 4 + 256 * self.byte_fallback + len(self.symbols)
+        if type(self.vocab) is not int or self.vocab >= 2**31:
+            raise UserError(f"tokenizer.vocab={self.vocab!r} must be a whole number below 2**31.")
         if self.vocab <= fixed:
             raise UserError(
                 f"tokenizer.vocab={self.vocab} must be above {fixed}, the number of fixed pieces "
@@ -105,10 +114,21 @@ class SentencePiece(TokenizerConfig):
         if "" in self.symbols or len(set(self.symbols)) < len(self.symbols):
             raise UserError(f"tokenizer.symbols={self.symbols!r} must be different and not empty.")
         for symbol in self.symbols:
-            if _SPACE in symbol or symbol != replace_surrogates(symbol):
+            if symbol in _CONTROLS or re.fullmatch("<0x[0-9A-F]{2}>", symbol):
                 raise UserError(
-                    f"tokenizer.symbols has {symbol!r}, which contains U+2581 or half a surrogate "
-                    "pair; leave it out."
+                    f"tokenizer.symbols has {symbol!r}, which SentencePiece uses itself; choose "
+                    "another spelling."
+                )
+            if set(symbol) & _NOT_IN_SYMBOLS or symbol != replace_surrogates(symbol):
+                raise UserError(
+                    f"tokenizer.symbols has {symbol!r}; a symbol must not contain spaces, U+2581, "
+                    "U+2585, NUL or half a surrogate pair."
+                )
+        for a, b in itertools.product(self.symbols, repeat=2):
+            if any(a.endswith(b[:size]) for size in range(1, min(len(a), len(b)))):
+                raise UserError(
+                    f"tokenizer.symbols has {a!r}, whose end may begin {b!r}; choose spellings "
+                    "that cannot overlap in a text."
                 )
 
     def build(self, texts: Iterable[str]) -> "Tokenizer":
@@ -126,7 +146,7 @@ class SentencePiece(TokenizerConfig):
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts),
+                sentence_iterator=_without_reserved(texts),
                 model_writer=model,
                 model_type=self.kind,
                 vocab_size=self.vocab,
@@ -210,15 +230,23 @@ class Tokenizer:
         ends = ids_of(self._read_extra("generation_config.json").get("eos_token_id"))
         self.prefix = (self.bos,) if begins else ()
         self.stops = tuple(dict.fromkeys([self.eos, *ends]))
+        self._check_specials()
         self._bytes = [self._bytes_of(piece) for piece in range(self.vocab)]
-        # Whether an imported model adds a space before every text. Then texts must not be cut, and
-        # decoding removes the space.
-        self.adds_space = "".join(self._sp.encode_as_pieces("a")) == f"{_SPACE}a"
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+        if proto.trainer_spec.treat_whitespace_as_suffix or proto.trainer_spec.model_type == 3:
+            raise UserError(
+                f"{path} is a SentencePiece model of words, or with spaces at their ends; bpe, "
+                "unigram and char models with spaces at the beginning are supported."
+            )
+        # An imported model may add a space before every text, which decoding removes, or remove
+        # spaces. Then texts must not be cut.
+        self.adds_space = proto.normalizer_spec.add_dummy_prefix
+        self._is_whole = self.adds_space or proto.normalizer_spec.remove_extra_whitespaces
         # SentencePiece decodes U+2581 as a space; one in the text itself is encoded as bytes.
         space_bytes = [self._sp.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._escapes = all(self._sp.is_byte(piece) for piece in space_bytes)
         self._escape_ids = np.array(space_bytes, np.int32)
-        self.symbols = _symbols_of(model)
+        self.symbols = _symbols_of(proto)
         longest_first = map(re.escape, sorted(self.symbols, key=len, reverse=True))
         self._symbol = re.compile(f"({'|'.join(longest_first)})") if self.symbols else None
         # Whether every piece with a space begins with it. Then no piece spans the boundary before
@@ -249,7 +277,7 @@ class Tokenizer:
                 raise damaged("chat_template.jinja", "it is not UTF-8") from None
         template = self._read_extra("tokenizer_config.json").get("chat_template")
         if isinstance(template, list):  # several by name, as old files have them
-            named = {each.get("name"): each for each in template if isinstance(each, dict)}
+            named = {str(each.get("name")): each for each in template if isinstance(each, dict)}
             template = named.get("default", {}).get("template")
         if not isinstance(template, str | None):
             raise damaged("tokenizer_config.json", "its chat_template is not text")
@@ -295,6 +323,15 @@ class Tokenizer:
         """An incremental decoder."""
         return StreamDecoder(self)
 
+    def _check_specials(self) -> None:
+        """Raises UserError for special ids outside the vocabulary."""
+        for token in (self.bos, self.eos, self.pad, *self.stops):
+            if not 0 <= token < self.vocab:
+                raise UserError(
+                    f"The special token {token} lies outside the {self.vocab:,} ids of "
+                    f"{self.name}; the files beside it are of another model."
+                )
+
     def _read_extra(self, name: str) -> dict[str, Any]:
         """A JSON file beside the model; {} if missing."""
         return json_object(self.extra_files.get(name, b"{}"), f"{name} beside {self.name}")
@@ -302,7 +339,7 @@ class Tokenizer:
     def _cut(self, text: str) -> list[str]:
         """Parts that encode to the ids of the whole text: cut around U+2581, around symbols, and at
         spaces that begin a piece."""
-        if self.adds_space:
+        if self._is_whole:
             return [text]
         parts = [text]
         if self._escapes and _SPACE in text:
@@ -369,7 +406,7 @@ class Sample:
     def add(self, document: str, owner: int = 0) -> None:
         """Adds a document. `texts` can exclude it again by the number `owner`."""
         for text in cut(document, _SENTENCE):
-            data = text.encode()
+            data = replace_surrogates(text).encode()
             checksum = zlib.crc32(data, self._seed)
             if checksum < self._threshold:
                 self._kept.append((checksum, len(data), owner, text))
@@ -398,8 +435,7 @@ def cut(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _symbols_of(model: bytes) -> tuple[str, ...]:
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+def _symbols_of(proto: sentencepiece_model_pb2.ModelProto) -> tuple[str, ...]:
     symbol = sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED
     return tuple(each.piece for each in proto.pieces if each.type == symbol)
 
@@ -414,6 +450,12 @@ def _cut_at_spaces(text: str, size: int) -> Iterator[str]:
 
 
 _FIRST_SPACE = re.compile("(?<! ) ")
+
+
+def _without_reserved(texts: Iterable[str]) -> Iterator[str]:
+    """Texts without U+2585 and half surrogate pairs."""
+    for text in texts:
+        yield from filter(None, replace_surrogates(text).split(_UNKNOWN))
 
 
 def _exact(model: bytes) -> bytes:

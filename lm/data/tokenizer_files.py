@@ -112,7 +112,8 @@ def _check_added(folder: Folder, tokenizer: Tokenizer) -> None:
         if not isinstance(tokens, dict):
             raise damaged(where, f"{field} is not a JSON object")
         for each in tokens if field else tokens.values():
-            number = int(each) if isinstance(each, str) and each.isdecimal() and field else each
+            is_number = isinstance(each, str) and each.isdecimal() and len(each) < 20
+            number = int(each) if field and is_number else each
             if not is_id(number):
                 raise damaged(where, f"{each!r} is no token id")
             ids.append(number)

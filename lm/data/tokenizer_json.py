@@ -2,6 +2,7 @@
 OLMo) and SentencePiece's (Llama 2, Gemma)."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,24 +36,33 @@ class JsonTokenizer(Tokenizer):
 
         self.model, self.extra_files = model, dict(extra_files or {})
         try:
-            self._json = tokenizers.Tokenizer.from_str(model.decode())
-            content = json.loads(model)
-        except Exception as error:  # the library raises Exception itself
+            content, text = json.loads(model), model.decode()
+            if content["model"].pop("dropout", None):  # would make ids random
+                text = json.dumps(content)
+            self._json = tokenizers.Tokenizer.from_str(text)
+            self._json.encode_batch(["a", ""], add_special_tokens=True)
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:  # the library raises Exception, and panics, itself
             raise UserError(f"{path} is not a supported tokenizer.json: {error}.") from None
         self._json.no_truncation()
         self._json.no_padding()
         self._pieces = {i: piece for piece, i in self._json.get_vocab().items()}
+        if not self._pieces or max(self._pieces) >= 2**31 - 1:
+            raise UserError(f"{path} is damaged: its vocabulary is empty or has ids beyond 2**31.")
         self.vocab = 1 + max(self._pieces)
         self.symbols = ()
         self._find_special(path)
         self._spell(content, path)
-        pieces = [self._pieces[i] for i in self._json.encode("a", add_special_tokens=False).ids]
-        self.adds_space = "".join(pieces) == f"{_SPACE}a"
+        self.adds_space = self._adds_space()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as int32, without begin and end; on all cores."""
         texts = [replace_surrogates(text) for text in texts]
-        encoded = self._json.encode_batch(texts, add_special_tokens=False)
+        try:
+            encoded = self._json.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises Exception itself
+            raise UserError(f"{self.name} cannot encode a text: {error}.") from None
         return [np.array(each.ids, np.int32) for each in encoded]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -62,6 +72,14 @@ class JsonTokenizer(Tokenizer):
     def piece(self, piece: int) -> str:
         """The piece of an id as in the file."""
         return self._pieces.get(piece, "")
+
+    def _adds_space(self) -> bool:
+        """Whether a space is added before every text."""
+        letters = (piece for piece in self._pieces.values() if len(piece) == 1 and piece.isalpha())
+        letter = min(letters, default="a")
+        ids = self._json.encode(letter, add_special_tokens=False).ids
+        text = "".join(self._pieces[i] for i in ids)
+        return text in (f"{_SPACE}{letter}", f"{_BYTE_LEVEL[ord(' ')]}{letter}")
 
     def _find_special(self, path: str) -> None:
         """Sets the special ids, `stops` and `prefix` from the files beside the tokenizer."""
@@ -74,7 +92,7 @@ class JsonTokenizer(Tokenizer):
             token = token.get("content") if isinstance(token, dict) else token
             if not isinstance(token, str | None):
                 raise damaged("tokenizer_config.json", f"{role}_token is not text")
-            token_id = self._json.token_to_id(token) if token else None
+            token_id = self._json.token_to_id(replace_surrogates(token)) if token else None
             if token_id is None:
                 token_id = next(iter(ids_of(generation.get(f"{role}_token_id"))), None)
             return token_id
@@ -97,6 +115,7 @@ class JsonTokenizer(Tokenizer):
         if begins is None:
             begins = self.bos in added
         self.prefix = (self.bos,) if begins and bos is not None else ()
+        self._check_specials()
 
     def _spell(self, content: Mapping[str, Any], path: str) -> None:
         """Sets the bytes of each piece."""
@@ -110,7 +129,7 @@ class JsonTokenizer(Tokenizer):
         elif kinds & {"ByteFallback", "Metaspace", "Replace"}:
 
             def spell(piece: str) -> bytes:
-                if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                if re.fullmatch("<0x[0-9A-Fa-f]{2}>", piece):
                     return bytes([int(piece[3:5], 16)])
                 return piece.replace(_SPACE, " ").encode()
 

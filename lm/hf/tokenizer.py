@@ -10,6 +10,7 @@ from typing import Any
 
 from lm.data.tokenizer import Tokenizer
 from lm.data.tokenizer_json import JsonTokenizer
+from lm.data.unicode import replace_surrogates
 from lm.errors import UserError
 
 _SPACE = "\u2581"
@@ -70,7 +71,8 @@ def export_files(tokenizer: Tokenizer, length: int) -> dict[str, bytes]:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()
+    text = json.dumps(value, ensure_ascii=False, indent=1)
+    return (replace_surrogates(text) + "\n").encode()
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -197,7 +199,12 @@ def _check_ids(tokenizer: Tokenizer, files: dict[str, bytes]) -> None:
     exported = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     config = json.loads(files["tokenizer_config.json"])
     exported.encode_special_tokens = config["split_special_tokens"]
-    for text in (*SAMPLES, *(f"a{symbol}b {symbol}{symbol}\n" for symbol in tokenizer.symbols)):
+    controls = " ".join(map(tokenizer.piece, (tokenizer.bos, tokenizer.eos, tokenizer.pad)))
+    for text in (
+        *SAMPLES,
+        controls if config["split_special_tokens"] else "",
+        *(f"a{symbol}b {symbol}{symbol}\n" for symbol in tokenizer.symbols),
+    ):
         ids = tokenizer.encode(text)
         exported_ids = exported.encode(text, add_special_tokens=False).ids
         if ids != exported_ids:

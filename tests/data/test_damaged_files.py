@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import tarfile
 import time
 import zipfile
@@ -281,3 +282,106 @@ def test_time_is_in_proportion_to_the_length_of_a_line(tmp_path):
         return time.process_time() - start
 
     assert min(seconds(1 << 26) for _ in range(2)) < 8 * min(seconds(1 << 24) for _ in range(3))
+
+
+# Found by trying to break the readers
+
+
+@pytest.mark.parametrize("extension", COMPRESS)
+def test_a_compressed_file_of_zeros_is_damaged(extension, tmp_path):
+    path = write(tmp_path / f"x{extension}", b"\0" * 5_000)
+    assert "is cut short or damaged" in error(data.Text(path))
+
+
+def test_every_match_of_a_glob_is_read_or_refused(tmp_path):
+    write(tmp_path / "a.txt", b"text")
+    (tmp_path / "b.txt").mkdir()
+    assert read(data.Text(str(tmp_path / "*.txt"))) == ["text"]
+    (tmp_path / "c.txt").symlink_to(tmp_path / "nothing")
+    assert "c.txt is no regular file" in error(data.Text(str(tmp_path / "*.txt")))
+    (tmp_path / "c.txt").unlink()
+    os.mkfifo(tmp_path / "d.txt")
+    for path in ("*.txt", "d.txt"):
+        assert "d.txt is no regular file" in error(data.Text(str(tmp_path / path)))
+
+
+@pytest.mark.parametrize("path", ["a\0b", "d/**a", "foo://x", "zip://a::nothing.zip", "data:,x"])
+def test_paths_that_no_filesystem_has(path):
+    assert path.split("\0")[0] in error(data.Text(path))
+
+
+def test_names_that_are_not_utf8_and_links_in_a_circle(tmp_path):
+    path = write(tmp_path / os.fsdecode(b"\xfe.txt"), b"text")
+    assert read(data.Text(path)) == ["text"] and data.Text(path).fingerprint()
+    assert read(data.Text(write(tmp_path / "a::b.txt", b"text"))) == ["text"]
+    (tmp_path / "x").symlink_to(tmp_path / "y")
+    (tmp_path / "y").symlink_to(tmp_path / "x")
+    assert "There is no file" in error(data.Text(str(tmp_path / "nothing.txt")))
+
+
+def test_text_that_begins_like_a_format_is_text(tmp_path):
+    for text in ("BZh is a word", "PAR1 is a gene", "PK"):
+        assert read(data.Text(write(tmp_path / "x.txt", text.encode()))) == [text]
+
+
+def test_a_json_field_twice_and_zips_behind_something(tmp_path):
+    path = write(tmp_path / "x.jsonl", b'{"text": "a", "text": "b"}\n')
+    assert "line 1 has the field 'text' twice" in error(data.Jsonl(path))
+    two = zipped(a="hello") + zipped(b="world")
+    assert "holds something before" in error(data.Text(write(tmp_path / "x.zip", two)))
+
+
+def test_advice_fits_the_file(tmp_path):
+    path = write(tmp_path / "x.txt", "text".encode("utf-16"))
+    assert "encoding='utf-16'" in error(data.Text(path))
+    path = write(tmp_path / "x.csv", b"id,text\r1,one\r")
+    assert "lone carriage return; convert the file" in error(data.Csv(path))
+
+
+def test_a_parquet_column_beside_a_struct_of_that_name(tmp_path):
+    path = str(tmp_path / "x.parquet")
+    columns = {"d": [{"text": 1}], "d.text": ["one"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert read(data.Parquet(path, field="d.text")) == ["one"]
+
+
+@pytest.mark.parametrize("texts", ["hello", None, (b"x",), (5,)])
+def test_documents_must_be_texts(texts):
+    with pytest.raises(UserError, match=r"data\.texts="):
+        data.Documents(texts)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"a": 1e308, "b": 1e308}, ((0.5, {"a": 1}),), ({"a": 1},), ((0, {"a": 1}), (5,))]
+)
+def test_weights_that_cannot_be_used(weights):
+    sources = {"a": data.Documents(("x",)), "b": data.Documents(("y",))}
+    with pytest.raises(UserError, match=r"data\.weights"):
+        data.Mixture(sources=sources, weights=weights)
+
+
+@pytest.mark.parametrize("source", ["text", None, data.Shards("x")])
+def test_a_mixture_is_of_sources(source):
+    with pytest.raises(UserError, match=r"data\.sources\.a must be a source"):
+        data.Mixture(sources={"a": source})
+
+
+@pytest.mark.parametrize("content", ["5", "[1]", '{"a": 1}', '{"recipe": 5}', "{"])
+def test_a_damaged_manifest_is_named(content, tmp_path, tokenizer_config):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        data.prepare(data.Documents(tuple(TEXTS)), tokenizer_config, tmp_path)
+
+
+def test_a_wrong_field_is_found_before_another_source_is_read(tmp_path, tokenizer_config):
+    class Counted(data.Documents):
+        def read(self):
+            reads.append(1)
+            yield "first"
+            raise AssertionError("reads on")
+
+    reads = []
+    path = write(tmp_path / "x.jsonl", jsonl(TEXTS))
+    sources = {"a": Counted(tuple(TEXTS)), "b": data.Jsonl(path, field="txt")}
+    with pytest.raises(UserError, match="no field 'txt'"):
+        data.prepare(data.Mixture(sources=sources), tokenizer_config, tmp_path / "prepared")

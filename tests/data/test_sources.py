@@ -1,5 +1,6 @@
 """Every format yields the same documents, and every unreadable file raises one error message."""
 
+import builtins
 import bz2
 import csv
 import gzip
@@ -199,7 +200,7 @@ def test_unreadable_files_are_errors(tmp_path, monkeypatch):
     def forbidden(*_, **__):  # file permissions do not apply to root
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(fsspec, "open", forbidden)
+    monkeypatch.setattr(builtins, "open", forbidden)
     assert "a.txt cannot be read: permission denied" in error(data.Text(str(path)))
 
 

@@ -80,6 +80,27 @@ def test_a_symbol_in_a_long_text_without_spaces_is_one_token(any_tokenizer, leng
     assert any_tokenizer.encode("天" * length + "<|user|>")[-1:] == any_tokenizer.encode("<|user|>")
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+def test_text_with_a_reserved_character_is_trained_on(kind):
+    words = ("zebra zebra zebra \u2585 a\ud83db",) * 9
+    plain = data.SentencePiece(vocab=300, kind=kind).train(("zebra zebra zebra", *words))
+    assert len(plain.encode("zebra")) == len(
+        data.SentencePiece(vocab=300, kind=kind).train(["zebra zebra zebra"] * 9).encode("zebra")
+    )
+
+
+@pytest.mark.parametrize("symbols", [("\n\n",), ("ab", "bc"), ("xx",)])
+def test_symbols_that_may_overlap_in_a_text_are_refused(symbols):
+    with pytest.raises(UserError, match="cannot overlap"):
+        data.SentencePiece(vocab=384, symbols=symbols)
+
+
+@pytest.mark.parametrize("fields", [{"coverage": 0.9}, {"vocab": 300.5}, {"vocab": 2**31}])
+def test_settings_that_sentencepiece_does_not_take_are_refused_at_once(fields):
+    with pytest.raises(UserError, match=rf"tokenizer\.{next(iter(fields))}="):
+        data.SentencePiece(**{"vocab": 384, **fields})
+
+
 @pytest.mark.parametrize("symbol", ["<end of turn>", "<s>", "<0x41>", "a\u2581", "\ud83d", " "])
 def test_symbols_that_would_not_be_one_token_are_refused(symbol):
     with pytest.raises(UserError, match="tokenizer"):
