@@ -4,7 +4,6 @@
 """
 
 import difflib
-import math
 import numbers
 from collections.abc import Iterable
 
@@ -34,10 +33,13 @@ def check_name(what: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_positive(**fields: float) -> None:
-    """Raises UserError naming the first field that is not a finite number above zero."""
+    """Raises UserError naming the first field that is not a finite number above zero, also in
+    float32, in which it is used."""
     for field, value in fields.items():
         if not (_is_finite(value) and value > 0):
             raise UserError(f"{field}={value!r} must be above zero{_and_finite(value)}.")
+        if isinstance(value, float) and value < _SMALLEST:
+            raise UserError(f"{field}={value!r} is zero in float32; raise it.")
 
 
 def check_not_negative(**fields: float) -> None:
@@ -47,17 +49,35 @@ def check_not_negative(**fields: float) -> None:
             raise UserError(f"{field}={value!r} must be zero or above{_and_finite(value)}.")
 
 
+def check_size(**fields: int) -> None:
+    """Raises UserError naming the first field that is not a whole number from 1 to 2**31 - 1, the
+    largest size of an array's axis."""
+    for field, value in fields.items():
+        if not isinstance(value, numbers.Integral):
+            raise UserError(f"{field}={value!r} must be a whole number.")
+        check_positive(**{field: value})
+        if value >= 2**31:
+            raise UserError(f"{field}={value!r} must be below 2**31.")
+
+
 def check_seed(**fields: int) -> None:
     """Raises UserError naming the first field that is not a seed. JAX reads 32 bits of a seed, so
     that larger ones would coincide."""
     for field, value in fields.items():
-        if not (isinstance(value, numbers.Integral) and 0 <= value < 2**32):
+        is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if not (is_whole and 0 <= value < 2**32):
             raise UserError(f"{field}={value!r} must be a whole number from 0 to 2**32 - 1.")
 
 
+# Of positive numbers in float32.
+_SMALLEST, _LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+
+
 def _is_finite(value: float) -> bool:
-    return isinstance(value, numbers.Real) and (isinstance(value, int) or math.isfinite(value))
+    is_number = isinstance(value, numbers.Real)
+    return is_number and (isinstance(value, int) or abs(value) <= _LARGEST)
 
 
 def _and_finite(value: float) -> str:
-    return " and finite" if value == math.inf else ""
+    is_large = isinstance(value, float) and value > _LARGEST
+    return " and finite in float32" if is_large else ""

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lm import checkpoint, data, hf, model, training, trees
+from lm import checkpoint, data, hf, model, terminal, training, trees
 from lm.errors import UserError
-from lm.experiment import Stage, describe
+from lm.experiment import Stage, check_folder_name, describe
 from lm.hf import families
 from lm.parallel import distributed, sharding
 from lm.parallel.mesh import Mesh
@@ -38,6 +38,10 @@ def import_run(
     Raises UserError if `folder` exists, or if the model is not supported.
     """
     target = _new(folder)
+    try:
+        check_folder_name(target.name)
+    except UserError as error:
+        raise UserError(f"{folder} cannot be a run's folder: {error}") from None
     if not hf.is_pretrained(source) and (epath.Path(source) / "experiment.json").exists():
         raise UserError(f"{source} is already a run; copy or export it.")
     run = load(source, mesh=mesh)
@@ -56,10 +60,28 @@ def import_run(
 
 
 def _new(folder: str | os.PathLike) -> epath.Path:
-    """The path of a folder to be made. Raises UserError if it exists and is not empty."""
-    target = epath.Path(str(folder).rstrip("/"))
+    """The path of a folder to be made. Raises UserError if it exists and is not empty, or cannot be
+    made."""
+    given = str(folder).rstrip("/")
+    if "://" in given:
+        target = epath.Path(given)
+    else:
+        resolved = Path(given or ".").resolve()
+        try:
+            existing = next(each for each in (resolved, *resolved.parents) if each.exists())
+        except OSError as error:  # a name that is too long
+            raise UserError(f"{given[:40]}... names no folder: {error.strerror}.") from None
+        if not existing.is_dir():
+            raise UserError(f"{existing} is a file; name a folder.")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"{existing} is not writable; choose a folder that you may write to.")
+        target = epath.Path(resolved)
+    if not target.name:
+        raise UserError(f"{given!r} names no folder.")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} exists; delete it, or choose another name.")
+    if target.exists() and Path(str(target)) == Path.cwd():
+        raise UserError(f"{target} is the current folder; name another one.")
     return target
 
 
@@ -67,7 +89,8 @@ def _new(folder: str | os.PathLike) -> epath.Path:
 def _complete(target: epath.Path) -> Iterator[epath.Path]:
     """A temporary folder to write into. It is renamed to `target` at the end, and deleted if
     anything fails. A bucket has no rename: there it is `target` from the start."""
-    temporary = target if "://" in str(target) else target.parent / f"{target.name}.partial"
+    hidden = target.parent / f".{target.name}.lm-partial"  # a name that nobody chooses
+    temporary = target if "://" in str(target) else hidden
     main = distributed.is_main()
     if main:
         if temporary.exists():
@@ -161,11 +184,13 @@ def _write_texts(
         for name, content in hf.export_files(run.tokenizer, length).items():
             if name != hf.GENERATION:
                 (folder / name).write_bytes(content)
-    (folder / "README.md").write_text(model_card(run, facts, config))
+    card = data.replace_surrogates(model_card(run, facts, config))
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(terminal.finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(data.replace_surrogates(text) + "\n", encoding="utf-8")
 
 
 def _special_tokens(run: Run, origin: dict[str, Any]) -> dict[str, Any]:
@@ -192,6 +217,11 @@ def _check(folder: epath.Path, run: Run, mesh: Mesh | None) -> None:
             raise UserError(
                 f"The export failed: {path} differs when it is read back. Please report it."
             )
+    if not np.isfinite(logits).all():
+        raise UserError(
+            "The model's logits are not finite: its weights are not, or arithmetic overflows. "
+            "Export an earlier checkpoint (--step)."
+        )
     if not np.allclose(exported_logits, logits, rtol=0, atol=1e-4 * np.abs(logits).max()):
         raise UserError("The export failed: its logits differ from the run's. Please report it.")
 

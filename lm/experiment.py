@@ -94,6 +94,12 @@ class Experiment:
         self._check_evals()
         self.schedule.resolve(self.batch)
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts of `sample`."""
+        sample = self.sample or ()
+        return (sample,) if isinstance(sample, str) else sample
+
     def _check_names(self) -> None:
         check_folder_name(self.name)
         if not self.places:

@@ -5,7 +5,8 @@ import json
 import os
 from pathlib import Path
 
-from lm import data, terminal
+from lm import data, evals, generate, model, terminal
+from lm.errors import UserError
 from lm.experiment import Experiment, Stage
 from lm.parallel import distributed
 from lm.program import cache_folder
@@ -32,3 +33,32 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike = "runs") -> data
         prepared = make()
     distributed.barrier("data prepared")
     return prepared if distributed.is_main() else make()
+
+
+def check(experiment: Experiment, prepared: data.Prepared) -> None:
+    """Raises UserError for what would fail only during training or after it."""
+    length, sequences = experiment.batch.length, experiment.batch.sequences_at(0)
+    if prepared.tokenizer.vocab > experiment.model.vocab:
+        streams = [prepared.stream(name, split) for name, split in prepared.counts]
+        check_token(max(stream.largest_token for stream in streams), experiment.model)
+    for evaluator in experiment.evals:
+        if isinstance(evaluator, evals.Perplexity) and not prepared.held_out:
+            raise UserError(
+                "evals measures held-out text, and data holds out none: set data.held_out=0.05, or "
+                "leave evals out."
+            )
+        for source in evaluator.sources():
+            prepared.evaluation(source, length, sequences)
+    try:
+        generate.check_prompts(experiment.model, prepared.tokenizer, experiment.prompts, length)
+    except UserError as error:
+        raise UserError(f"sample: {error}") from None
+
+
+def check_token(largest: int, config: model.Config) -> None:
+    """Raises UserError if text has tokens that the model does not know."""
+    if largest >= config.vocab:
+        raise UserError(
+            f"The tokenizer gives token {largest}, and model.vocab={config.vocab} ends before it; "
+            "the tokenizer is of another model."
+        )

@@ -15,7 +15,6 @@ from lm import (
     checkpoint,
     data,
     evals,
-    generate,
     model,
     serialization,
     summary,
@@ -28,7 +27,7 @@ from lm.experiment import Experiment, to_json
 from lm.model import Model
 from lm.parallel import distributed, hardware
 from lm.parallel.mesh import Mesh
-from lm.prepared import prepare
+from lm.prepared import check, prepare
 from lm.program import Program, assemble, use_compilation_cache
 from lm.recipe import Recipe
 from lm.runs import Run, RunFolder
@@ -97,7 +96,7 @@ def _train(
         folder.check_same_text(prepared)
         if start:
             start.check_tokenizer(prepared.tokenizer)
-        _check_prepared(experiment, prepared)
+        check(experiment, prepared)
         folder.write(program, prepared, start.folder.origin if start else folder.origin)
         state, frozen = _first_state(program, folder, store, start)
         outcome, stopped = _play(program, prepared, store, folder, state, frozen)
@@ -122,20 +121,6 @@ def _check_declared(experiment: Any) -> None:
     if not isinstance(experiment, Experiment):
         raise UserError(f"train(...) needs an Experiment, not {type(experiment).__name__}.")
     serialization.check_readable(experiment)
-
-
-def _check_prepared(experiment: Experiment, prepared: data.Prepared) -> None:
-    """Raises UserError for what would fail only during training or after it."""
-    length, sequences = experiment.batch.length, experiment.batch.sequences_at(0)
-    for evaluator in experiment.evals:
-        for source in evaluator.sources():
-            prepared.evaluation(source, length, sequences)
-    try:
-        generate.check_prompts(
-            experiment.model, prepared.tokenizer, summary.prompts_of(experiment), length
-        )
-    except UserError as error:
-        raise UserError(f"sample: {error}") from None
 
 
 def _complete(folder: RunFolder, program: Program, store: checkpoint.Store, prefix: str) -> Run:

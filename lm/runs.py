@@ -21,13 +21,13 @@ import numpy as np
 from etils import epath
 
 from lm import checkpoint, data, evals, generate, hf, model, optim, trees
-from lm.errors import UserError, check_positive
+from lm.errors import UserError, check_size
 from lm.experiment import MAY_CHANGE, Experiment, differences, from_json, identity, to_json
 from lm.model import Model, Transformer
 from lm.parallel import distributed, sharding
 from lm.parallel.mesh import Mesh
 from lm.precision import Precision
-from lm.prepared import prepare
+from lm.prepared import check_token, prepare
 from lm.program import Program, use_compilation_cache
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
@@ -107,6 +107,8 @@ class RunFolder:
         """(step, weights) of a checkpoint, by default the newest. The weights keep their stored
         format, or are converted to `dtype`."""
         if self.pretrained is not None:
+            if step not in (None, 0):
+                raise UserError(f"step={step}: {self.path} is a Hugging Face folder without steps.")
             return 0, self.pretrained.params(shardings, dtype)
         store = checkpoint.Store(self.checkpoints)
         step = store.latest() if step is None else step
@@ -267,7 +269,14 @@ class Run:
 
     def logits(self, tokens_bt: Any) -> jax.Array:
         """[B, T] token ids -> [B, T, V] float32 logits of the next token at each position."""
-        tokens_bt = np.asarray(tokens_bt, np.int32)
+        tokens_bt, vocab = np.asarray(tokens_bt), self.experiment.model.vocab
+        is_matrix = tokens_bt.ndim == 2 and tokens_bt.size and tokens_bt.dtype.kind in "iu"
+        if not is_matrix or tokens_bt.min() < 0 or tokens_bt.max() >= vocab:
+            raise UserError(
+                f"logits needs a [B, T] array of ids from 0 to {vocab - 1}, not shape "
+                f"{tokens_bt.shape} of {tokens_bt.dtype}."
+            )
+        tokens_bt = tokens_bt.astype(np.int32)
         ways = 1 if self.mesh is None else sharding.batch_ways(self.mesh)
         padding = ((0, -len(tokens_bt) % ways), (0, 0))
         return _logits(self.apply.cast(), np.pad(tokens_bt, padding))[: len(tokens_bt)]
@@ -344,7 +353,7 @@ class Run:
         """
         e = self.experiment
         length = min(e.batch.length, 4096) if context is None else context
-        check_positive(context=length)
+        check_size(context=length)
         sequences = e.batch.sequences_at(0)
         if source is None and e.data == NO_TEXT:
             raise UserError(f"{self.folder} came without text; name some, as in --data FILE.")
@@ -354,7 +363,9 @@ class Run:
             texts = [prepared.evaluation(name, length, sequences) for name in prepared.held_out]
         else:
             source = data.of_path(str(source)) if isinstance(source, str | Path) else source
-            texts = [data.evaluation(source, self._tokenizer(), length, sequences)]
+            evaluation = data.evaluation(source, self._tokenizer(), length, sequences)
+            check_token(evaluation.largest_token, e.model)
+            texts = [evaluation]
         return [
             result
             for text in texts

@@ -7,7 +7,6 @@ from etils import epath
 
 from lm import data, evals, terminal, training
 from lm.errors import UserError
-from lm.experiment import Experiment
 from lm.parallel import distributed
 from lm.runs import Run
 
@@ -58,18 +57,12 @@ def _draw(run: Run) -> epath.Path:
 def _samples(run: Run) -> list[str]:
     """The prompts of the declaration with their continuations."""
     samples = []
-    for prompt in prompts_of(run.experiment):
+    for prompt in run.experiment.prompts:
         try:
             samples.append(prompt + run.generate(prompt, max_tokens=96, temperature=0.5))
         except UserError as error:  # the weights may not be finite
             samples.append(f"{prompt}... ({error})")
     return samples
-
-
-def prompts_of(experiment: Experiment) -> tuple[str, ...]:
-    """The prompts of `sample`."""
-    sample = experiment.sample or ()
-    return (sample,) if isinstance(sample, str) else sample
 
 
 def _held_out(run: Run, prepared: data.Prepared) -> list[str]:
@@ -87,7 +80,7 @@ def _held_out(run: Run, prepared: data.Prepared) -> list[str]:
 
 
 def _next_commands(run: Run, prefix: str) -> list[str]:
-    prompt = next(iter(prompts_of(run.experiment)), "The")
+    prompt = next(iter(run.experiment.prompts), "The")
     longer = f"{_this_command(prefix)} --set {prefix}schedule.steps={2 * run.step}"
     return [
         f'python -m lm generate {run.folder} --prompt "{prompt}" --temperature 0.8',

@@ -152,7 +152,10 @@ def test_set_options_become_part_of_the_run_name(cli, tmp_path):
         (("--set", "batch_size=8"), ("that setting is batch.sequences",)),
         (("--set", "seed=4294967296"), ("seed=4294967296 must be a whole number",)),
         (("--set", "schedule.peak=nan"), ("schedule.peak=nan",)),
-        (("--set", "schedule.peak=inf"), ("schedule.peak=inf must be above zero and finite",)),
+        (
+            ("--set", "schedule.peak=inf"),
+            ("schedule.peak=inf must be above zero and finite in float32",),
+        ),
         (("--set", "optimizer.b1=nan"), ("optimizer.b1=nan",)),
         (("--set", "optimizer.weight_decay=nan"), ("optimizer.weight_decay=nan",)),
         (("--set", "objective.z_loss=nan"), ("objective.z_loss=nan",)),

@@ -229,7 +229,7 @@ def test_evaluation_without_held_out_text_raises_user_error_before_training(tmp_
         data=data.Documents(texts=texts(), held_out=0),
         evals=(evals.Perplexity(source="documents"),),
     )
-    with pytest.raises(UserError, match="'documents' has nothing held out"):
+    with pytest.raises(UserError, match="data holds out none: set data.held_out=0.05"):
         lm.train(declared, workdir=tmp_path)
     assert not (tmp_path / "nothing" / "metrics.jsonl").exists()
 

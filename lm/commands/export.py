@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
         options.target,
         step=options.step,
         dtype=options.dtype,
-        shard_bytes=round(options.shard_gb * 1e9),
+        shard_bytes=round(min(options.shard_gb, 1e6) * 1e9),
         mesh=flags.mesh(options),
     )
     if distributed.is_main():

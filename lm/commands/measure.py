@@ -32,14 +32,15 @@ def find(target: str) -> Experiment:
         return runs.load_declaration(target)
     try:
         module = importlib.import_module(target)
-    except ModuleNotFoundError as error:
-        if error.name is None or not target.startswith(error.name):
+    except (ModuleNotFoundError, TypeError, ValueError) as error:
+        name = getattr(error, "name", target.strip(".")) or ""
+        if not target.startswith(name) and not target.startswith("."):
             raise
         raise UserError(
             f"{target!r} is neither a run folder nor a module; name it as in "
             "experiments.bench_llama or runs/stdlib."
         ) from None
-    if not hasattr(module, "experiment"):
+    if not callable(getattr(module, "experiment", None)):
         raise UserError(f"{target} declares no experiment(): it is not an experiment file.")
     return module.experiment()
 

@@ -37,6 +37,11 @@ class Evaluation:
         self._plan = BestFit().plan(stream, length)
         self._order = np.random.RandomState(0).permutation(self._plan.sequences)
 
+    @property
+    def largest_token(self) -> int:
+        """The largest token id."""
+        return self._stream.largest_token
+
     def __len__(self) -> int:
         return -(-self._plan.sequences // self._rows)
 

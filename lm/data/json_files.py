@@ -24,4 +24,4 @@ def damaged(where: str, reason: str) -> UserError:
 
 def is_id(value: Any) -> bool:
     """Whether a JSON value is a token id."""
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**31

@@ -12,7 +12,7 @@ from lm.data import mixture, packing
 from lm.data.batch import Batch
 from lm.data.packing import BestFit, Packing, Plan
 from lm.data.stream import Stream
-from lm.errors import UserError, check_positive
+from lm.errors import UserError, check_size
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class BatchShape:
     ramp: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        check_positive(**{"batch.sequences": self.sequences, "batch.length": self.length})
+        check_size(**{"batch.sequences": self.sequences, "batch.length": self.length})
         rising = [(0, 0), *self.ramp]
         if any(b[0] <= a[0] or b[1] <= a[1] for a, b in pairwise(rising)):
             raise UserError(

@@ -23,8 +23,9 @@ from lm.data.progress import Progress, silent
 from lm.data.sources import Shards, Source
 from lm.data.split import Split, scan
 from lm.data.stream import Stream
-from lm.data.tokenizer import Sample, Tokenizer, TokenizerConfig
+from lm.data.tokenizer import Tokenizer, TokenizerConfig
 from lm.data.tokenizer_files import has_tokenizer, load_tokenizer
+from lm.data.tokenizer_training import Sample
 from lm.errors import UserError, check_name
 
 FORMAT = 2  # of the shards: raised when older ones can no longer be read, or hold other tokens

@@ -15,7 +15,7 @@ from lm.data import files
 from lm.data.file_sources import FileSource
 from lm.data.progress import Progress
 from lm.data.sources import Source
-from lm.data.tokenizer import Sample
+from lm.data.tokenizer_training import Sample
 from lm.errors import UserError
 
 FEW = 20  # with fewer documents than this, or than 1 / held_out, their ends are held out

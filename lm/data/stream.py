@@ -69,6 +69,12 @@ class Stream:
             return part
         return np.concatenate([part, self._read(open_shard, int(end), stop)])
 
+    @property
+    def largest_token(self) -> int:
+        """The largest token id."""
+        shards = range(len(self._shard_starts) - 1)
+        return max((int(self._shard(shard).max()) for shard in shards), default=0)
+
     def begins(self, start: int, stop: int) -> np.ndarray:
         """Positions in start to stop at which a document begins."""
         first, last = np.searchsorted(self.starts[:-1], [start, stop])

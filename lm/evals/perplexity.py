@@ -7,6 +7,7 @@ float32 in the forward pass.
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -103,7 +104,7 @@ def perplexity(
     losses = partial(_token_losses, chunk=chunk)
     sums = _Sums(len(documents.bytes_d))
     waiting = None
-    for batch, documents_bt in itertools.islice(documents, batches):
+    for batch, documents_bt in itertools.islice(documents, batches and min(batches, sys.maxsize)):
         nll_bt = losses(model, _place(batch, model.mesh))
         # Read one batch behind, so that the device works while the host sums.
         if waiting:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.errors import UserError, check_positive, check_seed
+from lm.errors import UserError, check_seed, check_size
 from lm.generate.sampling import Filters, Sampling, sample
 from lm.model import Config, Model
 from lm.parallel import sharding
@@ -107,9 +107,9 @@ def stream(
     Between two yields the caller may add indices of prompts to `ended`: these rows end. The last
     results are all finished. The tokens do not depend on `chunk`.
     """
-    check_positive(max_tokens=max_tokens, context=context, chunk=chunk)
+    check_size(max_tokens=max_tokens, context=context, chunk=chunk)
     max_tokens = min(max_tokens, context)  # a row ends where its context is full
-    if isinstance(key, int):
+    if not isinstance(key, jax.Array):
         check_seed(seed=key)
     check_prompts(model.config, prompts, context)
     if not prompts:

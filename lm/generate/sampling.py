@@ -6,6 +6,7 @@ arXiv:1904.09751) of the rest, then min-p (Nguyen et al., arXiv:2407.01082). Tok
 the last one kept are kept too, so the result does not depend on the order of a sort.
 """
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from lm.errors import UserError
 
+_REQUIRED = ("temperature", "repetition_penalty")
 _GREEDY = 1e-20  # temperatures below it would overflow float32 logits; the limit is greedy
 _LARGEST = 1e6  # beyond it, temperatures and penalties leave nothing of the model
 
@@ -40,6 +42,10 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not is_number and (value is not None or name in _REQUIRED):
+                raise UserError(f"sampling.{name}={value!r} must be a number.")
         if not 0 <= self.temperature <= _LARGEST:
             raise UserError(
                 f"sampling.temperature={self.temperature!r} must be 0 (the most probable token) "

@@ -45,7 +45,7 @@ class Session:
         Raises UserError for ids that leave no room in the context.
         """
         check_positive(max_tokens=max_tokens, chunk=chunk)
-        if isinstance(key, int):
+        if not isinstance(key, jax.Array):
             check_seed(seed=key)
         decode.check_prompts(self._model.config, [ids], self._context)
         sampling, max_tokens = sampling or Sampling(), min(max_tokens, self._context)

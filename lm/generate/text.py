@@ -60,6 +60,9 @@ def generate_text(
 
         The others are those of `decode.generate`.
     """
+    for name, values in (("prompts", prompts), ("stop", stop)):
+        if isinstance(values, str) or not all(isinstance(value, str) for value in values):
+            raise UserError(f"{name}={values!r} must be a list of texts.")
     if "" in stop:
         raise UserError("stop='' would stop at once; leave it out.")
     begins = [_begin(tokenizer, prompt) for prompt in prompts]

@@ -98,10 +98,11 @@ def attention(fields: Fields, **options: Any) -> GQA:
     """Attention with the heads, head width and positions that all families declare alike; `options`
     override and add fields of GQA."""
     heads = fields("num_attention_heads")
+    kv_heads, head_dim = fields("num_key_value_heads", None), fields("head_dim", None)
     common = {
         "heads": heads,
-        "kv_heads": fields("num_key_value_heads", None) or heads,
-        "head_dim": fields("head_dim", None) or fields("hidden_size") // heads,
+        "kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": fields("hidden_size") // heads if head_dim is None else head_dim,
     }
     if "position" not in options:
         common["position"] = rope(fields)
@@ -112,9 +113,15 @@ def rope(fields: Fields, layer_type: str | None = None, theta: float = 10_000.0)
     """Rotary positions from `rope_theta` and `rope_scaling` or, since transformers 5, from
     `rope_parameters`, which may hold one entry for each layer type. `theta` is the default."""
     fields.only("partial_rotary_factor", 1.0, None)
-    theta = fields("rope_theta", None) or theta
+    given = fields("rope_theta", None)
+    theta = theta if given is None else given
     old, new = fields("rope_scaling", None), fields("rope_parameters", None)
-    new = new[layer_type] if new and layer_type in new else new
+    if old and new and old != new:
+        reason = "rope_parameters is there too, and they differ; keep one of them"
+        raise fields.error("rope_scaling", old, reason)
+    if new and layer_type is not None and layer_type not in new:
+        raise fields.error("rope_parameters", new, f"it has no entry for {layer_type}")
+    new = new[layer_type] if new and layer_type is not None else new
     where = "rope_parameters" if new else "rope_scaling"
     values = dict(new or old or {})
     if layer_type == "sliding_attention" and not new:  # Gemma 3 scales its global layers only
@@ -159,8 +166,10 @@ def _scaling(
 
 
 def _yarn(values: Fields, length: int) -> YaRN:
-    original = values("original_max_position_embeddings", None) or length
-    factor = values("factor", None) or length / original
+    original = values("original_max_position_embeddings", None)
+    original = length if original is None else original
+    factor = values("factor", None)
+    factor = length / original if factor is None else factor
     amplitude = values("attention_factor", None)
     mscale, mscale_all_dim = values("mscale", None), values("mscale_all_dim", None)
     if amplitude is None and mscale and mscale_all_dim:
@@ -370,11 +379,8 @@ def _rope_fields(attentions: Sequence[GQA]) -> dict[str, Any]:
         "rope_scaling": scaling_fields or None,
         "rope_local_base_freq": local.theta,
     }
-    # All versions of transformers derive these scalings from the length.
-    if isinstance(scaling, DynamicNTK):
+    if isinstance(scaling, DynamicNTK):  # transformers derives it from the length
         fields["max_position_embeddings"] = scaling.original
-    if isinstance(scaling, YaRN):
-        fields["max_position_embeddings"] = round(scaling.factor * scaling.original)
     return fields
 
 

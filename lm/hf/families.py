@@ -62,8 +62,15 @@ def read(config: Mapping[str, Any], where: str = "config.json") -> tuple[Family,
 
 def _named(config: Mapping[str, Any], where: str) -> Family:
     architectures = config.get("architectures")
+    by_type = {family.model_type: family for family in FAMILIES}.get(config.get("model_type"))
+    by_name = {family.architecture: family for family in FAMILIES}
+    if architectures and by_type and by_name.get(architectures[0], by_type) is not by_type:
+        raise UserError(
+            f"{where}: architectures={architectures!r} and model_type={by_type.model_type!r} are "
+            "of different families; correct one of them."
+        )
     if architectures:
-        name, known = architectures[0], {family.architecture: family for family in FAMILIES}
+        name, known = architectures[0], by_name
     else:
         name, known = config.get("model_type"), {family.model_type: family for family in FAMILIES}
     if name in known:

@@ -24,7 +24,7 @@ DTYPES = {
     "F16": np.dtype("float16"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_BLOCK = 1 << 24  # bytes compared at a time
+_BLOCK = 1 << 22  # numbers compared at a time
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -78,17 +78,22 @@ class Files:
                 done += count
 
     def equal(self, a: Tensor, b: Tensor) -> bool:
-        """Whether two arrays have the same bytes, dtype and shape."""
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
+        """Whether two arrays have the same shape and values, also in different dtypes."""
+        if a.shape != b.shape:
             return False
-        size = math.prod(a.shape) * a.dtype.itemsize
+        size = math.prod(a.shape)
         for start in range(0, size, _BLOCK):
-            blocks = [np.empty(min(_BLOCK, size - start), np.uint8) for _ in range(2)]
-            for tensor, block in zip((a, b), blocks, strict=True):
-                self.read_into(tensor, start, block)
-            if not np.array_equal(*blocks):
+            count = min(_BLOCK, size - start)
+            first, second = (self._values(tensor, start, count) for tensor in (a, b))
+            if not np.array_equal(first, second, equal_nan=True):
                 return False
         return True
+
+    def _values(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
+        width = tensor.dtype.itemsize
+        block = np.empty(count * width, np.uint8)
+        self.read_into(tensor, start * width, block)
+        return block.view(tensor.dtype).astype(np.float32)
 
     def _find(self) -> list[str]:
         names = {os.path.basename(p.rstrip("/")) for p in self._listed()}
@@ -96,6 +101,7 @@ class Files:
             return [SINGLE]
         if INDEX in names:
             where = f"{self.folder}/{INDEX}"
+            self._info(f"{self._root}/{INDEX}", where)
             index = json_object(self._fs.cat_file(f"{self._root}/{INDEX}"), where)
             weight_map = index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -118,9 +124,19 @@ class Files:
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"There is no folder {self.folder}.") from None
 
+    def _info(self, path: str, where: str) -> dict[str, Any]:
+        try:
+            info = self._fs.info(path)
+        except OSError:
+            info = {}
+        if info.get("type") != "file":
+            raise UserError(f"{where} is no file; fetch it again.")
+        return info
+
     def _header(self, name: str) -> dict[str, Tensor]:
         path, where = f"{self._root}/{name}", f"{self.folder}/{name}"
-        size = self._fs.info(path)["size"]
+        info = self._info(path, where)
+        size = info["size"]
         length = int.from_bytes(self._fs.cat_file(path, 0, 8), "little") if size >= 8 else 0
         if not 0 < length <= size - 8:
             raise UserError(f"{where} is truncated or not safetensors; download it again.")

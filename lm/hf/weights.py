@@ -216,7 +216,10 @@ def _take(x: jax.Array, index: tuple[jax.Array, ...]) -> jax.Array:
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
-    return json_object(path.read_bytes(), str(path))
+    try:
+        return json_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); fetch it again.") from None
 
 
 def _array(
@@ -227,7 +230,8 @@ def _array(
     threads: ThreadPoolExecutor,
 ) -> jax.Array:
     """One parameter. Reads only what this process's devices hold."""
-    stored_dtype = np.result_type(*{tensor.dtype for _, tensor in group})
+    stored = {tensor.dtype for _, tensor in group}
+    stored_dtype = stored.pop() if len(stored) == 1 else np.dtype("float32")
     shape = _shape(group)
     spans = {
         _spans(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 import kernels_pallas
-from lm.errors import UserError, check_name, check_positive
+from lm.errors import UserError, check_name, check_positive, check_size
 from lm.model.cache import Cache, Contiguous, Window
 from lm.model.initializers import DEFAULT, Init, zeros
 from lm.model.norm import NormConfig
@@ -126,10 +126,11 @@ class GQA(AttentionConfig):
 
     def __post_init__(self) -> None:
         here = "model.attention"
-        given = {"softcap": self.softcap, "window": self.window, "scale": self.scale}
         sizes = {"heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim}
-        sizes |= {name: value for name, value in given.items() if value is not None}
-        check_positive(**{f"{here}.{name}": value for name, value in sizes.items()})
+        sizes |= {} if self.window is None else {"window": self.window}
+        check_size(**{f"{here}.{name}": value for name, value in sizes.items()})
+        given = {"softcap": self.softcap, "scale": self.scale}
+        check_positive(**{f"{here}.{n}": value for n, value in given.items() if value is not None})
         if self.heads % self.kv_heads:
             divisors = [k for k in range(1, self.heads + 1) if self.heads % k == 0]
             raise UserError(

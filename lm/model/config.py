@@ -4,7 +4,7 @@ it."""
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lm.errors import UserError, check_name, check_positive
+from lm.errors import UserError, check_name, check_positive, check_size
 from lm.model.attention import AttentionConfig
 from lm.model.ffn import FeedForwardConfig
 from lm.model.initializers import He, Normal, ScaledNormal, TruncatedNormal, Xavier
@@ -81,7 +81,11 @@ class Config:
     embed_std: float = 0.02
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("vocab", "dim", "layers", "embed_std")}
+        sizes = {name: getattr(self, name) for name in ("vocab", "dim", "layers")}
+        check_size(**{f"model.{name}": value for name, value in sizes.items()})
+        if self.layers >= 10_000:
+            raise UserError(f"model.layers={self.layers} must be below 10,000.")
+        sizes = {"embed_std": self.embed_std}
         optional = {name: getattr(self, name) for name in ("embed_scale", "logit_softcap")}
         sizes |= {name: value for name, value in optional.items() if value is not None}
         check_positive(**{f"model.{name}": value for name, value in sizes.items()})

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.errors import check_name, check_positive
+from lm.errors import check_name, check_size
 from lm.model.initializers import DEFAULT, Init, zeros
 from lm.model.param import add_bias, einsum, param
 from lm.parallel.sharding import shard
@@ -67,7 +67,7 @@ class _MLPConfig(FeedForwardConfig):
     bias: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(**{"model.ffn.hidden": self.hidden})
+        check_size(**{"model.ffn.hidden": self.hidden})
 
     @abc.abstractmethod
     def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> Any: ...
@@ -108,7 +108,7 @@ class MLP(FeedForwardConfig):
     bias: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(**{"model.ffn.hidden": self.hidden})
+        check_size(**{"model.ffn.hidden": self.hidden})
         check_name("model.ffn.activation", self.activation, ACTIVATIONS)
 
     def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> "FeedForward":

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.errors import check_positive
+from lm.errors import check_not_negative, check_positive
 from lm.model.initializers import constant, zeros
 from lm.model.param import dense, param
 
@@ -27,6 +27,7 @@ class RMSNormConfig:
 
     def __post_init__(self) -> None:
         check_positive(**{"model.norm.eps": self.eps})
+        check_not_negative(**{"model.norm.offset": self.offset})
 
     def build(self, width: int, rngs: nnx.Rngs) -> "RMSNorm":
         """The module for inputs of this width."""

@@ -103,7 +103,9 @@ class YaRN:
     def __post_init__(self) -> None:
         _check_factor(self.factor)
         check_positive(**{f"{_FIELD}.scaling.original": self.original})
-        if not self.beta_fast > self.beta_slow > 0:
+        if self.attention_factor is not None:
+            check_positive(**{f"{_FIELD}.scaling.attention_factor": self.attention_factor})
+        if not math.inf > self.beta_fast > self.beta_slow > 0:
             raise UserError(
                 f"{_FIELD}.scaling.beta_fast={self.beta_fast} must be above "
                 f"beta_slow={self.beta_slow}, and both above zero."

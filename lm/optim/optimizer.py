@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from lm import trees
@@ -48,11 +49,8 @@ class Optimizer(abc.ABC):
 
     def __post_init__(self) -> None:
         check_not_negative(**{"optimizer.weight_decay": self.weight_decay})
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UserError(
-                f"optimizer.clip_norm={self.clip_norm!r} must be above zero; "
-                "None turns clipping off."
-            )
+        if self.clip_norm is not None:
+            check_positive(**{"optimizer.clip_norm": self.clip_norm})
 
     @abc.abstractmethod
     def direction(self, axes: trees.Tree) -> optax.GradientTransformation:
@@ -96,7 +94,7 @@ def check_fields(optimizer: Optimizer) -> None:
     """Raises UserError unless the fields b1, b2, momentum, eps and moments, where they exist, are
     in range."""
     for name in ("b1", "b2", "momentum"):
-        if not 0 <= getattr(optimizer, name, 0) < 1:
+        if not 0 <= np.float32(getattr(optimizer, name, 0)) < 1:
             raise UserError(
                 f"optimizer.{name}={getattr(optimizer, name)!r} must be at least 0 and below 1."
             )

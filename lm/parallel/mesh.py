@@ -73,7 +73,7 @@ class Mesh:
         for part in text.split(","):
             axis, _, size = (word.strip() for word in part.partition("="))
             check_name("mesh axis", axis, AXES)
-            if not size.isdigit():
+            if not (size.isascii() and size.isdecimal()):
                 raise UserError(f"mesh axis {part.strip()!r} needs a whole number, as in data=2.")
             if axis in sizes:
                 raise UserError(f"mesh axis {axis!r} is given twice in {text!r}.")

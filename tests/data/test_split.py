@@ -6,7 +6,7 @@ from made_up_corpus import documents
 from lm import data
 from lm.data.progress import silent
 from lm.data.split import scan
-from lm.data.tokenizer import Sample
+from lm.data.tokenizer_training import Sample
 from lm.errors import UserError
 
 

@@ -141,14 +141,14 @@ def test_numbers_are_split_into_digits():
 
 
 def test_training_reads_a_bounded_sample():
-    sample = data.tokenizer.Sample(budget=20_000, seed=0)
+    sample = training_module.Sample(budget=20_000, seed=0)
     texts = documents(200)
     for owner, text in enumerate(texts):
         sample.add(text, owner)
     kept = list(sample.texts())
     assert 5_000 < sum(len(part.encode()) for part in kept) <= 20_000
     assert all(any(part in text for text in texts) for part in kept)
-    again = data.tokenizer.Sample(budget=20_000, seed=0)
+    again = training_module.Sample(budget=20_000, seed=0)
     for text in reversed(texts):
         again.add(text)
     assert sorted(again.texts()) == sorted(kept)  # independent of the order

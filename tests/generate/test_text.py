@@ -5,11 +5,11 @@ import pytest
 from small_models import config, parameters
 
 from lm import model
-from lm.data.tokenizer import SentencePiece
+from lm.data import SentencePiece
 from lm.errors import UserError
 from lm.generate import Sampling, generate_text
 from lm.generate.decode import Result
-from lm.generate.text import _Reader
+from lm.generate.text import Reader
 
 OPTIONS = {"context": 64, "max_tokens": 24, "sampling": Sampling(temperature=0.7), "key": 1}
 PROMPTS = ["a cat", "", "on the mat the"]
@@ -99,7 +99,7 @@ def test_trailing_spaces_of_a_prompt_become_part_of_the_first_token(speaker, pro
 
 
 class Letters:
-    """A byte-level tokenizer for `_Reader`."""
+    """A byte-level tokenizer for `Reader`."""
 
     def stream(self):
         return self
@@ -116,8 +116,8 @@ class Letters:
         return self._decoder.decode(b"", final=True)
 
 
-def read(text: bytes, stop: tuple[str, ...], chunk: int) -> tuple[list[str], _Reader]:
-    reader = _Reader(Letters(), stop)
+def read(text: bytes, stop: tuple[str, ...], chunk: int) -> tuple[list[str], Reader]:
+    reader = Reader(Letters(), stop)
     pieces = []
     for end in range(chunk, len(text) + chunk, chunk):
         tokens = list(text[:end])

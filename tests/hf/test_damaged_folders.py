@@ -239,3 +239,123 @@ def test_an_adapter_beside_the_model_is_refused(folder):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds an adapter \(adapter_config\.json\)"):
         lm.load(folder)
+
+
+# Found by trying to break the import
+
+
+def test_a_folder_beside_the_target_is_kept(folder, tmp_path):
+    for name in ("foo.partial", "bar.partial"):
+        source = shutil.copytree(folder, tmp_path / name)
+        target = name.removesuffix(".partial")
+        make = exchange.import_run if target == "foo" else exchange.export_run
+        make(source, tmp_path / target)
+        assert (source / "config.json").exists() and (tmp_path / target).is_dir()
+
+
+def test_targets_that_cannot_be_made_are_refused_before_weights_are_read(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(hf.Pretrained, "params", None)
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for target in ("file", "file/below", ".", ""):
+        for make in (exchange.import_run, exchange.export_run):
+            with pytest.raises(UserError, match=r"is a file|exists|current folder|names no"):
+                make(folder, target)
+    for name in ("my model", ".m", "m" * 300):
+        with pytest.raises(UserError, match=r"cannot be a run's folder|names no folder"):
+            exchange.import_run(folder, tmp_path / name)
+
+
+def test_a_link_to_an_empty_folder_is_filled(folder, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    exchange.export_run(folder, tmp_path / "link")
+    assert (tmp_path / "real" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (
+            {
+                "rope_parameters": {"rope_theta": 500.0},
+                "rope_scaling": {"type": "linear", "factor": 2},
+            },
+            "keep one",
+        ),
+        ({"model_type": "mistral"}, "different families"),
+        ({"num_key_value_heads": 0}, "kv_heads=0"),
+        ({"head_dim": 0}, "head_dim=0"),
+        ({"rms_norm_eps": 1e60}, "eps=1e\\+60"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_fields_that_contradict_or_cannot_be_meant(folder, fields, words):
+    change(folder, **fields)
+    with pytest.raises(UserError, match=words):
+        hf.Pretrained(folder)
+
+
+def test_rope_parameters_of_gemma_need_an_entry_for_each_kind_of_layer(tmp_path):
+    folder = write_folder("gemma3", tmp_path)
+    change(folder, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rope_scaling=None)
+    with pytest.raises(UserError, match="no entry for sliding_attention"):
+        hf.Pretrained(folder)
+
+
+def test_a_step_of_a_hugging_face_folder_is_refused(folder):
+    with pytest.raises(UserError, match="step=7: .* without steps"):
+        lm.load(folder, step=7)
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(folder):
+    weights = read_weights(folder)
+    small = {n: x[:200] if x.shape[0] == 384 else x for n, x in weights.items()}
+    write_weights(folder, small)
+    change(folder, vocab_size=200)
+    run = lm.load(folder)
+    with pytest.raises(UserError, match=r"gives token 2\d\d, and model.vocab=200 ends before it"):
+        run.evaluate(data.Documents(("a stone in its river by night",)))
+    for tokens in ([[1, 250]], [[1, -5]], [1, 5], [[]], [[1.5, 2.0]]):
+        with pytest.raises(UserError, match="ids from 0 to 199"):
+            run.logits(tokens)
+
+
+def test_special_tokens_beyond_the_tokenizer_are_refused(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5000]}')
+    with pytest.raises(UserError, match="special token 5000 lies outside the 280 ids"):
+        lm.load(folder)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": [1, {2**31}]}}')
+    with pytest.raises(UserError, match="is no list of token ids"):
+        lm.load(folder)
+
+
+def test_layers_of_different_dtypes_are_read_as_float32(folder):
+    weights, name = read_weights(folder), "model.layers.1.mlp.up_proj.weight"
+    half = {**weights, name: weights[name].astype("bfloat16")}
+    write_weights(folder, half)
+    params = lm.load(folder).params["blocks"]["0"]["ffn"]["up"]
+    assert params.dtype == np.float32
+    np.testing.assert_array_equal(params[1].T, half[name].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "generation_config.json", "tokenizer.json"]
+)
+def test_a_folder_in_place_of_a_file_is_refused(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        lm.load(folder)
+
+
+def test_an_export_of_weights_that_are_not_finite_says_so(folder, tmp_path):
+    weights = read_weights(folder)
+    weights["lm_head.weight"] = np.full_like(weights["lm_head.weight"], np.nan)
+    write_weights(folder, weights)
+    with pytest.raises(UserError, match="logits are not finite"):
+        exchange.export_run(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))

@@ -88,7 +88,7 @@ def test_missing_and_unexpected_tensors_are_refused(copy):
             ("rope_scaling: base=3",),
         ),
         ("llama2", {"partial_rotary_factor": 0.5}, ("partial_rotary_factor=0.5",)),
-        ("llama2", {"hidden_size": "64"}, ("dim='64' must be above zero",)),
+        ("llama2", {"hidden_size": "64"}, ("dim='64' must be a whole number",)),
         ("llama2", {"num_key_value_heads": 3}, ("config.json", "kv_heads=3 does not divide")),
         (
             "mistral",
