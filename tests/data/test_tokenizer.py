@@ -7,6 +7,7 @@ from made_up_corpus import documents
 
 from lm import data
 from lm.data import tokenizer as tokenizer_module
+from lm.data import tokenizer_training as training_module
 from lm.errors import UserError
 
 # All of Unicode except surrogates, which UTF-8 cannot encode; difficult characters are frequent.
