@@ -29,13 +29,20 @@ def apply(request):
     return model.Model(declared, parameters(declared))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=1.5)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.5),
+        pytest.param(Sampling(temperature=0), marks=pytest.mark.slow),
+    ],
+    ids=["sampled", "greedy"],
+)
 def test_turns_equal_fresh_generations(apply, sampling):
     """Each turn continues the one before; the last ones change, shorten and repeat the history."""
     session = Session(apply, context=CONTEXT)
     random = np.random.default_rng(0)
     ids = random.integers(0, VOCAB, 4).tolist()
-    for turn in range(6):
+    for turn in range(5):
         result = last(session.stream(ids, max_tokens=5, sampling=sampling, key=turn, chunk=2))
         (fresh,) = generate.generate(apply, [ids], sampling=sampling, key=turn, **OPTIONS)
         assert result.tokens == fresh.tokens and result.finished == fresh.finished

@@ -96,7 +96,11 @@ MOE = model.MoE(
 BY_SEQUENCE = dataclasses.replace(MOE, balance=model.LoadBalance(weight=0.5, over="sequence"))
 
 
-@pytest.mark.parametrize("ffn", [MOE, BY_SEQUENCE, Squares()], ids=["batch", "sequence", "own"])
+@pytest.mark.parametrize(
+    "ffn",
+    [MOE, pytest.param(BY_SEQUENCE, marks=pytest.mark.slow), Squares()],
+    ids=["batch", "sequence", "own"],
+)
 def test_auxiliary_losses_do_not_depend_on_the_number_of_micro_batches(ffn):
     """Loss, gradient and metrics, although the micro-batches have different numbers of tokens and
     target weights, one of them none."""
@@ -105,19 +109,18 @@ def test_auxiliary_losses_do_not_depend_on_the_number_of_micro_batches(ffn):
     segments = data.segments * (np.arange(8) < np.array([[8], [5], [2], [7]]))
     weights = data.weights * np.array([[1], [0], [0.1], [5]], np.float32) * (segments > 0)
     data, lines, changes = data._replace(segments=segments, weights=weights), {}, {}
-    for microbatches in (1, 2, 4):
+    for microbatches in (1, 4):
         state, step = prepare(config, microbatches=microbatches)
         before = host(state.params)
         state, lines[microbatches] = step(state, data, {})
         changes[microbatches] = jax.tree.map(lambda a, b: np.array(a) - b, state.params, before)
     names = {"square"} if ffn == Squares() else {"balance", "router_z"}
     assert names <= lines[1].keys() and all(lines[1][name] > 0 for name in names)
-    for microbatches in (2, 4):
-        for name, value in lines[1].items():
-            # float32 sums in a different order.
-            assert lines[microbatches][name] == pytest.approx(float(value), rel=2e-6), name
-        difference = jax.tree.map(lambda a, b: a - b, changes[1], changes[microbatches])
-        assert trees.global_norm(difference) < 5e-6 * trees.global_norm(changes[1])
+    for name, value in lines[1].items():
+        # float32 sums in a different order.
+        assert lines[4][name] == pytest.approx(float(value), rel=2e-6), name
+    difference = jax.tree.map(lambda a, b: a - b, changes[1], changes[4])
+    assert trees.global_norm(difference) < 5e-6 * trees.global_norm(changes[1])
 
 
 def test_gradients_may_be_accumulated_in_bfloat16():
