@@ -75,12 +75,13 @@ def _new(folder: str | os.PathLike) -> epath.Path:
             raise UserError(f"{existing} is a file; name a folder.")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"{existing} is not writable; choose a folder that you may write to.")
-        target = epath.Path(resolved)
+        # As it was typed, but for a link: a folder cannot be renamed to it.
+        target = epath.Path(resolved if Path(given).is_symlink() or given in ("", ".") else given)
     if not target.name:
         raise UserError(f"{given!r} names no folder.")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} exists; delete it, or choose another name.")
-    if target.exists() and Path(str(target)) == Path.cwd():
+    if target.exists() and Path(str(target)).resolve() == Path.cwd():
         raise UserError(f"{target} is the current folder; name another one.")
     return target
 
