@@ -62,27 +62,17 @@ def import_run(
 def _new(folder: str | os.PathLike) -> epath.Path:
     """The path of a folder to be made. Raises UserError if it exists and is not empty, or cannot be
     made."""
-    given = str(folder).rstrip("/")
-    if "://" in given:
-        target = epath.Path(given)
-    else:
-        resolved = Path(given or ".").resolve()
-        try:
-            existing = next(each for each in (resolved, *resolved.parents) if each.exists())
-        except OSError as error:  # a name that is too long
-            raise UserError(f"{given[:40]}... names no folder: {error.strerror}.") from None
-        if not existing.is_dir():
-            raise UserError(f"{existing} is a file; name a folder.")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"{existing} is not writable; choose a folder that you may write to.")
-        # As it was typed, but for a link: a folder cannot be renamed to it.
-        target = epath.Path(resolved if Path(given).is_symlink() or given in ("", ".") else given)
+    target = epath.Path(str(folder).rstrip("/"))
+    if "://" not in str(target):
+        data.check_can_be_made(target)
+        if Path(target).resolve() == Path.cwd():
+            raise UserError(f"{folder!r} names the current folder; name another one.")
+        if Path(target).is_symlink():  # a folder cannot be renamed to a link
+            target = epath.Path(Path(target).resolve())  # epath's own does not follow links
     if not target.name:
-        raise UserError(f"{given!r} names no folder.")
+        raise UserError(f"{folder!r} names no folder.")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} exists; delete it, or choose another name.")
-    if target.exists() and Path(str(target)).resolve() == Path.cwd():
-        raise UserError(f"{target} is the current folder; name another one.")
     return target
 
 

@@ -37,7 +37,6 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike = "runs") -> data
 
 def check(experiment: Experiment, prepared: data.Prepared) -> None:
     """Raises UserError for what would fail only during training or after it."""
-    length, sequences = experiment.batch.length, experiment.batch.sequences_at(0)
     if prepared.tokenizer.vocab > experiment.model.vocab:
         streams = [prepared.stream(name, split) for name, split in prepared.counts]
         check_token(max(stream.largest_token for stream in streams), experiment.model)
@@ -48,9 +47,11 @@ def check(experiment: Experiment, prepared: data.Prepared) -> None:
                 "leave evals out."
             )
         for source in evaluator.sources():
-            prepared.evaluation(source, length, sequences)
+            prepared.check_held_out(source)
     try:
-        generate.check_prompts(experiment.model, prepared.tokenizer, experiment.prompts, length)
+        generate.check_prompts(
+            experiment.model, prepared.tokenizer, experiment.prompts, experiment.batch.length
+        )
     except UserError as error:
         raise UserError(f"sample: {error}") from None
 

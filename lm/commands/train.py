@@ -1,11 +1,9 @@
 """`python -m experiments.NAME [train]`"""
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from lm.commands import flags, memory
@@ -64,14 +62,12 @@ def _check_workdir(workdir: str) -> None:
     """Raises UserError if run folders cannot be made in `workdir`."""
     if "://" in workdir:
         return
-    path = Path(workdir).absolute()
-    existing = next(each for each in (path, *path.parents) if each.exists())
-    if not existing.is_dir():
-        raise UserError(f"--workdir={workdir}: {existing} is a file; name a folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--workdir={workdir}: {existing} is not writable; name a folder that you may write to."
-        )
+    from lm.data import check_can_be_made
+
+    try:
+        check_can_be_made(workdir)
+    except UserError as error:
+        raise UserError(f"--workdir={workdir}: {error}") from None
 
 
 def _folders(declared: Any, workdir: str) -> list[Any]:

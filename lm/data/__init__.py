@@ -34,6 +34,7 @@ from lm.data.batch import Batch
 from lm.data.chat import Chat, chat_template, encode_prompt, encode_spans, end_of_turn
 from lm.data.evaluation import Evaluation, evaluation
 from lm.data.file_sources import Csv, FileSource, Jsonl, Parquet, Text, of_path
+from lm.data.folder import check_can_be_made
 from lm.data.loader import BatchShape, Loader, prefetch
 from lm.data.mixture import Mixture
 from lm.data.packing import BestFit, Concatenate, Packing
@@ -76,6 +77,7 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerFile",
     "chat_template",
+    "check_can_be_made",
     "encode_prompt",
     "encode_spans",
     "end_of_turn",

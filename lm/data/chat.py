@@ -118,15 +118,14 @@ def encode_spans(
                 weights += [weight] * len(new)
             position = stop
     _weigh_ends(ids, weights, tokenizer)
-    if ids[:1] != [tokenizer.bos]:
-        ids, weights = [tokenizer.bos, *ids], [0, *weights]
-    return np.array(ids, np.int32), np.array(weights, np.uint8)
+    begun = _begun(ids, tokenizer)
+    weights = [0] * (len(begun) - len(ids)) + weights
+    return np.array(begun, np.int32), np.array(weights, np.uint8)
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of a rendered conversation up to the assistant's answer, with the begin token once."""
-    ids = tokenizer.encode(text) if tokenizer.adds_space else _encode(text, tokenizer)
-    return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
+    return _begun(_encode(text, tokenizer), tokenizer)
 
 
 def end_of_turn(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -135,10 +134,20 @@ def end_of_turn(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]
     return (*tokenizer.stops, *(tokenizer.encode(text)[0] for text in texts)), texts
 
 
+def _begun(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """With the begin token in front, which a template may have written already."""
+    return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
+
+
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of a part of a rendered conversation, in which a template may spell special tokens."""
     if isinstance(tokenizer, JsonTokenizer):
         return tokenizer.encode(text)
+    if tokenizer.adds_space:
+        raise UserError(
+            "A tokenizer.model that adds a space before texts has no special tokens in them; use "
+            "the model's tokenizer.json for conversations."
+        )
     controls = {tokenizer.piece(i): i for i in (tokenizer.bos, tokenizer.eos, tokenizer.pad)}
     parts = re.split(f"({'|'.join(map(re.escape, controls))})", text)
     encoded = [[controls[part]] if part in controls else tokenizer.encode(part) for part in parts]
@@ -150,16 +159,13 @@ def _encode_whole(
 ) -> tuple[list[int], list[int]]:
     """For a tokenizer that adds a space before every text, and so cannot encode parts alone: the
     ids of a beginning must be the beginning of the ids."""
-    if not isinstance(tokenizer, JsonTokenizer):
-        raise UserError(
-            "A tokenizer.model that adds a space before texts has no special tokens in them; use "
-            "the model's tokenizer.json for conversations."
-        )
-    ids = tokenizer.encode(text)
+    ids = _encode(text, tokenizer)
     weights = [0] * len(ids)
     for start, stop in spans:
-        first, last = (len(tokenizer.encode(text[:end])) for end in (start, stop))
-        if tokenizer.encode(text[:stop]) != ids[:last]:
+        first = len(_encode(text[:start], tokenizer))
+        answered = _encode(text[:stop], tokenizer)
+        last = len(answered)
+        if answered != ids[:last]:
             raise UserError(
                 f"data: the tokenizer joins the end of {text[start:stop][-20:]!r} with what "
                 "follows in the chat template, so the loss cannot end there."
@@ -204,11 +210,11 @@ def conversation(record: Mapping[str, Any], where: str) -> Conversation:
             kind = type(message["content"]).__name__
             raise UserError(f"{where}: the content of a message is {kind}, not text.")
     roles = [message["role"] for message in messages]
-    if any(role in ("system", "developer") for role in roles[1:]):
-        raise UserError(f"{where}: a {roles[0]} message must be the first one.")
+    if late := {"system", "developer"} & set(roles[1:]):
+        raise UserError(f"{where}: a {min(late)} message must be the first one.")
     if "assistant" not in roles:
         raise UserError(f"{where} has no message of the assistant to learn from.")
-    if roles[0] == "assistant" or roles[:2] == ["system", "assistant"]:
+    if roles[roles[0] in ("system", "developer")] == "assistant":
         raise UserError(f"{where} begins with the assistant; a user's message comes first.")
     if any(a == b and a in ("user", "assistant") for a, b in itertools.pairwise(roles)):
         raise UserError(f"{where} has two messages of the same role in a row.")

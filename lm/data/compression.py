@@ -19,6 +19,7 @@ import zstandard
 
 from lm.errors import UserError
 
+_BLOCK = 1 << 20  # decompressed bytes at a time
 _READ = 1 << 14  # compressed bytes at a time: bounds the memory of highly compressed text
 _MAGIC = {  # the first bytes of files that are not text
     b"\x1f\x8b": "gzip data",
@@ -47,23 +48,31 @@ _STREAMS: dict[str, Callable[[], Any]] = {
 }
 
 
+def damaged(path: str, error: object) -> UserError:
+    """The error to raise for a file that ends too early or does not decompress."""
+    return UserError(f"{path} is cut short or damaged ({error}); fetch or write it again.")
+
+
+def extension(path: str) -> str:
+    """The extension of a file's decompressed content, in lower case: '.jsonl' of x.jsonl.gz."""
+    name, last = os.path.splitext(path.lower())
+    return os.path.splitext(name)[1] if last in {".zip", *_STREAMS} else last
+
+
 def decompressed(raw: BinaryIO, path: str) -> BinaryIO:
     """The decompressed bytes of an open file; `raw` itself without a known extension.
 
     Raises UserError for a zip archive that does not hold exactly one file, and, while reading,
     UserError or EOFError for damaged data.
     """
-    extension = os.path.splitext(path)[1].lower()
-    if extension == ".zip":
-        return _only_member(raw, path)
-    if extension not in _STREAMS:
+    last = os.path.splitext(path)[1].lower()
+    if last == ".zip":
+        blocks = _only_member(raw, path)
+    elif last in _STREAMS:
+        blocks = _streams(raw, path, _STREAMS[last])
+    else:
         return raw
-    return io.BufferedReader(_Blocks(_streams(raw, path, _STREAMS[extension])), 1 << 20)
-
-
-def is_compressed(path: str) -> bool:
-    """Whether `decompressed` decompresses a file of this name."""
-    return os.path.splitext(path)[1].lower() in {".zip", *_STREAMS}
+    return io.BufferedReader(_Blocks(blocks), _BLOCK)
 
 
 def check_text(start: bytes, path: str) -> None:
@@ -103,9 +112,7 @@ def _streams(raw: BinaryIO, path: str, begin: Callable[[], Any]) -> Iterator[byt
             try:
                 block = stream.decompress(data)
             except Exception as error:  # each library has its own
-                raise UserError(
-                    f"{path} is cut short or damaged ({error}); fetch or write it again."
-                ) from None
+                raise damaged(path, error) from None
             data = stream.unused_data if stream.eof else b""
             if stream.eof:
                 stream = None
@@ -132,14 +139,13 @@ class _Blocks(io.RawIOBase):
         return size
 
 
-def _only_member(raw: BinaryIO, path: str) -> BinaryIO:
-    """The only file in a zip archive."""
+def _only_member(raw: BinaryIO, path: str) -> Iterator[bytes]:
+    """Decompressed blocks of the only file in a zip archive."""
     try:
         archive = zipfile.ZipFile(raw)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise UserError(
-            f"{path} is cut short or damaged ({error}); fetch or write it again."
-        ) from None
+    except (zipfile.BadZipFile, UnicodeError, NotImplementedError) as error:
+        # UnicodeError: a name in its directory. NotImplementedError: a version of zip after 6.3.
+        raise damaged(path, error) from None
     infos = [info for info in archive.infolist() if not info.is_dir()]
     infos = [info for info in infos if not info.filename.startswith("__MACOSX/")]  # macOS's own
     if len(infos) != 1:
@@ -147,17 +153,11 @@ def _only_member(raw: BinaryIO, path: str) -> BinaryIO:
     if min(info.header_offset for info in archive.infolist()) > 0:
         raise UserError(f"{path} holds something before the zip archive; extract it.")
     try:
-        member = archive.open(infos[0])
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"{path} cannot be decompressed ({error}); extract it.") from None
-    return io.BufferedReader(_Blocks(_members_blocks(member, path)), 1 << 20)
-
-
-def _members_blocks(member: BinaryIO, path: str) -> Iterator[bytes]:
-    try:
-        while block := member.read(1 << 20):
-            yield block
+        with archive.open(infos[0]) as member:
+            while block := member.read(_BLOCK):
+                yield block
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError) as error:
-        raise UserError(
-            f"{path} is cut short or damaged ({error}); fetch or write it again."
-        ) from None
+        raise damaged(path, error) from None
+    except RuntimeError as error:
+        # It is encrypted, or its method is one that Python does not have, such as Deflate64.
+        raise UserError(f"{path} cannot be decompressed ({error}); extract it.") from None

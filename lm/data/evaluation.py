@@ -8,7 +8,7 @@ import numpy as np
 from lm.data import packing
 from lm.data.batch import Batch
 from lm.data.packing import BestFit
-from lm.data.sources import Source
+from lm.data.sources import Source, join
 from lm.data.split import in_batches
 from lm.data.stream import Stream
 from lm.data.tokenizer import Tokenizer
@@ -81,9 +81,7 @@ def evaluation(
     ]
     if not encoded:
         raise UserError(f"There is no text to evaluate on in {source}.")
-    lengths = np.array([(len(each.ids), each.bytes) for each in encoded], np.uint32)
-    tokens = np.concatenate([each.ids for each in encoded])
-    weighted = [each.weights for each in encoded if each.weights is not None]
-    weights = np.concatenate(weighted) if weighted else None
-    stream = Stream([lengths], lambda _: tokens, (lambda _: weights) if weighted else None)
+    tokens, weights, lengths = join(encoded)
+    has_weights = weights is not None
+    stream = Stream([lengths], lambda _: tokens, (lambda _: weights) if has_weights else None)
     return Evaluation(name or source.label, stream, length, sequences)

@@ -8,7 +8,6 @@ import abc
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -102,9 +101,8 @@ class Jsonl(_Encoded):
 
 def json_records(path: str, encoding: str = "utf-8") -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line, JSON object) of each line; of a .json file, of each element of its list."""
-    name = os.path.splitext(path)[0] if compression.is_compressed(path) else path
     with files.reading(path) as file:
-        if name.lower().endswith(".json"):
+        if compression.extension(path) == ".json":
             content = _json("".join(files.decoded(file, path, encoding)), path)
             if not isinstance(content, list):
                 raise UserError(f"{path} holds {type(content).__name__}, not a list of objects.")
@@ -156,11 +154,8 @@ class Csv(_Encoded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("delimiter", "quote"):
-            value = getattr(self, name)
-            if name == "quote" and value is None:
-                continue
-            if len(value) != 1 or value in "\r\n":
+        for name, value in (("delimiter", self.delimiter), ("quote", self.quote)):
+            if value is not None and (len(value) != 1 or value in "\r\n"):
                 raise UserError(f"data.{name}={value!r} must be one character of a line.")
         if self.delimiter == self.quote:
             raise UserError(f"data.delimiter={self.delimiter!r} must differ from data.quote.")
@@ -185,27 +180,24 @@ class Csv(_Encoded):
             quoting=csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE,
             strict=True,  # nothing but a delimiter or a line end after a closing quote
         )
-        columns = None
-        while True:
-            line = rows.line_num + 1
-            where = f"{path}, line {line}"
-            hint = " If quotes are letters in this file, set quote=None." if self.quote else ""
-            try:
-                row = next(rows, None)
-            except csv.Error as error:
-                if "new-line character" in str(error):
-                    error, hint = "a line ends in a lone carriage return; convert the file", ""
-                raise UserError(f"{where}: {error}.{hint}") from None
-            if row is None:
-                return
-            columns = columns or len(row)
-            if row and len(row) != columns:
-                several = rows.line_num > line
-                where += f" to {rows.line_num}, within quotes," if several else ""
-                counts = f"has {len(row)} of {columns} columns"
-                raise UserError(f"{where} {counts}.{hint if several else ''}")
-            if row:
-                yield row
+        hint = " If quotes are letters in this file, set quote=None." if self.quote else ""
+        columns, line = 0, 1  # the line at which the row begins
+        try:
+            for row in rows:
+                columns = columns or len(row)
+                if row and len(row) != columns:
+                    several = rows.line_num > line
+                    where = f"{line} to {rows.line_num}, within quotes," if several else line
+                    counts = f"has {len(row)} of {columns} columns"
+                    raise UserError(f"{path}, line {where} {counts}.{hint if several else ''}")
+                if row:
+                    yield row
+                line = rows.line_num + 1
+        except csv.Error as error:
+            reason = f"{error}.{hint}"
+            if "new-line character" in reason:
+                reason = "a line ends in a lone carriage return; convert the file."
+            raise UserError(f"{path}, line {line}: {reason}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +232,7 @@ def _columns(file: BinaryIO, field: str, path: str) -> Iterator[Any]:
     import pyarrow.parquet
 
     try:
-        if compression.is_compressed(path):  # Parquet needs random access
+        if not file.seekable():  # a compressed file; Parquet needs random access
             file = io.BytesIO(file.read())
         table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
         check_field(field, table.schema_arrow.names, path)
@@ -259,10 +251,7 @@ def _columns(file: BinaryIO, field: str, path: str) -> Iterator[Any]:
 def of_path(path: str) -> FileSource:
     """The source of a file or glob by its extension: .jsonl, .csv, .tsv and .parquet, compressed or
     not, with the text in the field "text"; plain text for any other."""
-    name = path.lower()
-    if compression.is_compressed(name):
-        name = os.path.splitext(name)[0]
-    kind = os.path.splitext(name)[1]
+    kind = compression.extension(path)
     if kind == ".tsv":
         return Csv(path=path, delimiter="\t")
     return {".jsonl": Jsonl, ".csv": Csv, ".parquet": Parquet}.get(kind, Text)(path=path)

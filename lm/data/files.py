@@ -81,9 +81,7 @@ def reading(path: str) -> Iterator[BinaryIO]:
     except PermissionError:
         raise UserError(f"{path} cannot be read: permission denied.") from None
     except (EOFError, OSError) as error:
-        raise UserError(
-            f"{path} is cut short or damaged ({error}); fetch or write it again."
-        ) from error
+        raise compression.damaged(path, error) from error
 
 
 class _Reported:
@@ -178,8 +176,8 @@ def _find(path: str) -> list[File]:
         raise UserError(_is_folder(path))
     for name, info in infos:
         if info["type"] != "file":
-            kind = "link to nothing" if info.get("islink") else "file"
-            raise UserError(f"{name} is no regular file but a {info['type']} {kind}.")
+            reason = "its link leads nowhere" if info.get("islink") else "it is a pipe or a device"
+            raise UserError(f"{name} is no regular file: {reason}; remove it, or name others.")
     return [
         File(name if is_local else fs.unstrip_protocol(name), info.get("size"), _stamp(info))
         for name, info in infos

@@ -97,6 +97,19 @@ class Folder:
         return f"{self._root.rstrip('/')}/{name}"
 
 
+def check_can_be_made(folder: str | os.PathLike[str]) -> None:
+    """Raises UserError if a local folder does not exist and cannot be made, or is not writable."""
+    path = Path(folder).absolute()
+    try:
+        existing = next(each for each in (path, *path.parents) if each.exists())
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{path.name[:40]!r}... names no folder: {error.strerror}.") from None
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file; name a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing} is not writable; name a folder that you may write to.")
+
+
 def digest(data: bytes | memoryview) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

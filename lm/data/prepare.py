@@ -77,12 +77,16 @@ class Prepared:
 
     def evaluation(self, name: str, length: int, sequences: int) -> Evaluation:
         """The held-out documents of a source. Raises UserError if it has none."""
-        held_out = self.stream(name, "held_out")
-        if not held_out.documents:
+        self.check_held_out(name)
+        return Evaluation(name, self.stream(name, "held_out"), length, sequences)
+
+    def check_held_out(self, name: str) -> None:
+        """Raises UserError for a source that is not known or has no held-out documents."""
+        check_name("source", name, self.names)
+        if name not in self.held_out:
             raise UserError(
                 f"Source {name!r} has nothing held out; set held_out=0.05 and prepare it again."
             )
-        return Evaluation(name, held_out, length, sequences)
 
     def texts(self, name: str, split: str = "held_out") -> Iterator[str]:
         """The documents of a source and split as text, decoded from their tokens."""
@@ -267,16 +271,18 @@ def _load_tokenizer(folder: Folder, manifest: Mapping[str, Any]) -> Tokenizer:
 
 def _manifest(folder: Folder) -> dict[str, Any] | None:
     data = folder.read("manifest.json")
+    if not data:
+        return None
     try:
-        manifest = json.loads(data) if data else None
-        if manifest is None or isinstance(manifest["recipe"], dict):
-            return manifest
-        raise ValueError
-    except (ValueError, TypeError, KeyError):
+        manifest = json.loads(data)
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("recipe"), dict):
         raise UserError(
             f"{folder.path_to('manifest.json')} is damaged; "
             f"delete the folder {folder} to prepare it again."
-        ) from None
+        )
+    return manifest
 
 
 def _write_manifest(folder: Folder, manifest: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from lm.data.folder import Folder, digest
 from lm.data.progress import Progress
-from lm.data.sources import Encoded, Source
+from lm.data.sources import Encoded, Source, join
 from lm.data.split import Split, in_batches
 from lm.data.stream import Stream
 from lm.data.tokenizer import Tokenizer
@@ -125,25 +125,21 @@ def _build(
 def _write_split(
     folder: Folder, stem: str, documents: list[Encoded], dtype: np.dtype
 ) -> dict[str, Any]:
-    weighted = [each.weights for each in documents if each.weights is not None]
     counts = {
         "documents": len(documents),
-        "tokens": sum(len(each.ids) - 1 for each in documents)
-        if not weighted
-        else sum(int(weights[1:].sum()) for weights in weighted),
+        "tokens": sum(each.losses for each in documents),
         "bytes": sum(each.bytes for each in documents),
         "files": {},
     }
     if documents:
-        table = io.BytesIO()
-        np.save(table, np.array([(len(each.ids), each.bytes) for each in documents], "<u4"))
-        tokens = np.concatenate([each.ids for each in documents]).astype(dtype)
+        joined, table = join(documents), io.BytesIO()
+        np.save(table, joined.lengths.astype("<u4"))
         contents = {
-            f"{stem}.tokens": tokens.data.cast("B"),
+            f"{stem}.tokens": joined.tokens.astype(dtype).data.cast("B"),
             f"{stem}.documents.npy": table.getvalue(),
         }
-        if weighted:
-            contents[f"{stem}.weights"] = np.concatenate(weighted).astype("u1").data.cast("B")
+        if joined.weights is not None:
+            contents[f"{stem}.weights"] = joined.weights.data.cast("B")
         for name, data in contents.items():
             folder.write(name, data)
             counts["files"][name] = {"bytes": len(data), "sha256": digest(data)}
@@ -152,14 +148,14 @@ def _write_split(
 
 def _finished(folder: Folder, name: str, number: int) -> Entry | None:
     marker = folder.read(f"{name}/shard-{number:05}.json")
+    if marker is None:
+        return None
     try:
-        entry = json.loads(marker) if marker else None
-        entry = entry if entry is None or _files(entry) is not None else None
+        entry = json.loads(marker)
+        sizes = {name: file["bytes"] for name, file in _files(entry).items()}
     except (ValueError, TypeError, KeyError, AttributeError):
-        entry = None  # damaged: built again
-    if entry and all(_exists(folder, n, file["bytes"]) for n, file in _files(entry).items()):
-        return entry
-    return None
+        return None  # the marker is damaged: the shard is built again
+    return entry if all(_exists(folder, *item) for item in sizes.items()) else None
 
 
 def _files(entry: Entry) -> dict[str, dict[str, Any]]:

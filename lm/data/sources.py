@@ -43,6 +43,39 @@ class Encoded(NamedTuple):
     weights: np.ndarray | None
     bytes: int
 
+    @property
+    def losses(self) -> int:
+        """Number of tokens that are predicted with a loss."""
+        return len(self.ids) - 1 if self.weights is None else int(self.weights[1:].sum())
+
+
+class Joined(NamedTuple):
+    """The tokens of many documents, one after another.
+
+    tokens   int32, those of all documents
+    weights  uint8, as in Encoded; None if no document has any
+    lengths  uint32 [documents, 2], the tokens and bytes of each
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray | None
+    lengths: np.ndarray
+
+
+def join(documents: Sequence[Encoded]) -> Joined:
+    """Joins at least one document."""
+    weights = None
+    if any(each.weights is not None for each in documents):
+        weights = np.concatenate([_weights(each) for each in documents])
+    lengths = np.array([(len(each.ids), each.bytes) for each in documents], np.uint32)
+    return Joined(np.concatenate([each.ids for each in documents]), weights, lengths)
+
+
+def _weights(document: Encoded) -> np.ndarray:
+    if document.weights is not None:
+        return document.weights
+    return np.arange(len(document.ids)).clip(max=1).astype(np.uint8)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source(abc.ABC):
@@ -76,9 +109,9 @@ class Source(abc.ABC):
 
     def encode(self, documents: Sequence[str], tokenizer: Tokenizer) -> list[Encoded]:
         """The tokens of each document. Override it for a loss on some of them only."""
-        begin, end = [tokenizer.bos], [tokenizer.eos]
+        begin, end = (np.array([i], np.int32) for i in (tokenizer.bos, tokenizer.eos))
         return [
-            Encoded(np.concatenate([begin, ids, end]).astype(np.int32), None, len(text.encode()))
+            Encoded(np.concatenate([begin, ids, end]), None, len(text.encode()))
             for text, ids in zip(documents, tokenizer.encode_batch(documents), strict=True)
         ]
 

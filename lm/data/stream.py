@@ -58,8 +58,13 @@ class Stream:
     def losses_d(self) -> np.ndarray:
         if self._weights is None:
             return np.diff(self.starts) - 1
-        spans = itertools.pairwise(self.starts.tolist())
-        return np.array([self.weights(a + 1, b).sum(dtype=np.int64) for a, b in spans], np.int64)
+        sums = []
+        for shard, (base, end) in enumerate(itertools.pairwise(self._shard_starts.tolist())):
+            # A shard holds whole documents, whose first token is not predicted.
+            first, last = np.searchsorted(self.starts, [base, end])
+            starts, weights = self.starts[first:last] - base, self._weights(shard)
+            sums.append(np.add.reduceat(weights, starts, dtype=np.int64) - weights[starts])
+        return np.concatenate(sums)
 
     def _read(self, open_shard: Callable[[int], np.ndarray], start: int, stop: int) -> np.ndarray:
         shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1

@@ -25,11 +25,15 @@ def check_encoding(field: str, encoding: str) -> None:
         name = codecs.lookup(encoding).name
     except (LookupError, ValueError):
         check_name(field, encoding, _ENCODINGS)
-        return
+    if name in _NOT_TEXT or not _decodes(encoding):
+        raise UserError(f"{field}={encoding!r} is no text encoding; set it to one, as in 'utf-8'.")
+
+
+def _decodes(encoding: str) -> bool:
+    """Whether a codec turns bytes into text, block by block."""
     try:
         b"a".decode(encoding, "replace")
         codecs.getincrementaldecoder(encoding)
     except (LookupError, ValueError):
-        name = _NOT_TEXT[0]
-    if name in _NOT_TEXT:
-        raise UserError(f"{field}={encoding!r} is no text encoding; set it to one, as in 'utf-8'.")
+        return False
+    return True

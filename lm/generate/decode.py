@@ -107,11 +107,8 @@ def stream(
     Between two yields the caller may add indices of prompts to `ended`: these rows end. The last
     results are all finished. The tokens do not depend on `chunk`.
     """
-    check_size(max_tokens=max_tokens, context=context, chunk=chunk)
+    check_request(model.config, prompts, context, max_tokens, chunk, key)
     max_tokens = min(max_tokens, context)  # a row ends where its context is full
-    if not isinstance(key, jax.Array):
-        check_seed(seed=key)
-    check_prompts(model.config, prompts, context)
     if not prompts:
         return
     request = make_request(
@@ -163,6 +160,21 @@ def empty_cache(model: Model, rows: int, length: int, dtype: str | None = None) 
     """Caches for `rows` rows of at most `length` tokens."""
     with model.on_mesh(sharding.UNSPLIT_SEQUENCE):
         return model.init_cache(rows, length, dtype)
+
+
+def check_request(
+    config: Config,
+    prompts: Sequence[Sequence[int]],
+    context: int,
+    max_tokens: int,
+    chunk: int,
+    key: jax.Array | int,
+) -> None:
+    """Raises UserError for a request that cannot be answered."""
+    check_size(max_tokens=max_tokens, context=context, chunk=chunk)
+    if not isinstance(key, jax.Array):
+        check_seed(seed=key)
+    check_prompts(config, prompts, context)
 
 
 def check_prompts(config: Config, prompts: Sequence[Sequence[int]], context: int) -> None:
@@ -235,7 +247,7 @@ def make_request(
         prompts_bp[row, : len(prompt)] = prompt
         length_b[row] = len(prompt)
         limit_b[row] = min(max_tokens, context - begin - len(prompt))
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = key if isinstance(key, jax.Array) else jax.random.key(int(key))
     if key.ndim == 0:
         keys_b = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(rows))
     else:

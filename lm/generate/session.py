@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from lm.errors import check_positive, check_seed
+from lm.errors import check_size
 from lm.generate import decode
 from lm.generate.sampling import Sampling
 from lm.model import Model, Window
@@ -23,7 +23,7 @@ class Session:
     """
 
     def __init__(self, model: Model, *, context: int, cache_dtype: str | None = None):
-        check_positive(context=context)
+        check_size(context=context)
         self.tokens: list[int] = []
         self._model, self._context, self._dtype = model, context, cache_dtype
         self._cache: Any = None
@@ -44,10 +44,7 @@ class Session:
 
         Raises UserError for ids that leave no room in the context.
         """
-        check_positive(max_tokens=max_tokens, chunk=chunk)
-        if not isinstance(key, jax.Array):
-            check_seed(seed=key)
-        decode.check_prompts(self._model.config, [ids], self._context)
+        decode.check_request(self._model.config, [ids], self._context, max_tokens, chunk, key)
         sampling, max_tokens = sampling or Sampling(), min(max_tokens, self._context)
         begin = 0 if sampling.repetition_penalty != 1 else self._known(ids)
         request = decode.make_request(

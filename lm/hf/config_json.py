@@ -12,7 +12,7 @@ from typing import Any
 
 from lm.errors import UserError
 from lm.model.attention import GQA
-from lm.model.config import Block, Config
+from lm.model.config import MAX_LAYERS, Block, Config
 from lm.model.ffn import GeGLU, SwiGLU
 from lm.model.moe import BiasBalance, MoE, SoftmaxRouter
 from lm.model.norm import RMSNormConfig
@@ -68,8 +68,9 @@ class Fields:
     def layers(self) -> int:
         """num_hidden_layers. Raises UserError unless it is a number of layers."""
         layers = self("num_hidden_layers")
-        if type(layers) is not int or not 0 < layers < 10_000:
-            raise self.error("num_hidden_layers", layers, "it must be a whole number above zero")
+        if type(layers) is not int or not 0 < layers <= MAX_LAYERS:
+            reason = f"it must be a whole number from 1 to {MAX_LAYERS:,}"
+            raise self.error("num_hidden_layers", layers, reason)
         return layers
 
     def only(self, name: str, *allowed: Any) -> Any:

@@ -62,18 +62,18 @@ def read(config: Mapping[str, Any], where: str = "config.json") -> tuple[Family,
 
 def _named(config: Mapping[str, Any], where: str) -> Family:
     architectures = config.get("architectures")
-    by_type = {family.model_type: family for family in FAMILIES}.get(config.get("model_type"))
-    by_name = {family.architecture: family for family in FAMILIES}
-    if architectures and by_type and by_name.get(architectures[0], by_type) is not by_type:
-        raise UserError(
-            f"{where}: architectures={architectures!r} and model_type={by_type.model_type!r} are "
-            "of different families; correct one of them."
-        )
+    by_architecture = {family.architecture: family for family in FAMILIES}
+    by_type = {family.model_type: family for family in FAMILIES}
+    name, known = config.get("model_type"), by_type
     if architectures:
-        name, known = architectures[0], by_name
-    else:
-        name, known = config.get("model_type"), {family.model_type: family for family in FAMILIES}
+        name, known = architectures[0], by_architecture
     if name in known:
+        if by_type.get(config.get("model_type"), known[name]) is not known[name]:
+            raise UserError(
+                f"{where}: architectures={architectures!r} and "
+                f"model_type={config['model_type']!r} are of different families; correct one of "
+                "them."
+            )
         return known[name]
     field = "architectures" if architectures else "model_type"
     hint = nearest(str(name), known)

@@ -11,6 +11,7 @@ from lm.model.initializers import He, Normal, ScaledNormal, TruncatedNormal, Xav
 from lm.model.norm import NormConfig, RMSNormConfig
 
 PLACEMENTS = ("pre", "post", "output", "sandwich")
+MAX_LAYERS = 9_999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,8 @@ class Config:
     def __post_init__(self) -> None:
         sizes = {name: getattr(self, name) for name in ("vocab", "dim", "layers")}
         check_size(**{f"model.{name}": value for name, value in sizes.items()})
-        if self.layers >= 10_000:
-            raise UserError(f"model.layers={self.layers} must be below 10,000.")
+        if self.layers > MAX_LAYERS:
+            raise UserError(f"model.layers={self.layers} must be at most {MAX_LAYERS:,}.")
         sizes = {"embed_std": self.embed_std}
         optional = {name: getattr(self, name) for name in ("embed_scale", "logit_softcap")}
         sizes |= {name: value for name, value in optional.items() if value is not None}
