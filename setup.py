@@ -39,6 +39,15 @@ setup(
             "safetensors>=0.5",
         ],
         "transformers": ["transformers>=4.55", "torch>=2.5"],
+        # What tests/oracles/make.py was run with; the tests themselves need none of it.
+        "oracles": [
+            "torch==2.13.0",
+            "transformers==5.24.0",
+            "trl==1.16.0",
+            "peft==0.21.2",
+            "bitsandbytes==0.50.2",
+            "safetensors>=0.5",
+        ],
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
         "gcs": ["gcsfs>=2025.3"],
