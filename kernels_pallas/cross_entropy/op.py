@@ -122,19 +122,19 @@ def token_losses(
     *,
     softcap: float | None = None,
     vocab_axis: str | None = None,
+    embed_axes: tuple[str, ...] = (),
     chunk: int | None = None,
     vocab_chunk: int | None = None,
 ) -> jax.Array:
-    """Returns nll_bt of each token in float32, for evaluation. Arguments as in `cross_entropy`."""
-    _check(x_btd, w_dv, targets_bt, softcap, chunk, vocab_chunk)
-    options = Options(softcap=softcap, vocab_axis=vocab_axis)
+    """Returns nll_bt of each token in float32. Arguments as in `cross_entropy`.
 
-    def by(x_btd, w_dv, targets_bt, chunk):
-        x, targets = (_split(a, chunk.positions) for a in (x_btd, targets_bt))
-        statistics = _statistics(x, targets, w_dv, options, chunk)
-        return _join(_lse(statistics) - statistics.picked, targets_bt.shape[1])
-
-    return _in_chunks(by, (chunk, vocab_chunk), *_varying((x_btd, w_dv, targets_bt), vocab_axis))
+    It is differentiable with respect to x and w. The backward pass computes the logits again, since
+    it cannot know the weight of each token earlier; where that is known, `cross_entropy` is faster.
+    """
+    _check(x_btd, w_dv, targets_bt, softcap, chunk, vocab_chunk, embed_axes)
+    options = Options(softcap=softcap, vocab_axis=vocab_axis, embed_axes=tuple(embed_axes))
+    arrays = _varying((x_btd, w_dv, targets_bt), vocab_axis)
+    return _token_losses(options, (chunk, vocab_chunk), *arrays)
 
 
 def _check(x_btd, w_dv, targets_bt, softcap, chunk, vocab_chunk, embed_axes=()) -> None:
@@ -248,6 +248,31 @@ def _sums_backward(options, chunks, residuals, cotangents):
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_losses(options, chunks, x_btd, w_dv, targets_bt):
+    def by(x_btd, w_dv, targets_bt, chunk):
+        x, targets = (_split(a, chunk.positions) for a in (x_btd, targets_bt))
+        statistics = _statistics(x, targets, w_dv, options, chunk)
+        return _join(_lse(statistics) - statistics.picked, targets_bt.shape[1])
+
+    return _in_chunks(by, chunks, x_btd, w_dv, targets_bt)
+
+
+def _token_losses_forward(options, chunks, x_btd, w_dv, targets_bt):
+    arrays = x_btd, w_dv, targets_bt
+    return _token_losses(options, chunks, *arrays), arrays
+
+
+def _token_losses_backward(options, chunks, arrays, g_bt):
+    """The gradients of the sum of the losses, each weighted by its cotangent."""
+    x_btd, w_dv, _ = arrays
+    _, (dx_btd, dw_dv, *_) = _sums_forward(options, chunks, *arrays, g_bt)
+    return dx_btd.astype(x_btd.dtype), dw_dv.astype(w_dv.dtype), None
+
+
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
 def _gradients_at_once(x, targets, weights, w_dv, options, chunk):

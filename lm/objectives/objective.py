@@ -1,13 +1,19 @@
 """What every objective has in common."""
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lm.errors import UserError
 from lm.model import Model
+
+START = "start"  # in `Objective.models`: the weights that training starts from
+
+Frozen = Mapping[str, Model]  # name -> a model that does not train
 
 
 class Loss(NamedTuple):
@@ -27,6 +33,27 @@ class Loss(NamedTuple):
     statistics: dict[str, Any] = {}  # noqa: RUF012
 
 
+class Examples(NamedTuple):
+    """The parts of a loss, one for each example of a batch: a pair, or a document. Arrays are of
+    one shape, in float32, and zero where there is no example.
+
+    loss        the example's share of `Loss.total`
+    weight      its share of `Loss.weight`
+    metrics     its shares of `Loss.metrics`
+    statistics  as in `Loss`
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    metrics: dict[str, jax.Array] = {}  # noqa: RUF012
+    statistics: dict[str, Any] = {}  # noqa: RUF012
+
+    def sum(self) -> Loss:
+        """Of all examples."""
+        metrics = {name: jnp.sum(value) for name, value in self.metrics.items()}
+        return Loss(jnp.sum(self.loss), jnp.sum(self.weight), metrics, self.statistics)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective(abc.ABC):
     """What training minimizes. Subclass it as a frozen dataclass to add your own.
@@ -42,7 +69,7 @@ class Objective(abc.ABC):
     """
 
     @abc.abstractmethod
-    def loss(self, apply: Model, batch: Any, key: jax.Array | None, frozen: Any) -> Loss:
+    def loss(self, apply: Model, batch: Any, key: jax.Array | None, frozen: Frozen) -> Loss:
         """The loss of a batch.
 
         Args:
@@ -50,8 +77,21 @@ class Objective(abc.ABC):
           batch: a NamedTuple of arrays with a leading batch axis.
           key: a jax.random.key for dropout and sampling, different in each step and micro-batch;
             None in evaluation.
-          frozen: the weights that do not train, as a nested dict; {} if all train.
+          frozen: the models that `models` asks for, by name. They get no gradient.
         """
+
+    def examples(self, apply: Model, batch: Any, frozen: Frozen) -> Examples:
+        """The loss and metrics of each example of a batch, without dropout, for evaluation with
+        standard errors (`lm.evals.Validation`)."""
+        raise UserError(
+            f"evals: objective={type(self).__name__} has no `examples` to validate; use "
+            "evals.Perplexity, or define the method."
+        )
+
+    def models(self) -> dict[str, str]:
+        """Frozen models that the loss needs besides the one in training: name -> a run folder, a
+        Hugging Face folder, or START for the weights that training starts from."""
+        return {}
 
     def tokens(self, batch: Any) -> jax.Array:
         """Number of tokens in a batch, without padding, for the metrics."""

@@ -84,12 +84,26 @@ def test_equals_full_logits(chunks, options):
 
 @pytest.mark.parametrize(("chunk", "vocab_chunk"), [(None, None), (4, None), (4, 10)])
 def test_token_losses(chunk, vocab_chunk):
+    """With gradients of a sum that weighs tokens by either sign."""
     x, w, targets, _ = inputs()
-    sizes = {"chunk": chunk, "vocab_chunk": vocab_chunk}
-    got = jit(functools.partial(token_losses, softcap=3.0, **sizes))(x, w, targets)
-    want = jit(functools.partial(reference.token_losses, softcap=3.0))(x, w, targets)
+    weights = normal(4, B, T)
+
+    def run(function, x, w):
+        def total(x, w):
+            losses = function(x, w, targets, softcap=3.0)
+            return jnp.sum(weights * losses), losses
+
+        gradients, losses = jax.grad(total, (0, 1), has_aux=True)(x, w)
+        return losses, *gradients
+
+    chunked = functools.partial(token_losses, chunk=chunk, vocab_chunk=vocab_chunk)
+    got, want = (jit(functools.partial(run, f))(x, w) for f in (chunked, reference.token_losses))
     atol = 2 * tolerance.of_sum(D, x, w) + tolerance.of_sum(V, 1.0)
-    np.testing.assert_allclose(got, want, rtol=0, atol=atol)
+    np.testing.assert_allclose(got[0], want[0], rtol=0, atol=atol)
+    largest_logit = tolerance.largest(np.asarray(x) @ np.asarray(w))
+    for a, b, terms in zip(got[1:], want[1:], (V, B * T), strict=True):
+        atol = tolerance.of_chain(b, terms, V, D * largest_logit**2)
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
 
 
 def test_the_value_is_the_same_with_and_without_gradients():

@@ -124,6 +124,27 @@ for chunks in ({"chunk": 32}, {"chunk": 32, "vocab_chunk": 10}):
     )
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         check(a, b)
+
+# The loss of each token, likewise, weighted afterwards.
+def of(losses):
+    def total(x, w, targets, weights):
+        losses_bt = losses(x, w, targets)
+        return jnp.sum((weights - 0.5) * losses_bt), losses_bt
+
+    return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+
+
+def local(x, w, targets):
+    call = {"vocab_axis": "tensor", "embed_axes": ("data",), "chunk": 32, "softcap": 9.0}
+    return kernels_pallas.token_losses(x, w, targets, **call)
+
+
+specs = P("data"), P("data", "tensor"), P("data")
+sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P("data"))
+whole = lambda *a: kernels_pallas.token_losses(*a, softcap=9.0)
+one, other = (of(form)(x, w, targets, weights) for form in (sharded, whole))
+for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    check(a, b)
 """
 
 
