@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+import jinja2.ext
 import jinja2.sandbox
 
 from lm.errors import UserError
@@ -104,11 +105,22 @@ def _marked(message: Message) -> Message:
     return {**message, "content": f"{_BEGIN}{message['content']}{_END}"}
 
 
+class _Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, with which some templates mark what the assistant
+    writes, gives its content. The marks may leave out the end token, so they are not relied on."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 @functools.lru_cache(maxsize=16)
 def _compile(source: str) -> jinja2.Template:
     """With the settings, filters and functions that templates are written for."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
