@@ -5,6 +5,7 @@ stderr is not a terminal (a file, a pipe, a cluster's log), a few plain lines re
 """
 
 import contextlib
+import functools
 import json
 import math
 import sys
@@ -145,6 +146,12 @@ def note(text: str) -> None:
     else:
         tqdm.tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
+
+
+@functools.cache
+def note_once(text: str) -> None:
+    """Prints a line as `note` does, but not the same one twice."""
+    note(text)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -15,7 +15,9 @@ tokenizer_files     TokenizerFile: loading an existing tokenizer of either kind
 sources             base class Source; Documents, StandardLibrary, Shards
 file_sources        Text, Jsonl, Csv, Parquet
 chat_template       renders conversations with Jinja, finds the assistant's parts
+conversation        conversations, pairs and labelled answers in JSON records
 chat                Chat: conversations, with the loss on the assistant's messages
+preferences         Preferences: chosen and rejected answers; Feedback: labelled ones
 tfds                Tfds: datasets prepared by TensorFlow Datasets; records: their record files
 split               which text is trained on and which is held out
 stream              random access to the tokens of one source and split
@@ -31,13 +33,22 @@ down this list.
 """
 
 from lm.data.batch import Batch
-from lm.data.chat import Chat, chat_template, encode_prompt, encode_spans, end_of_turn
+from lm.data.chat import (
+    Answers,
+    Chat,
+    Conversations,
+    chat_template,
+    encode_prompt,
+    encode_spans,
+    end_of_turn,
+)
 from lm.data.evaluation import Evaluation, evaluation
 from lm.data.file_sources import Csv, FileSource, Jsonl, Parquet, Text, of_path
 from lm.data.folder import check_can_be_made
 from lm.data.loader import BatchShape, Loader, prefetch
 from lm.data.mixture import Mixture
-from lm.data.packing import BestFit, Concatenate, Packing
+from lm.data.packing import BestFit, Concatenate, Packing, Pairs
+from lm.data.preferences import Feedback, Preferences
 from lm.data.prepare import Counts, Prepared, prepare, recipe
 from lm.data.progress import Progress
 from lm.data.sources import Documents, Encoded, Shards, Source, StandardLibrary
@@ -49,22 +60,27 @@ from lm.data.unicode import replace_surrogates
 
 __all__ = [
     "CHAT_SYMBOLS",
+    "Answers",
     "Batch",
     "BatchShape",
     "BestFit",
     "Chat",
     "Concatenate",
+    "Conversations",
     "Counts",
     "Csv",
     "Documents",
     "Encoded",
     "Evaluation",
+    "Feedback",
     "FileSource",
     "Jsonl",
     "Loader",
     "Mixture",
     "Packing",
+    "Pairs",
     "Parquet",
+    "Preferences",
     "Prepared",
     "Progress",
     "SentencePiece",

@@ -1,83 +1,179 @@
 """Conversations: read from JSON in the common shapes, rendered by a chat template, and encoded with
 the loss on what the assistant writes."""
 
-import itertools
+import abc
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from lm import terminal
 from lm.data.chat_template import DEFAULT, ChatTemplate
+from lm.data.conversation import Conversation, Unusable, Unused, conversation, number
 from lm.data.file_sources import FileSource, json_records
 from lm.data.sources import Encoded
 from lm.data.tokenizer import CHAT_SYMBOLS, Tokenizer
 from lm.data.tokenizer_json import JsonTokenizer
 from lm.errors import UserError, check_name
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT = {"human": "user", "gpt": "assistant", "prompter": "user", "function": "tool"}
-# Fields of a prompt and of the answer to it.
-_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"))
-
-Conversation = list[dict[str, Any]]  # messages {"role": ..., "content": ...}
-
 
 @dataclass(frozen=True, kw_only=True)
-class Chat(FileSource):
-    """Conversations in .jsonl or .json files, one JSON object each, in one of these shapes:
+class Conversations(FileSource):
+    """Base class of sources whose records are conversations, in .jsonl or .json files.
 
-        {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
-        {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}   ShareGPT
-        {"instruction": "...", "input": "...", "output": "..."}                        Alpaca
-        {"prompt": "...", "completion": "..."}, "response" instead, or question and answer
-
-    The loss is on the assistant's messages, with the token that ends each of them.
-
-    system    a first message for conversations that have none
-    template  Jinja; None: the tokenizer's own, or that of CHAT_SYMBOLS
-    train     "all" messages of the assistant, or the "last" one of each conversation
+    system       a first message for conversations that have none
+    template     Jinja; None: the tokenizer's own, or that of CHAT_SYMBOLS
+    curriculum   "length", "turns" or a field that holds a number: the first epoch goes from small
+                 to large in ten stages, each shuffled; later epochs are shuffled as a whole
+    bad_records  "error" at a record that cannot be trained on, or "skip": leave it out, and print
+                 how many and why
     """
 
     system: str | None = None
     template: str | None = None
-    train: str = "all"
+    curriculum: str | None = None
+    bad_records: str = "error"
 
     splits_text = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name("data.train", self.train, ("all", "last"))
+        check_name("data.bad_records", self.bad_records, ("error", "skip"))
+
+    @abc.abstractmethod
+    def example(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """An example for training, for JSON, with its "messages". Raises Unusable for a record that
+        cannot be trained on."""
+
+    @abc.abstractmethod
+    def answers(self, example: dict[str, Any]) -> list["Answers"]:
+        """The documents of an example: one, or a pair."""
+
+    def examples(self, path: str) -> Iterator[dict[str, Any]]:
+        """The examples of a file that can be trained on."""
+        unused, total = Unused(), 0
+        for where, record in json_records(path):
+            total += 1
+            try:
+                example = self.example(record, where)
+            except Unusable as error:
+                if self.bad_records == "error":
+                    raise UserError(
+                        f"{where} {error.fault}; mend it, or set data.bad_records='skip' to leave "
+                        "such records out."
+                    ) from None
+                unused.add(error)
+                continue
+            if self.curriculum not in (None, "length", "turns"):
+                example["key"] = number(record, self.curriculum, where)
+            yield example
+        unused.note(path, total)
 
     def read_file(self, path: str) -> Iterator[str]:
-        for where, record in json_records(path):
-            messages = conversation(record, where)
-            if self.system is not None and messages[0]["role"] not in ("system", "developer"):
-                messages = [{"role": "system", "content": self.system}, *messages]
-            yield json.dumps({"messages": messages}, ensure_ascii=False)
+        for example in self.examples(path):
+            yield json.dumps(example, ensure_ascii=False)
 
     def plain_text(self, document: str) -> str:
         return "\n".join(str(m["content"]) for m in json.loads(document)["messages"])
 
     def encode(self, documents: Sequence[str], tokenizer: Tokenizer) -> list[Encoded]:
         template = chat_template(tokenizer, self.template)
-        return [
-            self._encode(json.loads(each)["messages"], template, tokenizer) for each in documents
-        ]
+        examples, refused = [], []
+        for document in documents:
+            example = json.loads(document)
+            try:
+                rendered = [each.render(template) for each in self.answers(example)]
+            except Unusable as error:
+                if self.bad_records == "error":
+                    raise UserError(f"data: {error}") from None
+                refused.append(error)
+            else:
+                examples.append((example, rendered))
+        if refused:
+            terminal.note_once(
+                f"{self.label}: left out {len(refused):,} of {len(documents):,} records that the "
+                f"chat template refuses, like this one: {refused[0]}"
+            )
+        together = iter(_encode_all([each for _, parts in examples for each in parts], tokenizer))
+        encoded = []
+        for example, rendered in examples:
+            parts = [next(together) for _ in rendered]
+            encoded += [each._replace(key=self._key(example, parts)) for each in parts]
+        return encoded
 
-    def _encode(
-        self, messages: Conversation, template: ChatTemplate, tokenizer: Tokenizer
-    ) -> Encoded:
+    def with_system(self, messages: Conversation) -> Conversation:
+        """The messages, with the message `system` if they have none."""
+        if self.system is None or messages[0]["role"] in ("system", "developer"):
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
+
+    def _key(self, example: dict[str, Any], parts: Sequence[Encoded]) -> float | None:
+        match self.curriculum:
+            case None:
+                return None
+            case "length":
+                return sum(len(each.ids) for each in parts)
+            case "turns":
+                return sum(message["role"] == "assistant" for message in example["messages"])
+        return example["key"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(Conversations):
+    """Conversations for supervised fine-tuning, one JSON object each, in one of these shapes:
+
+        {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
+        {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}   ShareGPT
+        {"instruction": "...", "input": "...", "output": "..."}                        Alpaca
+        {"prompt": "...", "completion": "..."}, "response" instead, or question and answer
+        {"prompt": "...", "chosen": "...", "rejected": "..."}                  the chosen answer
+
+    The loss is on the assistant's messages, with the token that ends each of them.
+
+    train  "all" messages of the assistant, or the "last" one of each conversation
+    """
+
+    train: str = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name("data.train", self.train, ("all", "last"))
+
+    def example(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
+        return {"messages": self.with_system(conversation(record, where))}
+
+    def answers(self, example: dict[str, Any]) -> list["Answers"]:
+        return [Answers(example["messages"], self.train)]
+
+
+class Answers(NamedTuple):
+    """A conversation, and which messages of the assistant in it have a loss.
+
+    train   "all", or the "last" one
+    weight  of their tokens, and of the token that ends each
+    """
+
+    messages: Conversation
+    train: str
+    weight: int = 1
+
+    def render(self, template: ChatTemplate) -> "_Rendered":
+        """Raises Unusable if the template refuses the conversation."""
         try:
-            text, spans = template.spans(messages)
+            text, spans = template.spans(self.messages)
         except UserError as error:
-            first = str(messages[0]["content"])[:40]
-            raise UserError(f"data: the conversation that begins {first!r}: {error}") from None
-        trained = spans if self.train == "all" else spans[-1:]
-        ids, weights = encode_spans(text, trained, tokenizer)
-        return Encoded(ids, weights, sum(len(text[a:b].encode()) for a, b in trained))
+            where = f"the conversation that begins {str(self.messages[0]['content'])[:40]!r}:"
+            raise Unusable(where, str(error).rstrip(".")) from None
+        return _Rendered(text, spans if self.train == "all" else spans[-1:], self.weight)
+
+
+class _Rendered(NamedTuple):
+    text: str
+    spans: Sequence[tuple[int, int]]
+    weight: int
 
 
 def chat_template(tokenizer: Tokenizer, source: str | None = None) -> ChatTemplate:
@@ -107,25 +203,53 @@ def encode_spans(
     Each part is encoded alone, as in generation, where the prompt is encoded before the answer
     exists. The ids begin with the begin token once.
     """
+    (encoded,) = _encode_all([_Rendered(text, spans, 1)], tokenizer)
+    return encoded.ids, encoded.weights
+
+
+def _encode_all(conversations: Sequence[_Rendered], tokenizer: Tokenizer) -> list[Encoded]:
+    """As `encode_spans`, for many conversations at once."""
     if tokenizer.adds_space:
-        ids, weights = _encode_whole(text, spans, tokenizer)
+        encoded = [_encode_whole(each.text, each.spans, tokenizer) for each in conversations]
     else:
-        ids, weights, position = [], [], 0
-        for start, stop in [*spans, (len(text), len(text))]:
-            for part, weight in ((text[position:start], 0), (text[start:stop], 1)):
-                new = _encode(part, tokenizer)
+        parts = [list(_parts(each.text, each.spans)) for each in conversations]
+        together = iter(_encode([text for each in parts for text, _ in each], tokenizer))
+        encoded = []
+        for each in parts:
+            ids, weights = [], []
+            for _, weight in each:
+                new = next(together)
                 ids += new
                 weights += [weight] * len(new)
-            position = stop
+            encoded.append((ids, weights))
+    return [_finish(each, *tokens, tokenizer) for each, tokens in zip(conversations, encoded)]
+
+
+def _parts(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+    """The parts of a text, and whether each is a span."""
+    position = 0
+    for start, stop in spans:
+        yield text[position:start], 0
+        yield text[start:stop], 1
+        position = stop
+    yield text[position:], 0
+
+
+def _finish(
+    conversation: _Rendered, ids: list[int], weights: list[int], tokenizer: Tokenizer
+) -> Encoded:
+    """With the begin token, and with a loss on the token that ends each span."""
     _weigh_ends(ids, weights, tokenizer)
     begun = _begun(ids, tokenizer)
     weights = [0] * (len(begun) - len(ids)) + weights
-    return np.array(begun, np.int32), np.array(weights, np.uint8)
+    size = sum(len(conversation.text[a:b].encode()) for a, b in conversation.spans)
+    weights_t = np.array(weights, np.uint8) * np.uint8(conversation.weight)
+    return Encoded(np.array(begun, np.int32), weights_t, size)
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of a rendered conversation up to the assistant's answer, with the begin token once."""
-    return _begun(_encode(text, tokenizer), tokenizer)
+    return _begun(_encode([text], tokenizer)[0], tokenizer)
 
 
 def end_of_turn(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -139,19 +263,28 @@ def _begun(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
 
 
-def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a part of a rendered conversation, in which a template may spell special tokens."""
+def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of parts of rendered conversations, in which a template may spell special tokens."""
     if isinstance(tokenizer, JsonTokenizer):
-        return tokenizer.encode(text)
+        return [ids.tolist() for ids in tokenizer.encode_batch(texts)]
     if tokenizer.adds_space:
         raise UserError(
             "A tokenizer.model that adds a space before texts has no special tokens in them; use "
             "the model's tokenizer.json for conversations."
         )
     controls = {tokenizer.piece(i): i for i in (tokenizer.bos, tokenizer.eos, tokenizer.pad)}
-    parts = re.split(f"({'|'.join(map(re.escape, controls))})", text)
-    encoded = [[controls[part]] if part in controls else tokenizer.encode(part) for part in parts]
-    return list(itertools.chain.from_iterable(encoded))
+    between = re.compile(f"({'|'.join(map(re.escape, controls))})")
+    parts = [between.split(text) for text in texts]
+    plain = [part for each in parts for part in each if part not in controls]
+    encoded = iter(tokenizer.encode_batch(plain))
+    return [
+        [
+            i
+            for part in each
+            for i in ([controls[part]] if part in controls else next(encoded).tolist())
+        ]
+        for each in parts
+    ]
 
 
 def _encode_whole(
@@ -159,12 +292,11 @@ def _encode_whole(
 ) -> tuple[list[int], list[int]]:
     """For a tokenizer that adds a space before every text, and so cannot encode parts alone: the
     ids of a beginning must be the beginning of the ids."""
-    ids = _encode(text, tokenizer)
+    (ids,) = _encode([text], tokenizer)
     weights = [0] * len(ids)
     for start, stop in spans:
-        first = len(_encode(text[:start], tokenizer))
-        answered = _encode(text[:stop], tokenizer)
-        last = len(answered)
+        begun, answered = _encode([text[:start], text[:stop]], tokenizer)
+        first, last = len(begun), len(answered)
         if answered != ids[:last]:
             raise UserError(
                 f"data: the tokenizer joins the end of {text[start:stop][-20:]!r} with what "
@@ -193,73 +325,3 @@ def _weigh_ends(ids: list[int], weights: list[int], tokenizer: Tokenizer) -> Non
 
 def _is_special(token: int, tokenizer: Tokenizer) -> bool:
     return not tokenizer.decode_bytes([token]) or tokenizer.piece(token) in tokenizer.symbols
-
-
-# ---- Shapes
-
-
-def conversation(record: Mapping[str, Any], where: str) -> Conversation:
-    """The messages of a JSON object. Raises UserError, with `where`, for one that is not a
-    conversation with an answer."""
-    messages = _messages(record, where)
-    if not messages:
-        raise UserError(f"{where} is a conversation without messages.")
-    for message in messages:
-        check_name(f"{where}: role", message["role"], ROLES)
-        if not isinstance(message["content"], str):
-            kind = type(message["content"]).__name__
-            raise UserError(f"{where}: the content of a message is {kind}, not text.")
-    roles = [message["role"] for message in messages]
-    if late := {"system", "developer"} & set(roles[1:]):
-        raise UserError(f"{where}: a {min(late)} message must be the first one.")
-    if "assistant" not in roles:
-        raise UserError(f"{where} has no message of the assistant to learn from.")
-    if roles[roles[0] in ("system", "developer")] == "assistant":
-        raise UserError(f"{where} begins with the assistant; a user's message comes first.")
-    if any(a == b and a in ("user", "assistant") for a, b in itertools.pairwise(roles)):
-        raise UserError(f"{where} has two messages of the same role in a row.")
-    if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
-        raise UserError(f"{where} has an empty message of the assistant.")
-    return messages
-
-
-def _messages(record: Mapping[str, Any], where: str) -> Conversation:
-    if "messages" in record:
-        return [
-            _message(each, "role", "content", where) for each in _list(record["messages"], where)
-        ]
-    if "conversations" in record:
-        turns = _list(record["conversations"], where)
-        names = ("from", "value") if turns and "from" in turns[0] else ("role", "content")
-        return [_message(each, *names, where) for each in turns]
-    if "instruction" in record and "output" in record:
-        more = record.get("input")
-        prompt = f"{record['instruction']}\n\n{more}" if more else record["instruction"]
-        return _turn(prompt, record["output"])
-    for prompt, answer in _PAIRS:
-        if prompt in record and answer in record:
-            if isinstance(record[prompt], list):
-                return _messages({"messages": record[prompt] + _list(record[answer], where)}, where)
-            return _turn(record[prompt], record[answer])
-    raise UserError(
-        f"{where} is no conversation; it needs messages, conversations, instruction and output, or "
-        f"prompt and completion. Its fields: {', '.join(record)}."
-    )
-
-
-def _turn(prompt: Any, answer: Any) -> Conversation:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-
-def _list(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise UserError(f"{where}: messages must be a list of objects.")
-    return value
-
-
-def _message(message: Mapping[str, Any], role: str, content: str, where: str) -> dict[str, Any]:
-    for name in (role, content):
-        if name not in message:
-            raise UserError(f"{where}: a message has no {name!r}.")
-    name = message[role]
-    return {"role": _SHAREGPT.get(name, name), "content": message[content]}

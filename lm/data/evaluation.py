@@ -7,7 +7,7 @@ import numpy as np
 
 from lm.data import packing
 from lm.data.batch import Batch
-from lm.data.packing import BestFit
+from lm.data.packing import BestFit, Pairs
 from lm.data.sources import Source, join
 from lm.data.split import in_batches
 from lm.data.stream import Stream
@@ -24,17 +24,20 @@ class Evaluation:
     tokens_d  int64 [D], predictions in each document: its tokens and its end token
 
     Batches are [sequences, length]; the last one is padded. Sequences come in a fixed shuffled
-    order, so that the first batches are a fair sample of all.
+    order, so that the first batches are a fair sample of all. Pairs of documents are packed by
+    data.Pairs; those that are longer than a sequence are left out.
     """
 
-    def __init__(self, name: str, stream: Stream, length: int, sequences: int):
+    def __init__(
+        self, name: str, stream: Stream, length: int, sequences: int, is_paired: bool = False
+    ):
         self.name = name
         self.bytes_d = stream.bytes_d
         self.tokens_d = stream.losses_d
         self._stream = stream
         self._length = length
         self._rows = sequences
-        self._plan = BestFit().plan(stream, length)
+        self._plan = packing.make_plan(Pairs() if is_paired else BestFit(), stream, length)
         self._order = np.random.RandomState(0).permutation(self._plan.sequences)
 
     @property
@@ -84,4 +87,4 @@ def evaluation(
     tokens, weights, lengths = join(encoded)
     has_weights = weights is not None
     stream = Stream([lengths], lambda _: tokens, (lambda _: weights) if has_weights else None)
-    return Evaluation(name or source.label, stream, length, sequences)
+    return Evaluation(name or source.label, stream, length, sequences, source.paired)

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from itertools import count, islice, pairwise
 from typing import TypeVar
 
+import numpy as np
+
+from lm import terminal
 from lm.data import mixture, packing
 from lm.data.batch import Batch
 from lm.data.packing import BestFit, Packing, Plan
 from lm.data.stream import Stream
+from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError, check_size
+from lm.parallel import distributed
 
 T = TypeVar("T")
 
@@ -92,8 +97,11 @@ class Loader:
         self._plans = plans
         self._weights = weights
         self._shape = shape
-        sequences = {name: plan.sequences for name, plan in plans.items()}
-        self._order = mixture.order(sequences, weights, shape.sequences_before, seed)
+        stages = {
+            name: plan.stages.tolist() if len(plan.stages) else [plan.sequences]
+            for name, plan in plans.items()
+        }
+        self._order = mixture.order(stages, weights, shape.sequences_before, seed)
 
     def batch(self, step: int, rows: slice | Sequence[int] = slice(None)) -> Batch:
         """The global batch of a step as numpy arrays, or only the given rows: a host reads only the
@@ -123,6 +131,53 @@ class Loader:
     def sequences(self) -> dict[str, int]:
         """Sequences per epoch of each source."""
         return {name: plan.sequences for name, plan in self._plans.items()}
+
+
+def plan_source(
+    name: str, stream: Stream, shape: BatchShape, tokenizer: Tokenizer, is_paired: bool
+) -> Plan:
+    """How the documents of a source fill sequences. Prints how many conversations are too long.
+
+    Raises UserError for a packing that does not fit the source.
+    """
+    if is_paired and not shape.packing.paired:
+        raise UserError(
+            f"data: source {name!r} gives pairs of documents; set batch.packing=data.Pairs()."
+        )
+    if shape.packing.paired and not is_paired:
+        raise UserError(
+            f"batch.packing={type(shape.packing).__name__}() needs pairs of documents, which data "
+            f"source {name!r} does not give; use data.BestFit()."
+        )
+    made = packing.make_plan(shape.packing, stream, shape.length)
+    if stream.has_weights and distributed.is_main():
+        cut = "cut into parts, of which later ones do not see what was said before"
+        _note_long(name, stream, made.cut, shape.length, tokenizer, cut)
+        _note_long(name, stream, made.left_out, shape.length, tokenizer, "left out", is_paired)
+    return made
+
+
+def _note_long(
+    name: str,
+    stream: Stream,
+    documents: np.ndarray,
+    length: int,
+    tokenizer: Tokenizer,
+    result: str,
+    is_paired: bool = False,
+) -> None:
+    """Prints how many documents of a source, or pairs of them, are longer than `length` tokens."""
+    if not len(documents):
+        return
+    size, kind = (2, "pairs") if is_paired else (1, "conversations")
+    longest = int((np.diff(stream.starts)[documents] - 1).reshape(-1, size).sum(axis=1).max())
+    start, stop = stream.starts[documents.min() :][:2].tolist()
+    text = tokenizer.decode(stream.read(start, min(start + 24, stop)).tolist())
+    terminal.note_once(
+        f"{name}: {len(documents) // size:,} of {stream.documents // size:,} {kind} are longer "
+        f"than batch.length={length} and {result}; the first begins {text!r}. "
+        f"batch.length={longest} holds all of them."
+    )
 
 
 class prefetch(Iterator[T]):

@@ -80,18 +80,21 @@ def phases(weights: Weights, tokens: Mapping[str, int]) -> Phases:
 
 
 def order(
-    sequences: Mapping[str, int], weights: Phases, sequences_before: Callable[[int], int], seed: int
+    stages: Mapping[str, Sequence[int]],
+    weights: Phases,
+    sequences_before: Callable[[int], int],
+    seed: int,
 ) -> grain.MapDataset:
     """The global order of sequences: an infinite dataset of (source name, sequence number).
 
-    Each source is shuffled on its own, differently in every epoch. Where the weights change, at
-    global sequence `sequences_before(step)`, each source continues from its current position.
+    Each source is shuffled on its own, differently in every epoch. `stages` has the number of its
+    sequences; or several numbers, whose sequences follow one another in the first epoch. Where the
+    weights change, at global sequence `sequences_before(step)`, each source continues from its
+    current position.
     """
-    names = list(sequences)
+    names = list(stages)
     datasets = [
-        _shuffled(sequences[name], _seed_of(seed, name)).map(
-            lambda number, name=name: (name, number)
-        )
+        _shuffled(stages[name], _seed_of(seed, name)).map(lambda number, name=name: (name, number))
         for name in names
     ]
     starts = [sequences_before(step) for step, _ in weights]
@@ -99,20 +102,22 @@ def order(
     return grain.MapDataset.select_from_datasets(datasets, selection)
 
 
-def _shuffled(count: int, seed: int) -> grain.MapDataset:
-    """0 .. count - 1 in a new order in every epoch, repeated forever."""
-    if count >= _SMALL:
+def _shuffled(stages: Sequence[int], seed: int) -> grain.MapDataset:
+    """0 .. sum(stages) - 1 in a new order in every epoch, repeated forever. In the first epoch the
+    stages follow one another."""
+    count = sum(stages)
+    if len(stages) == 1 and count >= _SMALL:
         return grain.MapDataset.range(count).shuffle(seed=seed).repeat()
-    return grain.MapDataset.source(_Permutations(count, seed))
+    return grain.MapDataset.source(_Permutations(stages, seed))
 
 
 class _Permutations:
-    """Grain's shuffle for few elements. Grain draws from 65,536 positions until it hits an element,
-    which takes 20 ms per element of a list of two."""
+    """Grain's shuffle for few elements, or in stages. Grain draws from 65,536 positions until it
+    hits an element, which takes 20 ms per element of a list of two."""
 
-    def __init__(self, count: int, seed: int):
-        self._count = count
-        self._epoch = lru_cache(2)(lambda epoch: _permutation(count, seed, epoch))
+    def __init__(self, stages: Sequence[int], seed: int):
+        self._count = sum(stages)
+        self._epoch = lru_cache(2)(lambda epoch: _permutation(stages, seed, epoch))
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -122,9 +127,13 @@ class _Permutations:
         return int(self._epoch(epoch)[position])
 
 
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+def _permutation(stages: Sequence[int], seed: int, epoch: int) -> np.ndarray:
     # NumPy guarantees the same RandomState numbers in every version.
-    return np.random.RandomState(_seed_of(seed, str(epoch))).permutation(count)
+    random = np.random.RandomState(_seed_of(seed, str(epoch)))
+    if epoch:
+        return random.permutation(sum(stages))
+    firsts = np.cumsum(stages) - stages
+    return np.concatenate([first + random.permutation(n) for first, n in zip(firsts, stages)])
 
 
 class _Selection(grain.transforms.DatasetSelectionMap):

@@ -17,7 +17,7 @@ from lm import trees
 from lm.data import mixture, shards
 from lm.data.evaluation import Evaluation
 from lm.data.folder import Folder, digest
-from lm.data.loader import BatchShape, Loader
+from lm.data.loader import BatchShape, Loader, plan_source
 from lm.data.mixture import Mixture
 from lm.data.progress import Progress, silent
 from lm.data.sources import Shards, Source
@@ -66,19 +66,24 @@ class Prepared:
         self.held_out = tuple(n for n in self.names if self.counts[n, "held_out"].documents)
         self._folder = folder
         self._shards = manifest["shards"]
+        self._paired = manifest.get("paired", [])  # names of the sources of pairs
         train_tokens = {name: self.counts[name, "train"].tokens for name in self.names}
         self._weights = mixture.phases(weights, train_tokens)
 
     def loader(self, shape: BatchShape, seed: int) -> Loader:
         """Training batches."""
         streams = {name: self.stream(name, "train") for name in self.names}
-        plans = {name: shape.packing.plan(s, shape.length) for name, s in streams.items()}
+        plans = {
+            name: plan_source(name, each, shape, self.tokenizer, name in self._paired)
+            for name, each in streams.items()
+        }
         return Loader(streams, plans, self._weights, shape, seed)
 
     def evaluation(self, name: str, length: int, sequences: int) -> Evaluation:
         """The held-out documents of a source. Raises UserError if it has none."""
         self.check_held_out(name)
-        return Evaluation(name, self.stream(name, "held_out"), length, sequences)
+        stream = self.stream(name, "held_out")
+        return Evaluation(name, stream, length, sequences, is_paired=name in self._paired)
 
     def check_held_out(self, name: str) -> None:
         """Raises UserError for a source that is not known or has no held-out documents."""
@@ -206,6 +211,7 @@ def _scan(
         tokenizer = config.build(())
     tokenizer.save(folder.path)
     manifest["sources"] = {name: dataclasses.asdict(split) for name, split in splits.items()}
+    manifest["paired"] = [name for name, source in sources.items() if source.paired]
     manifest["tokenizer"] = {"vocab": tokenizer.vocab, "sha256": tokenizer.checksum}
 
 

@@ -4,8 +4,9 @@
     tokenizer.model
     SOURCE/train-00000.tokens         little-endian uint16, or uint32 above 65,536 ids;
                                       each document is [begin, t1 .. tn, end]
-    SOURCE/train-00000.documents.npy  uint32 [documents, 2]: number of tokens, UTF-8 bytes
-    SOURCE/train-00000.weights        uint8 per token: whether it has a loss; only of sources that
+    SOURCE/train-00000.documents.npy  uint32 [documents, 2]: number of tokens, UTF-8 bytes; a third
+                                      column, of a curriculum, has the bits of a float32
+    SOURCE/train-00000.weights        uint8 per token, its weight in the loss; only of sources that
                                       say so (`Encoded.weights`)
     SOURCE/held_out-00000.*
     SOURCE/shard-00000.json           marks the shard as finished

@@ -35,18 +35,21 @@ class Encoded(NamedTuple):
     """The tokens of a document.
 
     ids      int32, complete: with the begin token, and the end token where there is one
-    weights  uint8, 1 for each token that is predicted with a loss; None: all but the first
+    weights  uint8, above 0 for each token that is predicted with a loss; None: 1 for all but the
+             first
     bytes    UTF-8 bytes of the text that these stand for
+    key      in a curriculum, documents with smaller keys come first; None: no curriculum
     """
 
     ids: np.ndarray
     weights: np.ndarray | None
     bytes: int
+    key: float | None = None
 
     @property
     def losses(self) -> int:
         """Number of tokens that are predicted with a loss."""
-        return len(self.ids) - 1 if self.weights is None else int(self.weights[1:].sum())
+        return len(self.ids) - 1 if self.weights is None else int(np.sum(self.weights[1:] > 0))
 
 
 class Joined(NamedTuple):
@@ -54,7 +57,8 @@ class Joined(NamedTuple):
 
     tokens   int32, those of all documents
     weights  uint8, as in Encoded; None if no document has any
-    lengths  uint32 [documents, 2], the tokens and bytes of each
+    lengths  uint32 [documents, 2], the tokens and bytes of each; with keys [documents, 3], and the
+             bits of the key in float32
     """
 
     tokens: np.ndarray
@@ -68,6 +72,9 @@ def join(documents: Sequence[Encoded]) -> Joined:
     if any(each.weights is not None for each in documents):
         weights = np.concatenate([_weights(each) for each in documents])
     lengths = np.array([(len(each.ids), each.bytes) for each in documents], np.uint32)
+    if any(each.key is not None for each in documents):
+        keys = np.array([each.key or 0 for each in documents], np.float32)
+        lengths = np.column_stack([lengths, keys.view(np.uint32)])
     return Joined(np.concatenate([each.ids for each in documents]), weights, lengths)
 
 
@@ -91,6 +98,9 @@ class Source(abc.ABC):
     # Whether a document is text whose end may be held out from training.
     splits_text: ClassVar[bool] = True
 
+    # Whether each document becomes two when it is encoded, which data.Pairs packs together.
+    paired: ClassVar[bool] = False
+
     # Fields that only locate the content. The recipe leaves them out, since the fingerprint
     # identifies the content itself: moved files do not make prepared shards stale.
     _locations: ClassVar[tuple[str, ...]] = ()
@@ -108,7 +118,8 @@ class Source(abc.ABC):
         """
 
     def encode(self, documents: Sequence[str], tokenizer: Tokenizer) -> list[Encoded]:
-        """The tokens of each document. Override it for a loss on some of them only."""
+        """The tokens of each document. Override it for a loss on some of them only, or to make
+        none or several of one document."""
         begin, end = (np.array([i], np.int32) for i in (tokenizer.bos, tokenizer.eos))
         return [
             Encoded(np.concatenate([begin, ids, end]), None, len(text.encode()))

@@ -17,6 +17,7 @@ class Stream:
     bytes_d   int64 [D], UTF-8 bytes of each document's text
     tokens    number of tokens
     losses_d  int64 [D], tokens of each document that are predicted with a loss
+    keys_d    float32 [D], order in a curriculum (`Encoded.key`); None: there is none
     """
 
     def __init__(
@@ -25,12 +26,13 @@ class Stream:
         open_shard: Callable[[int], np.ndarray],
         open_weights: Callable[[int], np.ndarray] | None = None,
     ):
-        """`documents` holds a [documents, 2] array of token and byte counts per shard;
-        `open_shard(i)` returns the tokens of shard i, `open_weights(i)` whether each has a loss
-        (None: all but the first of each document)."""
-        counts = np.concatenate([np.empty((0, 2), np.uint32), *documents])
+        """`documents` holds the `lengths` of Joined for each shard; `open_shard(i)` returns the
+        tokens of shard i, `open_weights(i)` their weights (None: 1 for all but the first of each
+        document)."""
+        counts = np.concatenate(documents) if documents else np.empty((0, 2), np.uint32)
         self.starts = np.concatenate([[0], np.cumsum(counts[:, 0], dtype=np.int64)])
         self.bytes_d = counts[:, 1].astype(np.int64)
+        self.keys_d = counts[:, 2].copy().view(np.float32) if counts.shape[1] > 2 else None
         self.tokens = int(self.starts[-1])
         shard_tokens = [int(shard[:, 0].sum(dtype=np.int64)) for shard in documents]
         self._shard_starts = np.concatenate([[0], np.cumsum(shard_tokens, dtype=np.int64)])
@@ -42,12 +44,28 @@ class Stream:
         """Number of documents."""
         return len(self.bytes_d)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether only some tokens have a loss, as in conversations."""
+        return self._weights is not None
+
+    def select(self, documents: np.ndarray) -> "Stream":
+        """A stream of these documents alone, in this order."""
+        lengths = np.column_stack([np.diff(self.starts), self.bytes_d])[documents]
+
+        def joined(read: Callable[[int, int], np.ndarray]) -> Callable[[int], np.ndarray]:
+            spans = zip(self.starts[documents].tolist(), self.starts[documents + 1].tolist())
+            return lambda _: np.concatenate([read(*span) for span in spans])
+
+        weights = joined(self.weights) if self.has_weights else None
+        return Stream([lengths.astype(np.uint32)], joined(self.read), weights)
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop."""
         return self._read(self._shard, start, stop)
 
     def weights(self, start: int, stop: int) -> np.ndarray:
-        """Whether each of the tokens start to stop is predicted with a loss: 0 or 1."""
+        """The weight of each of the tokens start to stop in the loss, uint8."""
         if self._weights is not None:
             return self._read(self._weights, start, stop)
         weights = np.ones(stop - start, np.uint8)
@@ -63,7 +81,8 @@ class Stream:
             # A shard holds whole documents, whose first token is not predicted.
             first, last = np.searchsorted(self.starts, [base, end])
             starts, weights = self.starts[first:last] - base, self._weights(shard)
-            sums.append(np.add.reduceat(weights, starts, dtype=np.int64) - weights[starts])
+            losses = weights > 0
+            sums.append(np.add.reduceat(losses, starts, dtype=np.int64) - losses[starts])
         return np.concatenate(sums)
 
     def _read(self, open_shard: Callable[[int], np.ndarray], start: int, stop: int) -> np.ndarray:

@@ -79,7 +79,7 @@ def write(path, *records):
 
 
 def encoded(source, tokenizer):
-    return source.encode(list(source.documents()), tokenizer)
+    return [each[:3] for each in source.encode(list(source.documents()), tokenizer)]
 
 
 def trained(tokenizer, ids, weights):

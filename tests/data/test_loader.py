@@ -81,7 +81,8 @@ SEQUENCES = {"a": 50, "b": 7, "c": 1}
 
 
 def first(count, weights, seed=0):
-    order = mixture.order(SEQUENCES, mixture.phases(weights, SEQUENCES), lambda step: step, seed)
+    stages = {name: [count] for name, count in SEQUENCES.items()}
+    order = mixture.order(stages, mixture.phases(weights, SEQUENCES), lambda step: step, seed)
     return [order[index] for index in range(count)]
 
 
@@ -104,7 +105,7 @@ def test_sources_keep_their_position_when_weights_change():
 
 @pytest.mark.parametrize("count", [1, 2, 1_000, 66_000])
 def test_epochs_are_different_permutations(count):
-    order = mixture._shuffled(count, seed=5)
+    order = mixture._shuffled([count], seed=5)
     epochs = [[order[e * count + i] for i in range(count)] for e in range(2)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 2
     assert count < 3 or epochs[0] != epochs[1]
