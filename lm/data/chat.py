@@ -201,7 +201,7 @@ def encode_spans(
     the special token that ends each of them.
 
     Each part is encoded alone, as in generation, where the prompt is encoded before the answer
-    exists. The ids begin with the begin token once.
+    exists. The ids begin with the begin token once, if the tokenizer adds one to prompts.
     """
     (encoded,) = _encode_all([_Rendered(text, spans, 1)], tokenizer)
     return encoded.ids, encoded.weights
@@ -248,7 +248,8 @@ def _finish(
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of a rendered conversation up to the assistant's answer, with the begin token once."""
+    """Ids of a rendered conversation up to the assistant's answer, with the begin token once if the
+    tokenizer adds one to prompts."""
     return _begun(_encode([text], tokenizer)[0], tokenizer)
 
 
@@ -259,8 +260,8 @@ def end_of_turn(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]
 
 
 def _begun(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """With the begin token in front, which a template may have written already."""
-    return ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids]
+    """With the begin token in front, if the tokenizer adds one and the template does not."""
+    return ids if ids[:1] == [*tokenizer.prefix] else [*tokenizer.prefix, *ids]
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
@@ -297,11 +298,13 @@ def _encode_whole(
     for start, stop in spans:
         begun, answered = _encode([text[:start], text[:stop]], tokenizer)
         first, last = len(begun), len(answered)
-        if answered != ids[:last]:
-            raise UserError(
-                f"data: the tokenizer joins the end of {text[start:stop][-20:]!r} with what "
-                "follows in the chat template, so the loss cannot end there."
-            )
+        for part, whole, end in ((begun, answered, start), (answered, ids, stop)):
+            if part != whole[: len(part)]:
+                raise UserError(
+                    f"data: the tokenizer joins {text[:end][-20:]!r} with what follows it in a "
+                    "conversation, so the loss cannot begin or end there; change the white space "
+                    "there in the chat template."
+                )
         weights[first:last] = [1] * (last - first)
     return ids, weights
 

@@ -17,6 +17,20 @@ def tokenizer(tokenizer_config):
 
 
 @pytest.fixture(scope="session")
+def own():
+    """A tokenizer for conversations, trained here."""
+    return data.SentencePiece(vocab=400, symbols=data.CHAT_SYMBOLS).train(documents(30))
+
+
+@pytest.fixture(scope="session")
+def own_config(own, tmp_path_factory):
+    """Loads `own`."""
+    folder = tmp_path_factory.mktemp("own")
+    own.save(folder)
+    return data.TokenizerFile(path=str(folder))
+
+
+@pytest.fixture(scope="session")
 def prepared(tmp_path_factory, tokenizer_config):
     """Two prepared sources of unequal size, with 10% of each held out."""
     mixture = data.Mixture(

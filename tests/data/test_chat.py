@@ -2,10 +2,12 @@
 on what the assistant writes, with the token that ends it."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import tokenizers
+from chats import trained, write
 from made_up_corpus import documents
 
 from lm import data
@@ -42,6 +44,17 @@ TEMPLATES = {
     ),
 }
 
+# As gpt-oss has it: the prompt ends before the channel, and the last message has its own end.
+CHANNELS = (
+    "<|im_start|>system\nToday is {{ strftime_now('%d %B') }}.<|im_end|>"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant"
+    "{% if m.thinking and loop.last %} thought\n{{ m.thinking }}<|im_end|>{% endif %}"
+    " final\n{{ m.content }}"
+    "{{ eos_token if loop.last and not add_generation_prompt else '<|im_end|>' }}"
+    "{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
@@ -67,30 +80,8 @@ def imported(tmp_path_factory):
     return data.load_tokenizer(folder)
 
 
-@pytest.fixture(scope="module")
-def own():
-    """A SentencePiece tokenizer trained here."""
-    return data.SentencePiece(vocab=420, symbols=data.CHAT_SYMBOLS).train(documents(30))
-
-
-def write(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
 def encoded(source, tokenizer):
     return [each[:3] for each in source.encode(list(source.documents()), tokenizer)]
-
-
-def trained(tokenizer, ids, weights):
-    """The runs of tokens with a loss, as text; special tokens as their pieces."""
-    runs, run = [], ""
-    for token, weight in zip(ids.tolist(), weights.tolist(), strict=True):
-        if weight:
-            run += tokenizer.decode([token]) or tokenizer.piece(token)
-        elif run:
-            runs, run = [*runs, run], ""
-    return [*runs, run] if run else runs
 
 
 @pytest.mark.parametrize(
@@ -137,15 +128,23 @@ def test_loss_is_on_the_answers_and_what_ends_them(name, imported, tmp_path):
     assert trained(imported, ids, weights) == [last]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_prompt_of_generation_is_the_beginning_of_the_training_text(name, imported):
+def test_the_last_message_may_have_an_end_of_its_own(imported, tmp_path):
+    source = data.Chat(write(tmp_path / "x.jsonl", {"messages": MESSAGES}), template=CHANNELS)
+    ((ids, weights, _),) = encoded(source, imported)
+    assert trained(imported, ids, weights) == [
+        " final\nA small rock.<|im_end|>",
+        " final\nA plant\n\nwith a trunk.<e>",
+    ]
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), CHANNELS], ids=[*TEMPLATES, "channels"])
+def test_the_prompt_of_generation_is_the_beginning_of_the_training_text(template, imported):
     """Token by token: what the model sees before an answer is what it saw in training, and the
     loss begins right there."""
-    template = ChatTemplate(TEMPLATES[name], {"bos_token": "<b>", "eos_token": "<e>"})
+    template = ChatTemplate(template, {"bos_token": "<b>", "eos_token": "<e>"})
     text, spans = template.spans(MESSAGES)
     ids, weights = data.encode_spans(text, spans, imported)
     prompt = imported.encode(template.render(MESSAGES[:3], add_generation_prompt=True))
-    prompt = prompt if prompt[:1] == [imported.bos] else [imported.bos, *prompt]
     assert ids[: len(prompt)].tolist() == prompt
     assert weights[len(prompt) :][0] == 1 and weights[len(prompt) - 1] == 0
 
@@ -194,6 +193,81 @@ def test_bad_conversations_name_file_and_line(record, words, tmp_path):
     path = write(tmp_path / "x.jsonl", {"messages": MESSAGES}, record)
     with pytest.raises(UserError, match=rf"x\.jsonl, line 2.*{words}"):
         list(data.Chat(path).documents())
+
+
+def test_records_that_cannot_be_trained_on_are_left_out_if_wanted(own, tmp_path, capsys):
+    good, bad = {"messages": MESSAGES}, {"messages": MESSAGES[1:]}
+    path = write(tmp_path / "x.jsonl", good, bad, {"messages": []}, bad, good)
+    assert len(list(data.Chat(path, bad_records="skip").documents())) == 2
+    assert capsys.readouterr().err == (
+        f"{path}: left out 3 of 5 records: 2 like line 2, which begins with the assistant; 1 like "
+        "line 3, which is a conversation without messages.\n"
+    )
+    with pytest.raises(UserError, match=r"line 2 begins .*; mend it, or set data\.bad_records"):
+        list(data.Chat(path).documents())
+    with pytest.raises(UserError, match=r"data\.bad_records='drop' is not known"):
+        data.Chat(path, bad_records="drop")
+    source = data.Chat(path, bad_records="skip", template="{{ raise_exception('no') }}")
+    assert encoded(source, own) == []
+    assert "chat: left out 2 of 2 records that the chat template refuses" in capsys.readouterr().err
+
+
+def test_a_system_message_beside_the_prompt_is_kept(own, tmp_path):
+    record = {"system_prompt": "be kind", "question": "a stone", "response": "light"}
+    ((ids, _, _),) = encoded(data.Chat(write(tmp_path / "x.jsonl", record), system="x"), own)
+    text = "<|system|>be kind<|end|><|user|>a stone<|end|><|assistant|>light<|end|>"
+    assert own.decode(ids.tolist()) == text
+
+
+@pytest.mark.parametrize("length", [5, 16, 1000])
+def test_no_answer_is_lost_in_conversations_longer_than_a_sequence(
+    length, own_config, tmp_path, capsys
+):
+    records = [
+        {"prompt": f"{i} the tree", "completion": "light " * (1 + i % 30)} for i in range(40)
+    ]
+    source = data.Chat(write(tmp_path / "x.jsonl", *records), held_out=0)
+    prepared = data.prepare(source, own_config, tmp_path / "prepared")
+    loader = prepared.loader(data.BatchShape(sequences=1, length=length), seed=0)
+    learned = Counter()
+    for step in range(loader.sequences["chat"]):
+        batch = loader.batch(step)
+        learned.update(batch.targets[batch.weights > 0].tolist())
+    stream = prepared.stream("chat", "train")
+    has_loss = stream.weights(0, stream.tokens) > 0
+    assert learned == Counter(stream.read(0, stream.tokens)[has_loss].tolist())
+    assert learned[prepared.tokenizer.encode("<|end|>")[0]] == 40, "the end of each answer"
+    lengths = np.diff(stream.starts) - 1
+    if length == 1000:
+        assert not capsys.readouterr().err
+    else:
+        assert (
+            f"chat: {(lengths > length).sum()} of 40 conversations are longer than batch.length="
+            f"{length} and cut into parts, of which later ones do not see what was said before; "
+            "the first begins '<|user|>"
+        ) in (message := capsys.readouterr().err)
+        assert message.endswith(f"batch.length={lengths.max()} holds all of them.\n")
+
+
+def test_a_tokenizer_that_joins_an_answer_with_what_stands_before_it_is_refused(tmp_path):
+    """One that adds a space before texts, so that parts cannot be encoded alone."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<u>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=60, special_tokens=["<u>", "<b>", "<e>"], show_progress=False
+    )
+    made.train_from_iterator(["Q what A light"] * 9, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": "<b>", "eos_token": "<e>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = data.load_tokenizer(tmp_path)
+    assert tokenizer.adds_space
+    text = "Q what A light<e>"
+    ids, weights = data.encode_spans(text, [(8, 14)], tokenizer)
+    assert trained(tokenizer, ids, weights) == ["light<e>"]
+    with pytest.raises(UserError, match=r"joins 'Q what A ' with what follows .* cannot begin"):
+        data.encode_spans(text, [(9, 14)], tokenizer)
 
 
 def test_a_tokenizer_without_template_is_refused(tokenizer, tmp_path):
