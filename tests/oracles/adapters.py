@@ -114,4 +114,6 @@ def save(model: Any, to: Path) -> None:
     (to / "README.md").unlink(missing_ok=True)
     path = to / "adapter_config.json"
     config = json.loads(path.read_text()) | {"base_model_name_or_path": "base"}
+    # PEFT writes sets, in any order.
+    config = {k: sorted(x) if isinstance(x, list) else x for k, x in config.items()}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -38,11 +38,13 @@ DPO = {
     "sigmoid_norm": {"loss_type": ["sigmoid_norm"]},
     "sigmoid_sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
 }
+# One pair in a batch, and the mean over batches. TRL's "sft" is a mean over all tokens of a batch.
+ONE_BY_ONE = ("smoothed", "sigmoid_sft")
 KTO = {
     "kto": {},
     "kto_weighted": {"desirable_weight": 0.5, "undesirable_weight": 1.5},
 }
-MARGINS = [0.0, 1.0, 0.5, 2.0]
+MARGIN = 0.5
 REWARD = {
     "reward": {},
     "reward_centered": {"center_rewards_coefficient": 0.1},
@@ -130,7 +132,7 @@ def preference(policy: Path, reference: Path, scratch: Path) -> Arrays:
             TEMPLATE, policy, reference, scratch, beta=BETA, **fields
         )
         model, rows = trainer.model.train(), list(trainer.train_dataset)
-        batches = [[row] for row in rows] if name == "smoothed" else [rows]
+        batches = [[row] for row in rows] if name in ONE_BY_ONE else [rows]
         each = [trainer.compute_loss(model, trainer.data_collator(batch)) for batch in batches]
         arrays |= gradients(torch.stack(each).mean(), model, name)
         if name == "sigmoid":
@@ -190,7 +192,7 @@ def reward(scratch: Path) -> Arrays:
     for name, fields in REWARD.items():
         rows = conversations.pairs()
         if name == "reward_margin":
-            rows = [{**row, "margin": m} for row, m in zip(rows, MARGINS, strict=True)]
+            rows = [{**row, "margin": MARGIN} for row in rows]
         trainer = RewardTrainer(
             model=AutoModelForSequenceClassification.from_pretrained(
                 folder, attn_implementation="eager"
