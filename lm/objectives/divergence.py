@@ -78,7 +78,7 @@ class Options(NamedTuple):
     divergence     per token
     temperature    logits of both models are divided by it, in the divergence
     cross_entropy  the loss is divergence + cross_entropy * nll
-    top_k          compare the teacher's K most probable tokens, and all others as one
+    top_k          compare the teacher's K most probable tokens, and all others as one; K < V
     softcaps       of the student's and the teacher's logits
     chunk          positions at a time; None: as many as fit in LOGITS
     vocab_axis     inside shard_map, the mesh axis that shards the vocabulary
@@ -128,7 +128,7 @@ def divergence_sums(
     return Sums(sums.loss, *jax.lax.stop_gradient(sums[1:]))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(options, x_btd, w_dv, y_bte, u_ev, targets_bt, weights_bt):
     w_dv, u_ev = _gathered(options, w_dv, u_ev)
 
@@ -214,7 +214,7 @@ def _divergence(options: Options, p_btv: jax.Array, q_btv: jax.Array) -> jax.Arr
     axis, term = options.vocab_axis, options.divergence.term
     if options.top_k is None:
         return _sum(term(p_btv, q_btv), axis)
-    top_btv = p_btv >= _least_of_top(p_btv, options.top_k, axis)
+    top_btv = p_btv > _below_top(p_btv, options.top_k, axis)
     rest = (
         jnp.log(jnp.maximum(_sum(jnp.where(top_btv, 0, jnp.exp(x)), axis), _TINY))
         for x in (p_btv, q_btv)
@@ -225,14 +225,15 @@ def _divergence(options: Options, p_btv: jax.Array, q_btv: jax.Array) -> jax.Arr
 _TINY = jnp.finfo(jnp.float32).tiny
 
 
-def _least_of_top(p_btv: jax.Array, top_k: int, axis: str | None) -> jax.Array:
-    """The K-th largest entry, [B, T, 1]."""
+def _below_top(p_btv: jax.Array, top_k: int, axis: str | None) -> jax.Array:
+    """A bound between the K-th largest entry and the next one, [B, T, 1]. The K-th largest itself
+    may be rounded differently where XLA computes it a second time."""
     p_btv = jax.lax.stop_gradient(p_btv)
-    top_btk, _ = jax.lax.top_k(p_btv, min(top_k, p_btv.shape[-1]))
+    top_btk, _ = jax.lax.top_k(p_btv, min(top_k + 1, p_btv.shape[-1]))
     if axis is not None:
         every_btk = jax.lax.all_gather(top_btk, axis, axis=2, tiled=True)
-        top_btk, _ = jax.lax.top_k(every_btk, min(top_k, every_btk.shape[-1]))
-    return top_btk[..., -1:]
+        top_btk, _ = jax.lax.top_k(every_btk, top_k + 1)
+    return jnp.mean(top_btk[..., -2:], axis=-1, keepdims=True)
 
 
 def _log_softmax(z_btv: jax.Array, axis: str | None) -> jax.Array:

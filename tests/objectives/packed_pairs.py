@@ -16,6 +16,7 @@ CONFIG = model.Config(
     layers=2,
     attention=model.GQA(heads=8, kv_heads=2, head_dim=4),
     ffn=model.SwiGLU(hidden=32),
+    init=model.Normal(std=0.3),
     embed_std=0.5,
 )
 
