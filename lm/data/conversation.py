@@ -60,9 +60,9 @@ class Unused:
 def conversation(record: Mapping[str, Any], where: str) -> Conversation:
     """The messages of a record. Raises UserError, with `where`, for one that is no conversation,
     and Unusable for one without an answer to learn from."""
-    if "chosen" in record and "rejected" in record:
-        return pair(record, where)[0]
     prompt = _prompt(record, where)
+    if "chosen" in record:
+        return _checked(_continued(prompt, record["chosen"], where), where)
     if prompt is not None and _is_list(record):
         return _checked(prompt, where)
     answer = next((name for name in _ANSWERS if name in record), None)

@@ -28,7 +28,8 @@ _UNITS = 1 << 32  # weights are rounded to this fraction of their sum
 class Mixture:
     """Named sources and the fraction of sequences from each: `weights={"web": 0.8, "code": 0.2}`,
     or a schedule by step, `weights=((0, {...}), (1000, {...}))`. Default: sources are weighted by
-    their number of tokens."""
+    their number of tokens. Sources may be of different kinds: conversations with the loss on the
+    answers, and text with a loss on every token, to replay pre-training data."""
 
     sources: dict[str, Source]
     weights: dict[str, float] | tuple[tuple[int, dict[str, float]], ...] = ()

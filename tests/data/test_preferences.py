@@ -73,7 +73,7 @@ def test_a_pair_is_the_prompt_with_either_answer(name, own, tmp_path):
     assert answers == [["one tree<|end|>"], ["two<|end|>"]]
     begins = [each.ids[: int(np.argmax(each.weights))].tolist() for each in documents]
     assert begins[0] == begins[1], "the tokens of the prompt are the same"
-    ((chat),) = encoded(data.Chat(write(tmp_path / "y.jsonl", record), train="last"), own)
+    (chat,) = encoded(data.Chat(write(tmp_path / "y.jsonl", {**record, "rejected": ""})), own)
     assert chat.ids.tolist() == documents[0].ids.tolist(), "Chat learns the chosen answer"
 
 
