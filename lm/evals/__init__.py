@@ -2,6 +2,7 @@
 
 evaluator    the base class `Evaluator`
 perplexity   loss, perplexity and bits per byte of text
+validation   loss and metrics of the objective: margin and accuracy of pairs, and the like
 result       a number with its standard error
 compression  bits per byte of `xz -9`, for comparison
 """
@@ -10,13 +11,16 @@ from lm.evals.compression import xz_bits_per_byte
 from lm.evals.evaluator import Context, Evaluator
 from lm.evals.perplexity import Perplexity, perplexity
 from lm.evals.result import Result, ratio
+from lm.evals.validation import Validation, validate
 
 __all__ = [
     "Context",
     "Evaluator",
     "Perplexity",
     "Result",
+    "Validation",
     "perplexity",
     "ratio",
+    "validate",
     "xz_bits_per_byte",
 ]

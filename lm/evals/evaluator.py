@@ -3,25 +3,31 @@
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from lm.data import BatchShape, Prepared
 from lm.errors import check_positive
 from lm.evals.result import Result
 from lm.model import Model
+from lm.objectives import Frozen, NextToken, Objective
 
 
 class Context(NamedTuple):
     """What an evaluation may use besides the model.
 
-    step      number of updates of the model's weights
-    data      the experiment's text: tokenizer, held-out documents
-    batch     sequences per training step and their length
+    step       number of updates of the model's weights
+    data       the experiment's text: tokenizer, held-out documents
+    batch      sequences per training step and their length
+    objective  of training
+    models     the frozen models that the objective asks for
     """
 
     step: int
     data: Prepared
     batch: BatchShape
+    objective: Objective = NextToken()
+    models: Frozen = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,7 +105,7 @@ def perplexity(
     sums = _Sums(len(documents.bytes_d))
     waiting = None
     for batch, documents_bt in itertools.islice(documents, batches and min(batches, sys.maxsize)):
-        nll_bt = losses(model, _place(batch, model.mesh))
+        nll_bt = losses(model, place(batch, model.mesh))
         # Read one batch behind, so that the device works while the host sums.
         if waiting:
             sums.add(*waiting)
@@ -115,7 +115,7 @@ def perplexity(
     return sums.results(documents, step)
 
 
-def _place(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
+def place(batch: Batch, mesh: jax.sharding.Mesh | None) -> Batch:
     """The batch on the devices, each of which gets its rows."""
     if mesh is None:
         return batch

@@ -4,7 +4,6 @@ computes them in a process of its own."""
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,33 +14,24 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("mesh_worker.py")
 # Collectives in program order; see tests/parallel/test_meshes.py.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-MIXED = "fsdp=2,context=2,tensor=2"
-OTHERS = ("fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
+MESHES = ("fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2")
 
 
-def compare(folder: Path, meshes: Sequence[str]) -> None:
+@pytest.mark.slow
+def test_meshes_equal_one_device(tmp_path):
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "XLA_FLAGS": virtual_devices.flags(8, IN_ORDER),
     }
-    command = [sys.executable, str(WORKER), str(folder), *meshes]
+    command = [sys.executable, str(WORKER), str(tmp_path), *MESHES]
     subprocess.run(command, env=environment, check=True, timeout=600)
-    alone = dict(np.load(folder / "alone.npz"))
+    alone = dict(np.load(tmp_path / "alone.npz"))
     assert alone["dpo/loss/weight"] == 14
     assert np.abs(alone["distill/gradient/blocks/0/attention/q"]).max() > 0.1
-    for mesh in meshes:
-        for path, got in np.load(folder / f"{mesh}.npz").items():
+    for mesh in MESHES:
+        for path, got in np.load(tmp_path / f"{mesh}.npz").items():
             # float32 sums in another order: a few units of 6e-8, also through the layers. Rewards
             # are differences of sums of log-probabilities.
             largest = 100 if path.endswith(("margin", "reward")) else np.abs(alone[path]).max()
             atol = 1e-5 * largest
             np.testing.assert_allclose(got, alone[path], rtol=0, atol=atol, err_msg=path)
-
-
-def test_a_mixed_mesh_equals_one_device(tmp_path):
-    compare(tmp_path, [MIXED])
-
-
-@pytest.mark.slow
-def test_other_meshes_equal_one_device(tmp_path):
-    compare(tmp_path, OTHERS)
