@@ -41,7 +41,10 @@ def check(experiment: Experiment, prepared: data.Prepared) -> None:
         streams = [prepared.stream(name, split) for name, split in prepared.counts]
         check_token(max(stream.largest_token for stream in streams), experiment.model)
     for evaluator in experiment.evals:
-        if isinstance(evaluator, evals.Perplexity) and not prepared.held_out:
+        if isinstance(evaluator, evals.Validation):
+            evaluator.check(experiment.objective)
+        measures_text = isinstance(evaluator, evals.Perplexity | evals.Validation)
+        if measures_text and not prepared.held_out:
             raise UserError(
                 "evals measures held-out text, and data holds out none: set data.held_out=0.05, or "
                 "leave evals out."

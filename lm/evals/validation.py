@@ -16,7 +16,7 @@ from lm.evals.evaluator import Context, Evaluator
 from lm.evals.perplexity import HeldOut, place
 from lm.evals.result import Result, ratio
 from lm.model import Model
-from lm.objectives import Frozen, Objective
+from lm.objectives import ExampleObjective, Frozen, Objective
 from lm.parallel import sharding
 
 
@@ -54,13 +54,21 @@ class Validation(Evaluator):
             )
         ]
 
+    def check(self, objective: Objective) -> None:
+        """Raises UserError for an objective without examples."""
+        if not isinstance(objective, ExampleObjective):
+            raise UserError(
+                f"evals: objective={type(objective).__name__} is no ExampleObjective, which "
+                "Validation measures; use evals.Perplexity."
+            )
+
     def sources(self) -> Sequence[str]:
         return () if self.source is None else (self.source,)
 
 
 def validate(
     model: Model,
-    objective: Objective,
+    objective: ExampleObjective,
     models: Frozen,
     documents: HeldOut,
     *,
@@ -79,7 +87,7 @@ def validate(
         batches: most batches.
 
     Raises:
-        UserError: without a single example, or if the objective has no `examples`.
+        UserError: without a single example.
     """
     queued = [
         _examples(model, models, place(batch, model.mesh), objective)
@@ -114,12 +122,12 @@ def validate(
 
 @partial(jax.jit, static_argnames="objective")
 def _examples(
-    model: Model, models: Frozen, batch: Batch, objective: Objective
+    model: Model, models: Frozen, batch: Batch, objective: ExampleObjective
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(weight, {'loss' or metric: value}) of each example, replicated on a mesh."""
     with model.on_mesh():
         frozen = {name: frozen.cast() for name, frozen in models.items()}
-        examples = objective.examples(model.cast(), batch, frozen)
+        examples = objective.examples(model.cast(), batch, None, frozen)
     values = examples.weight, {"loss": examples.loss, **examples.metrics}
     if model.mesh is None:
         return values

@@ -12,7 +12,7 @@ token_losses  what they share: per-token losses on any mesh, sums over documents
 from lm.objectives.distill import Distill
 from lm.objectives.divergence import JSD, Divergence, ForwardKL, ReverseKL
 from lm.objectives.next_token import NextToken
-from lm.objectives.objective import START, Examples, Frozen, Loss, Objective
+from lm.objectives.objective import START, ExampleObjective, Examples, Frozen, Loss, Objective
 from lm.objectives.preference import DPO, IPO, KTO, Comparison, Completion, Preference, SimPO
 from lm.objectives.reward import RewardModel
 
@@ -26,6 +26,7 @@ __all__ = [
     "Completion",
     "Distill",
     "Divergence",
+    "ExampleObjective",
     "Examples",
     "ForwardKL",
     "Frozen",

@@ -11,13 +11,13 @@ from lm.data.batch import Batch
 from lm.errors import UserError, check_not_negative, check_positive, check_size
 from lm.model import Model
 from lm.objectives.divergence import Divergence, ForwardKL, Options, Sums, divergence_sums
-from lm.objectives.objective import Examples, Frozen, Loss, Objective
+from lm.objectives.objective import ExampleObjective, Examples, Frozen, Loss
 from lm.objectives.token_losses import head_layout, sum_segments
 from lm.parallel import sharding
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distill(Objective):
+class Distill(ExampleObjective):
     """Divergence of the student from the teacher for each target, weighted by `batch.weights`:
 
         loss = divergence + cross_entropy * nll of the target
@@ -66,9 +66,11 @@ class Distill(Objective):
         weight = jnp.sum(batch.weights, dtype=jnp.float32)
         return Loss(sums.loss, weight, metrics, statistics)
 
-    def examples(self, apply: Model, batch: Batch, frozen: Frozen) -> Examples:
+    def examples(
+        self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen
+    ) -> Examples:
         """Each document of the batch is an example."""
-        sums, statistics = self._sums(apply, batch, None, frozen)
+        sums, statistics = self._sums(apply, batch, key, frozen)
 
         def weighted(x_bt: jax.Array) -> jax.Array:
             return sum_segments(batch.weights * x_bt, batch.segments)

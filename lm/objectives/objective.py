@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm.errors import UserError
 from lm.model import Model
 
 START = "start"  # in `Objective.models`: the weights that training starts from
@@ -80,14 +79,6 @@ class Objective(abc.ABC):
           frozen: the models that `models` asks for, by name. They get no gradient.
         """
 
-    def examples(self, apply: Model, batch: Any, frozen: Frozen) -> Examples:
-        """The loss and metrics of each example of a batch, without dropout, for evaluation with
-        standard errors (`lm.evals.Validation`)."""
-        raise UserError(
-            f"evals: objective={type(self).__name__} has no `examples` to validate; use "
-            "evals.Perplexity, or define the method."
-        )
-
     def models(self) -> dict[str, str]:
         """Frozen models that the loss needs besides the one in training: name -> a run folder, a
         Hugging Face folder, or START for the weights that training starts from."""
@@ -98,3 +89,16 @@ class Objective(abc.ABC):
         if hasattr(batch, "segments"):
             return jnp.sum(batch.segments > 0)
         return jnp.int32(max(x.size for x in jax.tree.leaves(batch)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleObjective(Objective):
+    """Base class of objectives whose loss is a sum over examples, such as pairs.
+    `lm.evals.Validation` measures it on held-out data, with standard errors."""
+
+    @abc.abstractmethod
+    def examples(self, apply: Model, batch: Any, key: jax.Array | None, frozen: Frozen) -> Examples:
+        """The loss and metrics of each example of a batch; arguments as in `loss`."""
+
+    def loss(self, apply: Model, batch: Any, key: jax.Array | None, frozen: Frozen) -> Loss:
+        return self.examples(apply, batch, key, frozen).sum()

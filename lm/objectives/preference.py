@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lm.data.batch import Batch
 from lm.errors import UserError, check_not_negative, check_positive
 from lm.model import Model
-from lm.objectives.objective import START, Examples, Frozen, Loss, Objective
+from lm.objectives.objective import START, ExampleObjective, Examples, Frozen
 from lm.objectives.token_losses import by_pairs, sum_segments, token_logps
 
 
@@ -47,7 +47,7 @@ class Comparison(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preference(Objective):
+class Preference(ExampleObjective):
     """Base class of objectives on pairs (chosen, rejected). Subclass it and define `compare`.
 
     The weight of the loss is the number of pairs. Metrics, means over pairs: `margin`, the reward
@@ -59,10 +59,9 @@ class Preference(Objective):
     def compare(self, chosen: Completion, rejected: Completion) -> Comparison:
         """The loss and the rewards of each pair."""
 
-    def loss(self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen) -> Loss:
-        return self.examples(apply, batch, frozen).sum()
-
-    def examples(self, apply: Model, batch: Batch, frozen: Frozen) -> Examples:
+    def examples(
+        self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen
+    ) -> Examples:
         completions_bs, statistics = _completions(apply, batch, frozen)
         chosen, rejected = map(Completion._make, zip(*map(by_pairs, completions_bs)))
         return pair_examples(
@@ -205,7 +204,7 @@ class SimPO(Preference):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KTO(Objective):
+class KTO(ExampleObjective):
     """Kahneman-Tversky optimization (Ethayarajh et al., arXiv:2402.01306) on single completions,
     each labelled desirable or undesirable:
 
@@ -237,10 +236,9 @@ class KTO(Objective):
     def models(self) -> dict[str, str]:
         return {"reference": self.reference}
 
-    def loss(self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen) -> Loss:
-        return self.examples(apply, batch, frozen).sum()
-
-    def examples(self, apply: Model, batch: Batch, frozen: Frozen) -> Examples:
+    def examples(
+        self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen
+    ) -> Examples:
         completions_bs, statistics = _completions(apply, batch, frozen)
         completion, other = map(Completion._make, zip(*map(by_pairs, completions_bs)))
         exists = (completion.tokens > 0) & (other.tokens > 0)

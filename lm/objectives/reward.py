@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from lm.data.batch import Batch
 from lm.errors import check_not_negative
 from lm.model import Model
-from lm.objectives.objective import Examples, Frozen, Loss, Objective
+from lm.objectives.objective import ExampleObjective, Examples, Frozen
 from lm.objectives.preference import Comparison, pair_examples
 from lm.objectives.token_losses import by_pairs, sum_segments
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModel(Objective):
+class RewardModel(ExampleObjective):
     """Bradley-Terry loss of a model with `head="scalar"`, on pairs (chosen, rejected):
 
         loss = -log sigmoid(r_chosen - r_rejected - margin) + center * (r_chosen + r_rejected) ** 2
@@ -33,13 +33,9 @@ class RewardModel(Objective):
     def __post_init__(self) -> None:
         check_not_negative(**{"objective.margin": self.margin, "objective.center": self.center})
 
-    def loss(self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen) -> Loss:
-        return self._examples(apply, batch, key).sum()
-
-    def examples(self, apply: Model, batch: Batch, frozen: Frozen) -> Examples:
-        return self._examples(apply, batch, None)
-
-    def _examples(self, apply: Model, batch: Batch, key: jax.Array | None) -> Examples:
+    def examples(
+        self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen
+    ) -> Examples:
         segments_bt = batch.segments
         output = apply(
             batch.tokens, segments_bt=segments_bt, positions_bt=batch.positions, dropout_key=key

@@ -97,7 +97,8 @@ def test_errors(policy):
 
     with pytest.raises(UserError, match=r"'pairs:held_out' has no example for SimPO"):
         evals.validate(policy, objectives.SimPO(), {}, Empty())
-    with pytest.raises(UserError, match=r"objective=NextToken has no `examples`.*Perplexity"):
-        evals.validate(policy, objectives.NextToken(), {}, HeldOut())
+    with pytest.raises(UserError, match=r"objective=NextToken is no ExampleObjective"):
+        evals.Validation().check(objectives.NextToken())
+    evals.Validation().check(DPO)
     with pytest.raises(UserError, match=r"evals\.batches=0"):
         evals.Validation(batches=0)

@@ -135,7 +135,9 @@ def test_a_teacher_with_another_width_and_padded_vocabulary():
             output = apply(data.tokens, segments_bt=data.segments, positions_bt=data.positions)
             logits.append(apply.logits(output.hidden_btd)[..., :VOCAB])
         teacher = model.Model(WIDER, weights()[1])
-        examples = objective.examples(model.Model(CONFIG, student), data, {"teacher": teacher})
+        examples = objective.examples(
+            model.Model(CONFIG, student), data, None, {"teacher": teacher}
+        )
         return loss, examples.sum(), logits
 
     loss, summed, logits = both(weights()[0], batch())

@@ -181,7 +181,7 @@ def test_padding_and_the_number_of_pairs_per_row_do_not_matter():
 
 def test_examples_are_the_pairs():
     apply, frozen = model.Model(CONFIG, weights(0)), {"reference": model.Model(CONFIG, weights(1))}
-    examples = jax.jit(lambda b: OBJECTIVES["dpo"].examples(apply, b, frozen))(batch())
+    examples = jax.jit(lambda b: OBJECTIVES["dpo"].examples(apply, b, None, frozen))(batch())
     pair = np.asarray(examples.weight) > 0
     loss, chosen, rejected = expected("dpo")
     np.testing.assert_allclose(np.asarray(examples.loss)[pair], loss, rtol=1e-5)

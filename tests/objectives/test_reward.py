@@ -42,7 +42,7 @@ def test_loss_and_metrics_equal_the_formula(per_row, length):
     assert loss.metrics["margin"] == pytest.approx(np.sum(chosen - rejected), rel=1e-5)
     assert loss.metrics["accuracy"] == np.sum(chosen > rejected)
     assert loss.metrics["chosen_reward"] == pytest.approx(chosen.sum(), rel=1e-6)
-    examples = objective.examples(Values(), batch, {})
+    examples = objective.examples(Values(), batch, None, {})
     is_pair = np.asarray(examples.weight) > 0
     np.testing.assert_allclose(np.asarray(examples.loss)[is_pair], want, rtol=1e-6)
 
