@@ -7,7 +7,8 @@ Packages and modules in import order:
     precision                             mixed precision, loss scaling
     parallel                              mesh, sharding, pipeline, processes, hardware
     data                                  sources, tokenizers, packing, batch(step)
-    model                                 Flax modules and their configs
+    quant                                 quantized weights
+    model                                 Flax modules, adapters, and their configs
     hf                                    Hugging Face configs, weights, tokenizers
     optim, objectives                     optimizers, schedules, losses
     checkpoint, training                  Orbax checkpoints; state, step, loop

@@ -108,14 +108,18 @@ def export_run(
     *,
     step: int | None = None,
     dtype: str | None = None,
+    merge: bool = False,
     shard_bytes: int = SHARD_BYTES,
     mesh: Mesh | None = None,
 ) -> Path:
     """Writes a run as a Hugging Face folder that transformers loads. Reads it back and compares the
-    weights, bit for bit, and the logits.
+    weights, bit for bit, and the logits. Quantized weights are written dense.
+
+    An adapter becomes a PEFT folder, beside the Hugging Face folder that the run started from.
 
     Args:
       step: of the checkpoint; None: the newest.
+      merge: writes the whole model instead, with the adapter merged into its weights.
       dtype: "float32" or "bfloat16", of the exported weights; None: the run's own.
       shard_bytes: the largest size of a file.
 
@@ -129,6 +133,12 @@ def export_run(
     run, facts = load(source, step=step, mesh=mesh), _facts(source)
     origin = facts.get("origin") or {"config": {}, "generation_config": {}}
     length = _length(run, origin)
+    adapter = run.experiment.model.adapter
+    if adapter is not None and not merge:
+        return _export_adapter(run, target, length, origin, mesh)
+    if adapter is None and merge:
+        raise UserError(f"{source} has no adapter to merge; export it without --merge.")
+    run = _merged(run)
     family, fields = families.write(run.experiment.model, length, origin["config"])
     if dtype is not None:
         run = dataclasses.replace(run, params=cast(run.params, dtype))
@@ -138,6 +148,48 @@ def export_run(
             _write_texts(Path(temporary), run, facts, origin, fields, length)
         distributed.barrier("exported")
         _check(temporary, run, mesh)
+    return Path(target)
+
+
+def _merged(run: Run) -> Run:
+    """The run with dense weights that compute the same, without an adapter."""
+    config = run.experiment.model
+    if config.adapter is None and config.quant is None:
+        return run
+    params = model.merge(config, run.params)
+    config = dataclasses.replace(config, adapter=None, quant=None)
+    return dataclasses.replace(
+        run, params=params, experiment=dataclasses.replace(run.experiment, model=config)
+    )
+
+
+def _export_adapter(
+    run: Run, target: epath.Path, length: int, origin: dict[str, Any], mesh: Mesh | None
+) -> Path:
+    """Writes the adapter of a run as a PEFT folder, and compares its logits."""
+    e = run.experiment
+    base = e.start if isinstance(e.start, str) else None
+    if base is not None and hf.is_adapter(base):
+        base = hf.base_of(base)
+    if base is None or not hf.is_pretrained(base):
+        raise UserError(
+            f"{run.folder} did not start from a Hugging Face folder, which PEFT would load beside "
+            "the adapter; export the whole model with --merge."
+        )
+    plain = dataclasses.replace(e.model, adapter=None, quant=None)
+    family, _ = families.write(plain, length, origin["config"])
+    weights = {
+        path: np.asarray(_replicated(x, run.mesh))
+        for path, x in model.adapter_weights(e.model, run.params).items()
+    }
+    with _complete(target) as temporary:
+        if distributed.is_main():
+            hf.write_adapter(Path(temporary), family, e.model, weights, os.path.abspath(base))
+            if run.tokenizer is not None:
+                run.tokenizer.save(temporary)
+        distributed.barrier("exported")
+        exported = load(temporary, mesh=mesh, compute=e.precision.compute)
+        _check_logits(exported, run)
     return Path(target)
 
 
@@ -196,8 +248,6 @@ def _check(folder: epath.Path, run: Run, mesh: Mesh | None) -> None:
     logits up to rounding."""
     config = run.experiment.model
     exported = load(folder, mesh=mesh, compute=run.experiment.precision.compute)
-    tokens_bt = np.random.default_rng(0).integers(0, config.vocab, (1, 32))
-    exported_logits, logits = (_logits(each, tokens_bt) for each in (exported, run))
     params = exported.params
     if model.shapes(exported.experiment.model) != model.shapes(config):
         # The same layers, stacked differently: read them in the run's stacking.
@@ -208,6 +258,13 @@ def _check(folder: epath.Path, run: Run, mesh: Mesh | None) -> None:
             raise UserError(
                 f"The export failed: {path} differs when it is read back. Please report it."
             )
+    _check_logits(exported, run)
+
+
+def _check_logits(exported: Run, run: Run) -> None:
+    """Raises UserError unless two runs give the same logits up to rounding."""
+    tokens_bt = np.random.default_rng(0).integers(0, run.experiment.model.vocab, (1, 32))
+    exported_logits, logits = (_logits(each, tokens_bt) for each in (exported, run))
     if not np.isfinite(logits).all():
         raise UserError(
             "The model's logits are not finite: its weights are not, or arithmetic overflows. "
@@ -218,10 +275,13 @@ def _check(folder: epath.Path, run: Run, mesh: Mesh | None) -> None:
 
 
 def _logits(run: Run, tokens_bt: np.ndarray) -> np.ndarray:
-    z_btv = run.logits(tokens_bt)
-    if run.mesh is not None:
-        z_btv = jax.jit(lambda z: z, out_shardings=sharding.replicated(run.mesh))(z_btv)
-    return np.asarray(z_btv)
+    return np.asarray(_replicated(run.logits(tokens_bt), run.mesh))
+
+
+def _replicated(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:
+    if mesh is None:
+        return x
+    return jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(x)
 
 
 @jax.jit

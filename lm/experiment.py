@@ -17,6 +17,7 @@ from lm.data import BatchShape, Mixture, Shards, Source, TokenizerConfig
 from lm.errors import UserError, check_name, check_seed, nearest
 from lm.evals import Evaluator
 from lm.model import Capacity
+from lm.model.adapters.adapter import ROOT
 from lm.objectives import NextToken, Objective
 from lm.optim import Optimizer, Schedule
 from lm.parallel import pipeline
@@ -61,7 +62,7 @@ class Experiment:
       batch: sequences per step and their length.
       objective, optimizer, schedule, precision: the training step.
       trainable: patterns of the paths of the weights that train, such as "blocks/*/attention/**";
-        the others are frozen.
+        the others are frozen. With model.adapter, all means the adapter's.
       evals, save, log: evaluations, checkpoints and logs during training.
       places: where it may run. The first that fits is taken; all of them continue the same run.
       sample: prompts to continue when training ends.
@@ -123,6 +124,25 @@ class Experiment:
             if not any(trees.matches(path, pattern) for path in paths):
                 raise UserError(
                     f"trainable={pattern!r} matches no weight.{nearest(pattern, paths)}"
+                )
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Patterns of the weights that train: `trainable`; if that is all, and the model has an
+        adapter, only the adapter and a scalar head."""
+        if self.trainable != ALL or self.model.adapter is None:
+            return self.trainable
+        return (f"{ROOT}/**", *(("score/**",) if self.model.head == "scalar" else ()))
+
+    def check_trained(self) -> None:
+        """Raises UserError if quantized weights would train."""
+        shapes, _ = trees.partition(model.shapes(self.model), self.trained)
+        for path, weight in trees.flatten(shapes).items():
+            if trees.is_leaf(weight):
+                raise UserError(
+                    f"model.quant={type(self.model.quant).__name__}(...) quantizes {path}, and "
+                    "quantized weights cannot train: set model.adapter=model.LoRA(), or name other "
+                    "weights in trainable."
                 )
 
     def _check_evals(self) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from lm import model, optim, training, trees
 from lm.data.batch import Batch
 from lm.errors import UserError
 from lm.experiment import Experiment
+from lm.objectives import START
 from lm.parallel import hardware, sharding
 from lm.parallel.mesh import Mesh, Place, choose
 
@@ -26,6 +28,7 @@ class Program:
     shardings       of (state, frozen weights)
     abstract        shapes and formats of (state, frozen weights), sharded
     abstract_batch  shapes and formats of a full batch, sharded
+    models          configs of the other models of the objective (see `training.Models`)
     step            jitted (state, batch, frozen) -> (state, metrics); the state is donated
     """
 
@@ -39,20 +42,18 @@ class Program:
     shardings: tuple[training.State, Any]
     abstract: tuple[training.State, Any]
     abstract_batch: Any
+    models: training.Models
     step: Any
 
-    def init(self) -> tuple[training.State, Any]:
-        """(state before the first step, frozen weights) with fresh weights, created sharded."""
+    def init(self, params: Any = None) -> tuple[training.State, Any]:
+        """(state before the first step, frozen weights), created sharded, with these weights, which
+        are donated; those that are missing are fresh. The weights of models of other configs must
+        be added (see `training.with_models`)."""
         e = self.experiment
         return training.init_state(
-            *(e.model, self.transformation, e.precision, e.seed, self.shardings, e.trainable)
-        )
-
-    def init_from(self, params: Any) -> tuple[training.State, Any]:
-        """(state before the first step, frozen weights) with these weights, which are donated."""
-        e = self.experiment
-        return training.init_state_from(
-            params, self.transformation, e.precision, self.shardings, e.trainable
+            *(e.model, self.transformation, e.precision, e.seed, self.shardings, e.trained),
+            models=self.models,
+            params=params,
         )
 
     def lower(self) -> Any:
@@ -86,8 +87,16 @@ def _span(index: tuple[slice, ...], rows: int) -> tuple[int, int]:
     return start, stop
 
 
-def assemble(experiment: Experiment, on: str | None = None, mesh: Mesh | None = None) -> Program:
-    """The program of an experiment at a place. Raises UserError if it does not fit this machine."""
+def assemble(
+    experiment: Experiment,
+    on: str | None = None,
+    mesh: Mesh | None = None,
+    models: training.Models = MappingProxyType({}),
+) -> Program:
+    """The program of an experiment at a place. Raises UserError if it does not fit this machine.
+
+    `models` are the configs of the objective's other models (see `runs.models_of`).
+    """
     name, place = choose(experiment.places, on, mesh)
     dtype = experiment.precision.compute
     if dtype == "float16" and not hardware.compiles(dtype):
@@ -95,28 +104,35 @@ def assemble(experiment: Experiment, on: str | None = None, mesh: Mesh | None = 
             f"precision.compute={dtype!r}: XLA cannot compile it for this processor; "
             "use 'bfloat16' or 'float32'."
         )
-    return assemble_at(experiment, name, place)
+    return assemble_at(experiment, name, place, models=models)
 
 
 def assemble_at(
-    experiment: Experiment, name: str, place: Place, devices: Sequence[jax.Device] | None = None
+    experiment: Experiment,
+    name: str,
+    place: Place,
+    devices: Sequence[jax.Device] | None = None,
+    models: training.Models = MappingProxyType({}),
 ) -> Program:
     """The program at this place, on `devices` (default: this machine's), which may be described by
     a topology instead of present."""
     e = experiment
     e.check_place(place)
+    e.check_trained()
+    models = {name: None for name, of in e.objective.models().items() if of == START} | dict(models)
     mesh, rules = place.mesh.build(devices), sharding.rules_for(place)
     schedule = e.schedule.resolve(e.batch)
-    axes, _ = trees.partition(model.axes(e.model), e.trainable)
+    axes, _ = trees.partition(model.axes(e.model), e.trained)
     transformation = e.optimizer.build(schedule.at, axes)
     of_state = (e.model, transformation, e.precision)
-    shardings = training.state_shardings(*of_state, mesh, rules, place.offload, e.trainable)
+    shardings = training.state_shardings(*of_state, mesh, rules, place.offload, e.trained, models)
     batch = _abstract_batch(e, mesh)
     step = training.make_step(
         *(e.model, e.objective, e.optimizer, schedule.at, e.precision),
         place=place,
         seed=e.seed,
-        trainable=e.trainable,
+        trainable=e.trained,
+        models=models,
     )
     return Program(
         experiment=e,
@@ -127,8 +143,9 @@ def assemble_at(
         schedule=schedule,
         transformation=transformation,
         shardings=shardings,
-        abstract=training.abstract_state(*of_state, shardings, e.trainable),
+        abstract=training.abstract_state(*of_state, shardings, e.trained, models),
         abstract_batch=batch,
+        models=models,
         step=training.compile_step(step, shardings, mesh, rules, batch),
     )
 

@@ -30,8 +30,8 @@ from lm.parallel.mesh import Mesh
 from lm.prepared import check, prepare
 from lm.program import Program, assemble, use_compilation_cache
 from lm.recipe import Recipe
-from lm.runs import Run, RunFolder
-from lm.start import Start
+from lm.runs import Run, RunFolder, models_of
+from lm.start import Start, check_models, frozen_models
 
 
 def train(
@@ -80,7 +80,7 @@ def _train(
     _check_declared(experiment)
     distributed.initialize()
     use_compilation_cache()
-    program = assemble(experiment, on, mesh)
+    program = assemble(experiment, on, mesh, models_of(experiment))
     folder = RunFolder(epath.Path(workdir) / experiment.name)
     folder.check_same(experiment)
     # A run that was killed before its first checkpoint begins again, also from `start`.
@@ -96,6 +96,7 @@ def _train(
         folder.check_same_text(prepared)
         if start:
             start.check_tokenizer(prepared.tokenizer)
+        check_models(experiment, prepared.tokenizer)
         check(experiment, prepared)
         folder.write(program, prepared, start.folder.origin if start else folder.origin)
         state, frozen = _first_state(program, folder, store, start)
@@ -105,7 +106,7 @@ def _train(
         folder=folder.path,
         experiment=experiment,
         tokenizer=prepared.tokenizer,
-        params=trees.merge(outcome.state.params, frozen),
+        params=trees.merge(outcome.state.params, training.own(frozen)),
         step=outcome.step,
         stopped=stopped,
         mesh=program.mesh,
@@ -143,26 +144,38 @@ def _first_state(
 ) -> tuple[training.State, Any]:
     """(state, frozen weights): from the newest checkpoint, or from the beginning."""
     latest = store.latest()
-    frozen_store = checkpoint.Store(folder.frozen)
-    abstract_state, abstract_frozen = program.abstract
     if latest:
         if distributed.is_main():
             steps = program.schedule.steps
             terminal.note(f"Resuming {folder.path} from step {latest} of {steps}.")
-        frozen = {}
-        if abstract_frozen:
-            frozen = frozen_store.restore({"params": abstract_frozen})["params"]
-        return store.restore(abstract_state), frozen
+        abstract_state, abstract_frozen = program.abstract
+        saved = _saved(program, abstract_frozen)
+        frozen = checkpoint.Store(folder.frozen).restore(saved) if saved else {}
+        state = store.restore(abstract_state)
+        frozen = training.with_models(frozen.get("params", {}), frozen.get("models", {}))
+        return state, training.with_models(frozen, frozen_models(program))
 
     state, frozen = start.state(program) if start else program.init()
-    if frozen:
+    if saved := _saved(program, frozen):
         # An earlier call may have been killed before its first checkpoint.
         if distributed.is_main():
             folder.frozen.rmtree(missing_ok=True)
         distributed.barrier("frozen weights removed")
         with checkpoint.Store(folder.frozen, checkpoint.Save(every=1)) as writer:
-            writer.save(0, {"params": frozen})
-    return state, frozen
+            writer.save(0, saved)
+    return state, training.with_models(frozen, frozen_models(program))
+
+
+def _saved(program: Program, frozen: Any) -> dict[str, Any]:
+    """The frozen weights that the run folder holds: the model's own, and copies of what it started
+    from."""
+    copies = {
+        name: params
+        for name, params in frozen.get(training.MODELS, {}).items()
+        if program.models[name] is None
+    }
+    parts = {"params": training.own(frozen), "models": copies}
+    return {name: part for name, part in parts.items() if part}
 
 
 def _play(
@@ -219,12 +232,15 @@ def _evaluations(
     program: Program, prepared: data.Prepared, frozen: Any
 ) -> list[training.Evaluation]:
     """One for each of `experiment.evals`."""
-    e = program.experiment
+    e, own = program.experiment, training.own(frozen)
+    options = {"mesh": program.mesh, "precision": e.precision}
+    models = training.frozen_models(e.model, program.models, frozen, **options)
 
     def evaluation(evaluator: evals.Evaluator) -> training.Evaluation:
         def run(step: int, params: Any) -> Sequence[evals.Result]:
-            apply = Model(e.model, trees.merge(params, frozen), program.mesh, e.precision)
-            return evaluator.evaluate(apply, evals.Context(step, prepared, e.batch))
+            apply = Model(e.model, trees.merge(params, own), **options)
+            context = evals.Context(step, prepared, e.batch, e.objective, models)
+            return evaluator.evaluate(apply, context)
 
         return training.Evaluation(evaluator.every, run)
 

@@ -19,11 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import SingleDeviceSharding
 
-from lm import checkpoint, data, evals, generate, hf, model, optim, trees
+from lm import checkpoint, data, evals, generate, hf, model, optim, training, trees
 from lm.errors import UserError, check_size
 from lm.experiment import MAY_CHANGE, Experiment, differences, from_json, identity, to_json
 from lm.model import Model, Transformer
+from lm.objectives import START
 from lm.parallel import distributed, sharding
 from lm.parallel.mesh import Mesh
 from lm.precision import Precision
@@ -40,7 +42,7 @@ NO_TEXT = data.Documents(texts=(), held_out=0.0)
 
 
 class RunFolder:
-    """A run folder or a Hugging Face folder, opened and checked once.
+    """A run folder, a Hugging Face folder or a PEFT folder, opened and checked once.
 
     path        of the folder
     facts       contents of experiment.json; None if it has not been written
@@ -52,8 +54,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = epath.Path(path)
         self.facts = _read_facts(self.path)
-        is_pretrained = self.facts is None and hf.is_pretrained(self.path)
-        self.pretrained = hf.Pretrained(self.path) if is_pretrained else None
+        self.pretrained = hf.open_folder(self.path) if self.facts is None else None
 
     @classmethod
     def existing(cls, path: str | os.PathLike) -> "RunFolder":
@@ -62,7 +63,7 @@ class RunFolder:
         if folder.facts is None and folder.pretrained is None:
             raise UserError(
                 f"{folder.path} is neither a run folder (it has no experiment.json) nor a Hugging "
-                "Face folder (it has no config.json)."
+                "Face folder (it has neither config.json nor adapter_config.json)."
             )
         return folder
 
@@ -99,7 +100,8 @@ class RunFolder:
 
     def tokenizer(self) -> data.Tokenizer | None:
         """The tokenizer; None if there is none."""
-        return data.load_tokenizer(self.path) if data.has_tokenizer(self.path) else None
+        path = _tokenizer_folder(self.path, self.pretrained)
+        return data.load_tokenizer(path) if data.has_tokenizer(path) else None
 
     def params(
         self, step: int | None, shardings: Any, dtype: str | None = None
@@ -116,12 +118,16 @@ class RunFolder:
             raise UserError(
                 f"{self.path} has no checkpoint yet; it was stopped before its first save."
             )
-        if not self.frozen.exists():
+        e = self.experiment
+        if shardings is None:
+            one = SingleDeviceSharding(jax.local_devices()[0])
+            shapes = jax.eval_shape(e.precision.to_params, model.shapes(e.model))
+            shardings = jax.tree.map(lambda _: one, shapes)
+        trained, rest = trees.partition(shardings, e.trained)
+        if not (rest and self.frozen.exists()):  # an imported model has all in one checkpoint
             return step, _convert(store.restore_params(step, shardings), dtype)
-        trainable = self.experiment.trainable
-        split = (None, None) if shardings is None else trees.partition(shardings, trainable)
-        frozen = checkpoint.Store(self.frozen).restore_params(None, split[1])
-        return step, _convert(trees.merge(store.restore_params(step, split[0]), frozen), dtype)
+        frozen = checkpoint.Store(self.frozen).restore_params(None, rest)
+        return step, _convert(trees.merge(store.restore_params(step, trained), frozen), dtype)
 
     def check_same(self, experiment: Experiment) -> None:
         """Raises UserError if the run was begun with another declaration."""
@@ -161,6 +167,14 @@ class RunFolder:
         }
         write_facts(self.path, program.experiment, facts | ({"origin": origin} if origin else {}))
         prepared.tokenizer.save(self.path)
+
+
+def models_of(experiment: Experiment) -> training.Models:
+    """The configs of the other models that the objective needs, by name."""
+    return {
+        name: None if path == START else RunFolder.existing(path).experiment.model
+        for name, path in experiment.objective.models().items()
+    }
 
 
 def _convert(params: Any, dtype: str | None) -> Any:
@@ -219,13 +233,18 @@ def _git_revision() -> str | None:
     return done.stdout.strip()
 
 
+def _tokenizer_folder(path: epath.Path, pretrained: hf.Pretrained | None) -> epath.Path:
+    """An adapter's folder may leave the tokenizer to that of its model."""
+    return path if pretrained is None or data.has_tokenizer(path) else pretrained.folder
+
+
 def _experiment_of(pretrained: hf.Pretrained, path: epath.Path) -> Experiment:
     return Experiment(
         name=re.sub(r"[^A-Za-z0-9._+=,-]", "-", path.name).lstrip("._+=,-") or "pretrained",
         start=str(path),
         model=pretrained.config,
         data=NO_TEXT,
-        tokenizer=data.TokenizerFile(path=str(path)),
+        tokenizer=data.TokenizerFile(path=str(_tokenizer_folder(path, pretrained))),
         batch=data.BatchShape(sequences=1, length=pretrained.length),
         optimizer=optim.AdamW(clip_norm=1.0),
         schedule=optim.Constant(peak=1e-5, steps=1),

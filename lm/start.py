@@ -2,14 +2,16 @@
 before in a recipe."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from etils import epath
 
-from lm import checkpoint, data, model, trees
+from lm import checkpoint, data, model, terminal, training, trees
 from lm.errors import UserError
 from lm.experiment import Experiment, Stage
+from lm.objectives import START
+from lm.parallel import distributed, sharding
 from lm.program import Program
 from lm.runs import RunFolder
 from lm.training import State
@@ -47,7 +49,7 @@ class Start:
         opened._check_fits(experiment)
         return opened
 
-    def check_tokenizer(self, tokenizer: data.Tokenizer) -> None:
+    def check_tokenizer(self, tokenizer: data.Tokenizer, field: str = "start") -> None:
         """Raises UserError if the weights were trained with another tokenizer."""
         own = self.folder.tokenizer()
         if own is None or own.checksum == tokenizer.checksum:
@@ -56,17 +58,23 @@ class Start:
         if own.vocab != tokenizer.vocab or own.encode(_PROBE) != tokenizer.encode(_PROBE):
             path = str(self.folder.path)
             raise UserError(
-                f"start={path!r} was trained with another tokenizer than the one declared; set "
+                f"{field}={path!r} was trained with another tokenizer than the one declared; set "
                 f"tokenizer=data.TokenizerFile(path={path!r}), or in a recipe tokenizer=Stage(...)."
             )
 
     def state(self, program: Program) -> tuple[State, Any]:
         """(state before the first step, frozen weights) of the new run."""
-        e = program.experiment
-        state_shardings, frozen_shardings = program.shardings
-        shardings = trees.merge(state_shardings.params, frozen_shardings)
+        e, config = program.experiment, self.folder.experiment.model
+        axes, shapes = model.axes(config), model.shapes(config)
+        shardings = sharding.weight_shardings(axes, shapes, program.mesh, program.rules)
         _, params = self.folder.params(None, shardings, e.precision.params)
-        state, frozen = program.init_from(params)
+        if config.adapter is not None and not config.adapter.continues(e.model.adapter):
+            if distributed.is_main():
+                terminal.note(f"The adapter of {self.folder.path} is merged into its weights.")
+            params = model.merge(config, params)
+        declared = trees.flatten(model.shapes(e.model))
+        kept = {path: x for path, x in trees.flatten(params).items() if path in declared}
+        state, frozen = program.init(trees.unflatten(kept))
         if not self.keep_optimizer:
             return state, frozen
         store = checkpoint.Store(self.folder.checkpoints)
@@ -75,8 +83,10 @@ class Start:
         return state._replace(opt_state=before.opt_state, loss_scale=before.loss_scale), frozen
 
     def _check_fits(self, experiment: Experiment) -> None:
-        declared = trees.flatten(model.shapes(experiment.model))
-        stored = trees.flatten(model.shapes(self.folder.experiment.model))
+        ours, theirs = experiment.model, self.folder.experiment.model
+        if theirs.adapter is not None and not theirs.adapter.continues(ours.adapter):
+            theirs.adapter.check_merges(f"start={str(self.folder.path)!r}")
+        declared, stored = (_shapes(config, ours.head) for config in (ours, theirs))
         for path in dict.fromkeys([*declared, *stored]):
             here, there = (
                 "absent" if path not in flat else str(list(flat[path].shape))
@@ -87,3 +97,31 @@ class Start:
                     f"start={str(self.folder.path)!r} holds another model: {path} is {there} there "
                     f"and {here} here; declare model=runs.load_declaration(start).model."
                 )
+
+
+def _shapes(config: model.Config, head: str) -> dict[str, Any]:
+    """Shapes of the weights that a model must share with one that starts from it and has this head:
+    all but adapters, and heads that the other lacks."""
+    plain = replace(config, adapter=None, quant=None)
+    flat = trees.flatten(model.shapes(plain))
+    left_out = ("score/",) if head == "vocab" else ("score/", "unembed/")
+    return {path: x for path, x in flat.items() if not path.startswith(left_out)}
+
+
+def frozen_models(program: Program) -> dict[str, Any]:
+    """The weights of the objective's models that are not those that training starts from."""
+    e, models = program.experiment, {}
+    for name, config in program.models.items():
+        if config is not None:
+            folder = RunFolder.existing(e.objective.models()[name])
+            where = program.shardings[1][training.MODELS][name]
+            _, params = folder.params(None, where)
+            models[name] = training.frozen_copy(params, e.precision)
+    return models
+
+
+def check_models(experiment: Experiment, tokenizer: data.Tokenizer) -> None:
+    """Raises UserError for a model of the objective that was trained with another tokenizer."""
+    for path in experiment.objective.models().values():
+        if path != START:
+            Start(RunFolder.existing(path)).check_tokenizer(tokenizer, field="objective.teacher")

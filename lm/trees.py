@@ -33,9 +33,19 @@ class Leaf(abc.ABC):
     def astype(self, dtype: Any) -> Self:
         """The same weight for arithmetic in `dtype`."""
 
-    def einsum(self, equation: str, x: jax.Array) -> jax.Array:
-        """Activations times this weight. Override it to avoid the dense array."""
-        return jnp.einsum(equation, x, self.dense())
+    def einsum(
+        self, equation: str, x: jax.Array, axes: Sequence[str], product: Callable[..., jax.Array]
+    ) -> jax.Array:
+        """Activations times this weight, whose logical axes are `axes`. `product` takes the same
+        arguments with an array or another Leaf in place of this one. Override it to avoid the dense
+        array."""
+        return product(equation, x, self.dense(), axes)
+
+    def of_arrays(self, function: Callable[[Sequence[str], Any], Any], axes: Sequence[str]) -> Any:
+        """`function(logical axes, array)` of each of its arrays, in the structure of this leaf;
+        `axes` are those of the weight. Override it if not all arrays have the axes of the
+        weight."""
+        return jax.tree.map(lambda array: function(axes, array), self)
 
 
 def is_leaf(x: Any) -> bool:

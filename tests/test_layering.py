@@ -28,6 +28,7 @@ ORDER = (
     "precision",
     "parallel",
     "data",
+    "quant",
     "model",
     "hf",
     "optim",

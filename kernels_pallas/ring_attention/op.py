@@ -51,7 +51,8 @@ def ring_attention(
     sinks: jax.Array | None = None,
     alibi: jax.Array | None = None,
     scale: float | None = None,
-) -> jax.Array:
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Returns out_btnh of this device's queries over the keys of all devices.
 
     Takes memory for one device's keys and values. Arguments as in `flash_attention`; `alibi` gets
@@ -73,7 +74,8 @@ def ring_attention(
         # The sink joins the denominator once, after the last step of the ring.
         share_btn = jax.nn.sigmoid(lse_btn - sinks.astype(jnp.float32))
         out_btnh = out_btnh * share_btn[..., None].astype(out_btnh.dtype)
-    return out_btnh
+        lse_btn = jnp.logaddexp(lse_btn, sinks.astype(jnp.float32))
+    return (out_btnh, lse_btn) if return_lse else out_btnh
 
 
 def gathered_attention(

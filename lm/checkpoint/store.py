@@ -159,12 +159,13 @@ class Store:
         """Restores only the parameters of `step` (default: the newest), as a nested dict of arrays.
 
         Shapes and dtypes come from the checkpoint. `shardings` is one sharding for all, a nested
-        dict of them, or None for the first device. Does not read the optimizer state.
+        dict of them, in which a `trees.Leaf` has one for each of its arrays, or None for the first
+        device. Does not read the optimizer state.
         """
         step = self._existing(step)
         stored = {p: x for p, x in self._stored(step).items() if p.startswith("params/")}
         if isinstance(shardings, Mapping):
-            flat = trees.flatten({"params": shardings})
+            flat = _flat({"params": shardings})
             for path in [*flat, *stored]:
                 if path not in stored or path not in flat:
                     where = "this model" if path in stored else f"checkpoint {step}"
@@ -175,7 +176,10 @@ class Store:
             path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=flat[path])
             for path, x in stored.items()
         }
-        return trees.unflatten(self._load(step, abstract))["params"]
+        loaded = self._load(step, abstract)
+        if not isinstance(shardings, Mapping):
+            return trees.unflatten(loaded)["params"]
+        return jax.tree.unflatten(jax.tree.structure(shardings), [loaded[path] for path in flat])
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """The metadata passed to `save`."""
@@ -209,7 +213,7 @@ class Store:
             if tree is None:
                 raise ValueError("the arrays are damaged or missing")
             stored = trees.flatten(tree)
-        if not any(path.startswith("params/") for path in stored):
+        if not any(path.startswith(("params/", "models/")) for path in stored):
             raise self._mismatch(step, "it holds no parameters of a run.")
         return stored
 

@@ -15,6 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", type=flags.whole(0), help="step of the checkpoint (default: the newest)"
     )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="write the whole model, with its adapter merged (default: an adapter alone, for PEFT)",
+    )
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: as the run stores weights)")
     parser.add_argument(
         "--shard-gb",
@@ -36,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
         options.target,
         step=options.step,
         dtype=options.dtype,
+        merge=options.merge,
         shard_bytes=round(min(options.shard_gb, 1e6) * 1e9),
         mesh=flags.mesh(options),
     )

@@ -15,13 +15,14 @@ import numpy as np
 import psutil
 from etils import epath
 
-from lm import hf, model, runs, terminal, trees
+from lm import hf, model, runs, terminal, training, trees
 from lm.data.batch import Batch
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.parallel import hardware, sharding
 from lm.parallel.mesh import Mesh
 from lm.program import Program, assemble, use_compilation_cache
+from lm.start import frozen_models
 
 WARM_UP = 2  # untimed steps
 
@@ -54,13 +55,14 @@ def step(
     speed of a shared machine drifts. MFU is train_flops * tokens/s over that rate.
     """
     use_compilation_cache()
-    program = assemble(experiment, on, mesh)
+    program = assemble(experiment, on, mesh, runs.models_of(experiment))
     batch = _random_batch(program)
     start = time.perf_counter()
     abstract, frozen = program.abstract
     compiled = program.step.lower(abstract, batch, frozen).compile()
     compile_seconds = time.perf_counter() - start
     state, frozen = program.init()
+    frozen = training.with_models(frozen, frozen_models(program))
     state, metrics = compiled(state, batch, frozen)
     jax.block_until_ready(metrics)
     to_first = _seconds_since_start()

@@ -40,14 +40,14 @@ class Tensor(NamedTuple):
 class Files:
     """The arrays of a folder, local or at an fsspec URL. Opening reads the headers and raises
     UserError for a missing or damaged file. Of a folder with both forms, the single file is read,
-    as in transformers."""
+    as in transformers. `name` reads that file instead."""
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], name: str | None = None):
         self.folder = str(folder)
         self._fs, self._root = fsspec.core.url_to_fs(os.path.expanduser(self.folder))
         self._local = "://" not in self.folder
         self.tensors: dict[str, Tensor] = {}
-        self.names = self._find()
+        self.names = self._find() if name is None else [name]
         for name in self.names:
             header = self._header(name)
             if twice := self.tensors.keys() & header:
@@ -76,6 +76,12 @@ class Files:
                 if not count:
                     raise UserError(f"{self.folder}/{tensor.file} is truncated; download it again.")
                 done += count
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """A whole array."""
+        out = np.empty(math.prod(tensor.shape) * tensor.dtype.itemsize, np.uint8)
+        self.read_into(tensor, 0, out)
+        return out.view(tensor.dtype).reshape(tensor.shape)
 
     def equal(self, a: Tensor, b: Tensor) -> bool:
         """Whether two arrays have the same shape and values, also in different dtypes."""
@@ -188,13 +194,15 @@ def write(
     tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     arrays: Iterable[np.ndarray],
     shard_bytes: int,
+    single: str = SINGLE,
 ) -> None:
     """Writes arrays one at a time into files of at most `shard_bytes`, with an index if there are
-    several. `tensors` (name: shape, dtype) describes the arrays in their order."""
+    several, else into the file `single`. `tensors` (name: shape, dtype) describes the arrays in
+    their order."""
     shards = list(_shards(tensors, shard_bytes))
     remaining = iter(arrays)
     names = (
-        [SINGLE]
+        [single]
         if len(shards) == 1
         else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     )

@@ -35,7 +35,7 @@ def tensor_slices(family: Family, config: Config) -> Iterator[TensorSlice]:
     outside_layers = {row.ours for row in WHOLE_MODEL}
     first, last = ("embed/table",), ("final_norm/scale", "unembed/w")
     yield from _rows(family, flat, "", (), "", lambda row: row.ours in first)
-    for number, (prefix, index) in enumerate(_layers(config)):
+    for number, (prefix, index) in enumerate(layer_paths(config)):
         name = f"model.layers.{number}."
         yield from _rows(
             family, flat, prefix, index, name, lambda row: row.ours not in outside_layers
@@ -43,7 +43,7 @@ def tensor_slices(family: Family, config: Config) -> Iterator[TensorSlice]:
     yield from _rows(family, flat, "", (), "", lambda row: row.ours in last)
 
 
-def _layers(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+def layer_paths(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The path of each layer's parameters, and the layer's index in their stack."""
     layout = config.layout
     for i in range(len(layout.prefix)):

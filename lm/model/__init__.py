@@ -3,10 +3,12 @@
     transformer, block, layers   the model, one layer, and how layers run (scan, pipeline)
     attention, ffn, moe, norm, rope, cache   building blocks
     config                       the declaration
+    adapters                     LoRA, prefix tuning, bottleneck adapters
     model                        config, weights, mesh and precision as one value
     param, initializers          declares weights and multiplies by them; draws them
     experts, expert_parallel     dispatch of tokens to experts, on one device and on several
     remat                        activation checkpointing and offload
+    dropout                      of activations, and inside products with adapters
     counts                       parameters and FLOPs
 
 In a notebook:
@@ -15,6 +17,7 @@ In a notebook:
     logits_btv = model.logits(model(tokens_bt).hidden_btd)
 """
 
+from lm.model.adapters import Adapter, Bottleneck, LoRA, LoRAWeight, Prefix
 from lm.model.attention import (
     GQA,
     MHA,
@@ -62,10 +65,13 @@ from lm.model.transformer import (
     Embedding,
     Output,
     Transformer,
+    adapter_weights,
     auxiliary,
     axes,
+    complete,
     init,
     init_cache,
+    merge,
     shapes,
     update_balance,
 )
@@ -75,10 +81,13 @@ __all__ = [  # noqa: RUF022
     "Model",
     "Output",
     "Transformer",
+    "adapter_weights",
     "auxiliary",
     "axes",
+    "complete",
     "init",
     "init_cache",
+    "merge",
     "shapes",
     # Building blocks
     "Cache",
@@ -104,9 +113,11 @@ __all__ = [  # noqa: RUF022
     "MQA",
     "NTK",
     "ALiBi",
+    "Adapter",
     "AttentionConfig",
     "BiasBalance",
     "Block",
+    "Bottleneck",
     "Capacity",
     "Config",
     "Counts",
@@ -122,10 +133,13 @@ __all__ = [  # noqa: RUF022
     "LearnedSinks",
     "LinearScaling",
     "Llama3Scaling",
+    "LoRA",
+    "LoRAWeight",
     "LoadBalance",
     "MoE",
     "NoPosition",
     "Normal",
+    "Prefix",
     "QKNorm",
     "RMSNormConfig",
     "ReLU2",

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 import kernels_pallas
 from lm.errors import UserError, check_name, check_positive, check_size
 from lm.model.cache import Cache, Contiguous, Window
-from lm.model.initializers import DEFAULT, Init, zeros
+from lm.model.initializers import DEFAULT, Init, normal, zeros
 from lm.model.norm import NormConfig
 from lm.model.param import add_bias, dense, einsum, param
 from lm.model.rope import ALiBi, NoPosition, RoPE, rotate
@@ -73,6 +73,13 @@ class AttentionConfig(abc.ABC):
     def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> Any:
         """The module for model width `dim`. Declare its weights with `param`, whose logical axes
         give their sharding, and multiply by them with `einsum`."""
+
+    def build_prefix(self, tokens: int, std: float, rngs: nnx.Rngs) -> Any:
+        """The trained keys and values of `Prefix`, which the module finds in its `kv_prefix`."""
+        raise UserError(
+            f"model.attention={type(self).__name__}(...) has no build_prefix, which "
+            "model.adapter=Prefix(...) needs."
+        )
 
     def rope(self) -> "tuple[RoPE, int] | None":
         """(RoPE, head width) if the layer reads `Positions.tables`, else None."""
@@ -152,6 +159,9 @@ class GQA(AttentionConfig):
     def build(self, dim: int, rngs: nnx.Rngs, init: Init = DEFAULT) -> "GroupedQueryAttention":
         return GroupedQueryAttention(self, dim, rngs=rngs, init=init)
 
+    def build_prefix(self, tokens: int, std: float, rngs: nnx.Rngs) -> "KeyValuePrefix":
+        return KeyValuePrefix(self, tokens, std, rngs=rngs)
+
     def rope(self) -> tuple[RoPE, int] | None:
         return (self.position, self.head_dim) if isinstance(self.position, RoPE) else None
 
@@ -221,6 +231,8 @@ class GroupedQueryAttention(nnx.Module):
     y_btd, _ = attention(x_btd)
     """
 
+    kv_prefix: "KeyValuePrefix | None" = None  # TransformerBlock sets it for model.adapter=Prefix
+
     def __init__(self, config: GQA, dim: int, *, rngs: nnx.Rngs, init: Init = DEFAULT):
         self.config = c = config
         n, k, h = c.heads, c.kv_heads, c.head_dim
@@ -276,7 +288,7 @@ class GroupedQueryAttention(nnx.Module):
         """Attention of queries at `index_bt` among the keys; None: at 0..T-1."""
         c = self.config
         alibi = c.position.slopes(c.heads) if isinstance(c.position, ALiBi) else None
-        return _attend(
+        out = _attend(
             q_btnh,
             shard(k_bskh, "batch", "seq", "kv_heads", "head"),
             shard(v_bskh, "batch", "seq", "kv_heads", "head"),
@@ -290,13 +302,43 @@ class GroupedQueryAttention(nnx.Module):
             sink_tokens=c.sinks.count if isinstance(c.sinks, FirstTokens) else 0,
             softcap=c.softcap,
             scale=c.scale,
+            return_lse=self.kv_prefix is not None,
         )
+        return out if self.kv_prefix is None else self.kv_prefix(q_btnh, *out)
 
     def _norm(self, x_btnh: jax.Array, norm: Any) -> jax.Array:
         if self.config.qk_norm.over == "head":
             return norm(x_btnh)
         b, t, n, h = x_btnh.shape
         return norm(x_btnh.reshape(b, t, n * h)).reshape(b, t, n, h)
+
+
+class KeyValuePrefix(nnx.Module):
+    """Lets queries attend to M trained keys too: (q_btnh, out_btnh, lse_btn) -> out_btnh.
+
+    Weights: k and v [M, K, H].
+    """
+
+    def __init__(self, config: GQA, tokens: int, std: float, *, rngs: nnx.Rngs):
+        self.config, shape = config, (tokens, config.kv_heads, config.head_dim)
+        self.k = param(rngs, shape, ("norm", "kv_heads", "head"), normal(std))
+        self.v = param(rngs, shape, ("norm", "kv_heads", "head"), normal(std))
+
+    def __call__(self, q_btnh: jax.Array, out_btnh: jax.Array, lse_btn: jax.Array) -> jax.Array:
+        """`out` and `lse` are the attention over the other keys and the log of its denominator."""
+        c, group = self.config, self.config.heads // self.config.kv_heads
+        k_mnh, v_mnh = (
+            jnp.repeat(dense(x).astype(jnp.float32), group, axis=1) for x in (self.k, self.v)
+        )
+        scale = c.head_dim**-0.5 if c.scale is None else c.scale
+        scores_btnm = scale * jnp.einsum("btnh,mnh->btnm", q_btnh.astype(jnp.float32), k_mnh)
+        if c.softcap is not None:
+            scores_btnm = c.softcap * jnp.tanh(scores_btnm / c.softcap)
+        own_btn = jax.nn.logsumexp(scores_btnm, axis=-1)
+        more_btnh = jnp.einsum("btnm,mnh->btnh", jax.nn.softmax(scores_btnm, axis=-1), v_mnh)
+        share_btn1 = jax.nn.sigmoid(own_btn - lse_btn)[..., None]
+        out = out_btnh.astype(jnp.float32) * (1 - share_btn1) + more_btnh * share_btn1
+        return out.astype(out_btnh.dtype)
 
 
 def _attend(
@@ -340,4 +382,5 @@ def _attend(
         dict.fromkeys(of_heads, PartitionSpec(heads)),
         dict.fromkeys(of_tokens, PartitionSpec(*q_spec[:2])),
     )
-    return shard_map(local, in_specs, q_spec)(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)
+    out_spec = (q_spec, PartitionSpec(*q_spec[:3])) if options["return_lse"] else q_spec
+    return shard_map(local, in_specs, out_spec)(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from lm.model.adapters import Bottleneck, Prefix
 from lm.model.attention import Positions
 from lm.model.config import Block, Config
+from lm.model.dropout import dropout, layer_key
 from lm.parallel.sharding import shard
 
 
@@ -34,6 +35,15 @@ class TransformerBlock(nnx.Module):
         self.ffn_norm = config.norm.build(config.dim, rngs) if before else None
         self.ffn = block.ffn.build(config.dim, rngs, init)
         self.ffn_out_norm = config.norm.build(config.dim, rngs) if after else None
+        adapter = config.adapter
+        if isinstance(adapter, Prefix):
+            prefix = block.attention.build_prefix(adapter.tokens, adapter.std, rngs)
+            self.attention.kv_prefix = prefix
+        after = adapter.after if isinstance(adapter, Bottleneck) else ()
+        self.attention_bottleneck, self.ffn_bottleneck = (
+            adapter.build(config.dim, rngs) if part in after else None
+            for part in ("attention", "ffn")
+        )
 
     def __call__(
         self,
@@ -43,14 +53,17 @@ class TransformerBlock(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, Any]:
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        h_btd = self._input(x_btd, self.attention_norm)
-        h_btd, cache = self.attention(h_btd, positions, cache)
-        x_btd = self._add(x_btd, h_btd, self.attention_out_norm, keys[0])
-        h_btd = self._input(x_btd, self.ffn_norm)
-        output = self.ffn(h_btd, positions.mask_bt)
-        h_btd, sums = output if isinstance(output, tuple) else (output, None)
-        x_btd = self._add(x_btd, h_btd, self.ffn_out_norm, keys[1])
-        return shard_stream(x_btd), cache, sums
+        with layer_key(dropout_key):
+            h_btd = self._input(x_btd, self.attention_norm)
+            h_btd, cache = self.attention(h_btd, positions, cache)
+            h_btd = _adapted(h_btd, self.attention_bottleneck)
+            x_btd = self._add(x_btd, h_btd, self.attention_out_norm, keys[0])
+            h_btd = self._input(x_btd, self.ffn_norm)
+            output = self.ffn(h_btd, positions.mask_bt)
+            h_btd, sums = output if isinstance(output, tuple) else (output, None)
+            h_btd = _adapted(h_btd, self.ffn_bottleneck)
+            x_btd = self._add(x_btd, h_btd, self.ffn_out_norm, keys[1])
+            return shard_stream(x_btd), cache, sums
 
     def _input(self, x_btd: jax.Array, norm: Callable | None) -> jax.Array:
         """The input of attention or feed-forward."""
@@ -74,8 +87,5 @@ def shard_stream(x_btd: jax.Array) -> jax.Array:
     return shard(x_btd, "batch", "stream", "embed")
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout (Srivastava et al. 2014); the identity without a key."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+def _adapted(h_btd: jax.Array, bottleneck: Callable | None) -> jax.Array:
+    return h_btd if bottleneck is None else bottleneck(h_btd)

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lm.errors import UserError, check_name, check_positive, check_size
+from lm.model.adapters.adapter import Adapter
 from lm.model.attention import AttentionConfig
 from lm.model.ffn import FeedForwardConfig
 from lm.model.initializers import He, Normal, ScaledNormal, TruncatedNormal, Xavier
 from lm.model.norm import NormConfig, RMSNormConfig
+from lm.quant import Quantizer
 
 PLACEMENTS = ("pre", "post", "output", "sandwich")
 MAX_LAYERS = 9_999
@@ -61,6 +63,9 @@ class Config:
       embed_scale: factor on embeddings; Gemma's is dim ** 0.5.
       logit_softcap: logits become softcap * tanh(logits / softcap).
       dropout: dropout rate of the embeddings and of each sublayer's output, in training.
+      head: 'vocab' gives logits, 'scalar' one number per token instead (a reward model).
+      adapter: small weights that are trained in place of the others: LoRA, Prefix, Bottleneck.
+      quant: storage of the matrices of the layers, which are then frozen: NF4.
       init: initializer of matrices.
       embed_std: standard deviation of the initial embeddings.
     """
@@ -78,6 +83,9 @@ class Config:
     embed_scale: float | None = None
     logit_softcap: float | None = None
     dropout: float = 0.0
+    head: str = "vocab"
+    adapter: Adapter | None = None
+    quant: Quantizer | None = None
     init: Normal | TruncatedNormal | ScaledNormal | Xavier | He = field(default_factory=Normal)
     embed_std: float = 0.02
 
@@ -91,6 +99,7 @@ class Config:
         sizes |= {name: value for name, value in optional.items() if value is not None}
         check_positive(**{f"model.{name}": value for name, value in sizes.items()})
         check_name("model.placement", self.placement, PLACEMENTS)
+        check_name("model.head", self.head, ("vocab", "scalar"))
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout!r} must be at least 0 and below 1.")
         if len(self.prefix) > self.layers:

@@ -1,13 +1,15 @@
 """Runs the layers of a model: one after another, in a scan, or as a pipeline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
+from lm import trees
 from lm.model.attention import Positions
 from lm.model.block import TransformerBlock
 from lm.model.cache import Cache
@@ -216,14 +218,27 @@ def _pipelined(
             circular_repeats=options.circular_repeats,
             microbatches=options.microbatches or stages,
         ),
-        partitions=[
-            weight_partition(("layers", *axes_of(weight)), weight.shape)
-            for weight in jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
-        ],
+        partitions=_partitions(layers),
         accumulate=options.accumulate,
         policy=stage_policy(options.remat),
     )
     return x_btd, {}, sums
+
+
+def _partitions(layers: tuple[TransformerBlock, ...]) -> list[PartitionSpec]:
+    """PartitionSpec of each array of stacked layers."""
+
+    def of_array(names: Sequence[str], x: jax.Array) -> PartitionSpec:
+        return weight_partition(("layers", *names), x.shape)
+
+    partitions = []
+    for weight in jax.tree.leaves(layers, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)):
+        leaf, names = weight.get_value(), axes_of(weight)
+        if isinstance(leaf, trees.Leaf):
+            partitions += jax.tree.leaves(leaf.of_arrays(of_array, names))
+        else:
+            partitions.append(of_array(names, leaf))
+    return partitions
 
 
 def fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:

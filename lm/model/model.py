@@ -52,6 +52,10 @@ class Model:
         """The output matrix w_dv."""
         return self.module().unembedding()
 
+    def values(self, hidden_btd: jax.Array) -> jax.Array:
+        """Values [B, T] in float32 of hidden states; needs config.head="scalar"."""
+        return self.module().values(hidden_btd)
+
     def module(self) -> Transformer:
         """The Flax module, in the dtype of arithmetic."""
         params = self.params if self.precision is None else self.precision.to_compute(self.params)

@@ -42,10 +42,14 @@ def dense(w: nnx.Param) -> jax.Array:
 
 def einsum(equation: str, x: jax.Array, w: nnx.Param) -> jax.Array:
     """Activations times a weight. Every matmul of the dense model goes through here."""
-    leaf = w.get_value()
+    return product(equation, x, w.get_value(), axes_of(w))
+
+
+def product(equation: str, x: jax.Array, leaf: Any, axes: Sequence[str]) -> jax.Array:
+    """Activations times an array or `trees.Leaf` with these logical axes."""
     if isinstance(leaf, Leaf):
-        return leaf.einsum(equation, x)
-    return _product(equation, x, gathered(leaf, axes_of(w)))
+        return leaf.einsum(equation, x, axes, product)
+    return _product(equation, x, gathered(leaf, tuple(axes)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -2,7 +2,7 @@
 
 Its weights, as a nested dict of arrays, are
 
-    embed/table  prefix/0/...  blocks/0/...  suffix/0/...  final_norm/...  unembed/w
+    embed/table  prefix/0/...  blocks/0/...  suffix/0/...  final_norm/...  unembed/w  adapter/...
 
 `blocks` has one entry per block of the repeated pattern, whose arrays have a leading axis of the
 repeats; they run as one scan, so the compiled program does not grow with the number of layers.
@@ -10,6 +10,7 @@ repeats; they run as one scan, so the compiled program does not grow with the nu
 """
 
 import functools
+from collections.abc import Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,8 +22,10 @@ from jax.sharding import PartitionSpec
 import kernels_pallas
 from lm import trees
 from lm.model import moe
-from lm.model.block import TransformerBlock, dropout, shard_stream
+from lm.model.adapters.adapter import ROOT, Weight
+from lm.model.block import TransformerBlock, shard_stream
 from lm.model.config import Block, Config
+from lm.model.dropout import dropout
 from lm.model.initializers import normal
 from lm.model.layers import Caches, ForwardOptions, Inputs, LayerSums, fold, run_layers
 from lm.model.param import axes_of, dense, param
@@ -96,6 +99,15 @@ class Unembedding(nnx.Module):
         self.w = param(rngs, (config.dim, config.vocab), ("embed", "vocab"), init)
 
 
+class ScalarHead(nnx.Module):
+    """The vector w [D, 1] of a scalar head."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        # As of a linear layer in a fresh classifier: scores start near zero.
+        init = normal((config.dim + 1) ** -0.5)
+        self.w = param(rngs, (config.dim, 1), ("embed", "score"), init)
+
+
 class Transformer(nnx.Module):
     """A decoder-only transformer.
 
@@ -123,7 +135,9 @@ class Transformer(nnx.Module):
         self.suffix = single(layout.suffix)
         last = config.placement != "post"
         self.final_norm = config.norm.build(config.dim, rngs) if last else None
-        self.unembed = None if config.tied else Unembedding(config, rngs=rngs)
+        has_vocab = config.head == "vocab"
+        self.unembed = Unembedding(config, rngs=rngs) if has_vocab and not config.tied else None
+        self.score = None if has_vocab else ScalarHead(config, rngs=rngs)
 
     def __call__(
         self,
@@ -171,6 +185,12 @@ class Transformer(nnx.Module):
             statistics=_by_path(sums),
             cache=None if cache is None else caches,
         )
+
+    def values(self, hidden_btd: jax.Array) -> jax.Array:
+        """Values [B, T] in float32 of hidden states, with config.head="scalar"."""
+        w_d1 = dense(self.score.w)
+        values = jnp.einsum("btd,de->bte", hidden_btd, w_d1, preferred_element_type=jnp.float32)
+        return shard(values[..., 0], "batch", "seq")
 
     def unembedding(self) -> jax.Array:
         """The output matrix w_dv, which is the embedding transposed if they are tied."""
@@ -242,13 +262,12 @@ def _block(config: Config, path: str) -> Block:
 
 
 class Declaration(NamedTuple):
-    """Of a model: the structure of its module, and of every weight its shape, logical axes and
-    initializer, with the axis of stacked layers."""
+    """Of a model: the structure of its module, the weights that the modules read, and those that
+    are stored, by path (see lm.model.adapters)."""
 
     graph: Any
-    shapes: Params
-    axes: Params
-    inits: Params
+    modules: dict[str, Weight]
+    stored: dict[str, Weight]
 
 
 @functools.lru_cache(maxsize=64)
@@ -257,16 +276,25 @@ def _declaration(config: Config) -> Declaration:
     make = lambda key: Transformer(config, rngs=nnx.Rngs(params=key))  # noqa: E731
     graph, state = nnx.split(jax.eval_shape(make, jax.random.key(0)))
 
-    def names(path: str, weight: nnx.Param) -> tuple[str, ...]:
+    def weight(path: str, x: nnx.Param) -> Weight:
         stacked = ("layers",) if path.startswith("blocks/") else ()
-        return stacked + axes_of(weight)
+        return Weight(x.get_value(), stacked + axes_of(x), x.get_metadata()["init"])
 
-    return Declaration(
-        graph=graph,
-        shapes=trees.map_with_path(lambda path, weight: weight.get_value(), state),
-        axes=trees.map_with_path(names, state),
-        inits=trees.map_with_path(lambda path, weight: weight.get_metadata()["init"], state),
-    )
+    modules = {path: weight(path, x) for path, x in trees.flatten(state).items()}
+    stored = config.adapter.declare(modules) if config.adapter else modules
+    return Declaration(graph, modules, _quantized(config, stored))
+
+
+def _quantized(config: Config, weights: dict[str, Weight]) -> dict[str, Weight]:
+    """The weights with the quantized ones as `trees.Leaf`."""
+    if config.quant is None:
+        return weights
+    return {
+        path: w._replace(shape=jax.eval_shape(partial(config.quant.quantize, axes=w.axes), w.shape))
+        if config.quant.applies(path, w.axes)
+        else w
+        for path, w in weights.items()
+    }
 
 
 def module(config: Config, params: Params) -> Transformer:
@@ -277,27 +305,89 @@ def module(config: Config, params: Params) -> Transformer:
             return tree
         return {int(k) if k.isdigit() else k: keyed(v) for k, v in tree.items()}
 
-    return nnx.merge(_declaration(config).graph, keyed(params))
+    declared = _declaration(config)
+    if config.adapter is not None:
+        params = trees.unflatten(config.adapter.bind(trees.flatten(params), declared.modules))
+    return nnx.merge(declared.graph, keyed(params))
 
 
-def init(config: Config, key: jax.Array) -> Params:
-    """Fresh float32 weights. Call it as `jax.jit(init, static_argnums=0, out_shardings=...)` to
-    create them sharded; the values do not depend on the mesh."""
-    model = _declaration(config)
-    keys = iter(jax.random.split(key, len(trees.flatten(model.shapes))))
-    return trees.map_with_path(
-        lambda path, x, draw: draw(next(keys), x.shape, x.dtype), model.shapes, model.inits
+def init(config: Config, key: jax.Array, paths: Collection[str] | None = None) -> Params:
+    """Fresh float32 weights; quantized where the config says so. Call it as
+    `jax.jit(init, static_argnums=(0, 2), out_shardings=...)` to create them sharded; the values do
+    not depend on the mesh.
+
+    `paths` draws only these weights, with the same values.
+    """
+    declared = _declaration(config)
+    ours, plain = (
+        {path: w for path, w in declared.stored.items() if path.startswith(f"{ROOT}/") == is_ours}
+        for is_ours in (True, False)
+    )
+    # The weights of the model itself have the same values with and without an adapter.
+    keys = [*jax.random.split(key, len(plain))]
+    keys += [jax.random.fold_in(keys[0], i) for i in range(1, 1 + len(ours))]
+    drawn = {}
+    for draw, (path, w) in zip(keys, [*plain.items(), *ours.items()], strict=True):
+        if paths is None or path in paths:
+            x = w.init(draw, w.shape.shape, w.shape.dtype)
+            drawn[path] = config.quant.quantize(x, w.axes) if trees.is_leaf(w.shape) else x
+    return trees.unflatten(drawn)
+
+
+def complete(config: Config, params: Params, key: jax.Array) -> Params:
+    """All weights of a model: those of `params`, quantized where the config says so and dense where
+    it does not, and fresh ones where `params` has none."""
+    declared, flat = _declaration(config).stored, trees.flatten(params)
+    missing = [path for path in declared if path not in flat]
+    fresh = trees.flatten(init(config, key, missing)) if missing else {}
+
+    def converted(path: str, x: Any) -> Any:
+        if trees.is_leaf(declared[path].shape) == trees.is_leaf(x):
+            return x
+        return x.dense() if trees.is_leaf(x) else config.quant.quantize(x, declared[path].axes)
+
+    return trees.unflatten(
+        {path: fresh[path] if path in fresh else converted(path, flat[path]) for path in declared}
     )
 
 
+def merge(config: Config, params: Params) -> Params:
+    """The weights of the model without adapter and quantization that computes the same. Raises
+    UserError for an adapter that cannot be merged."""
+    bound = trees.flatten(params)
+    if config.adapter is not None:
+        config.adapter.check_merges("the model")
+        bound = config.adapter.bind(bound, _declaration(config).modules)
+
+    def merged(x: Any) -> jax.Array:
+        if not trees.is_leaf(x):
+            return x
+        # The first array of a leaf has the axes of the weight.
+        where = getattr(jax.tree.leaves(x)[0], "sharding", None)
+        return jax.jit(lambda leaf: leaf.dense(), out_shardings=where)(x)
+
+    return trees.unflatten({path: merged(x) for path, x in bound.items()})
+
+
+def adapter_weights(config: Config, params: Params) -> dict[str, jax.Array]:
+    """The weights of the model's adapter by path, those of an encoder replaced by what it
+    computes."""
+    flat = trees.flatten(params)
+    if not config.adapter.is_computed:
+        return {path: x for path, x in flat.items() if path.startswith(f"{ROOT}/")}
+    declared = _declaration(config).modules
+    bound = config.adapter.bind(flat, declared)
+    return {f"{ROOT}/{path}": x for path, x in bound.items() if path not in flat}
+
+
 def shapes(config: Config) -> Params:
-    """A jax.ShapeDtypeStruct for every weight."""
-    return trees.map_with_path(lambda path, shape: shape, _declaration(config).shapes)
+    """A jax.ShapeDtypeStruct for every weight; of a quantized one, a `trees.Leaf` of them."""
+    return trees.unflatten({path: w.shape for path, w in _declaration(config).stored.items()})
 
 
 def axes(config: Config) -> Params:
     """A tuple of logical axis names for every weight (see lm.parallel.sharding)."""
-    return trees.map_with_path(lambda path, names: names, _declaration(config).axes)
+    return trees.unflatten({path: w.axes for path, w in _declaration(config).stored.items()})
 
 
 def update_balance(config: Config, params: Params, load: dict[str, jax.Array]) -> Params:

@@ -169,7 +169,10 @@ def _on_stage(
     @partial(jax.checkpoint, policy=policy)
     def group(weights: Any, packet: Any, index: jax.Array, microbatch: jax.Array):
         x, along = packet
-        own = [_gradient_into(w[index], total[index]) for w, total in weights]
+        own = [
+            w[index] if total is None else _gradient_into(w[index], total[index])
+            for w, total in weights
+        ]
         first = (index * schedule.stages + stage) * schedule.depth
         layer = begin(along, microbatch * shards + jax.lax.axis_index("data"))
         own = jax.tree.unflatten(structure, own)
@@ -248,12 +251,15 @@ def _shift(packet: Any, by: int, schedule: Schedule) -> Any:
 
 def _with_accumulator(
     w: jax.Array, dtype: str, partition: PartitionSpec
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """(weight, gradient accumulator).
 
     The accumulator is an array of zeros of the given dtype whose gradient is that of the weight,
-    summed over iterations. The forward pass never materializes it.
+    summed over iterations. The forward pass never materializes it. None for integers, the codes of
+    quantized weights.
     """
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        return w, None
 
     @jax.custom_vjp
     def zeros(w: jax.Array) -> jax.Array:

@@ -36,6 +36,8 @@ WEIGHTS: Mapping[str, MeshAxes] = {
     "expert": ("expert",),
     "router": (),  # number of a router's outputs: small, read in full by every device
     "norm": (),  # vectors: too small to shard
+    "rank": (),  # inner width of an adapter
+    "score": (),  # the output of a scalar head
 }
 # Outside the pipeline (embedding, head, single layers) pipe shards the batch too.
 ACTIVATIONS: Mapping[str, MeshAxes] = {
@@ -54,6 +56,8 @@ ACTIVATIONS: Mapping[str, MeshAxes] = {
     "expert": ("expert",),
     "router": (),
     "norm": (),
+    "rank": (),
+    "score": (),
     "group": ("pipe", "data", "fsdp"),  # the batch, where the expert axis shards experts
     "capacity": (),
 }
@@ -164,11 +168,18 @@ def _dividing(
 def weight_shardings(
     axes: trees.Tree, shapes: trees.Tree, mesh: jax.sharding.Mesh, rules: Rules | None = None
 ) -> dict[str, Any]:
-    """A NamedSharding per weight; `axes` and `shapes` are nested dicts of the same structure."""
+    """A NamedSharding per array; `axes` and `shapes` are nested dicts of the same structure. A
+    `trees.Leaf` has one for each of its arrays."""
     rules = rules or Rules()
-    return trees.map_with_path(
-        lambda path, a, s: NamedSharding(mesh, rules.weight(a, s.shape, mesh, path)), axes, shapes
-    )
+
+    def of_weight(path: str, names: Sequence[str], weight: Any) -> Any:
+        def of_array(names: Sequence[str], x: Any) -> NamedSharding:
+            return NamedSharding(mesh, rules.weight(names, x.shape, mesh, path))
+
+        is_leaf = isinstance(weight, trees.Leaf)
+        return weight.of_arrays(of_array, names) if is_leaf else of_array(names, weight)
+
+    return trees.map_with_path(of_weight, axes, shapes)
 
 
 def split_over(part: str | MeshAxes | None) -> MeshAxes:

@@ -20,6 +20,7 @@ from lm.parallel.mesh import Place
 from lm.planning import hlo
 from lm.planning.slices import Slice
 from lm.program import assemble_at
+from lm.runs import models_of
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not query the metadata server of a Cloud TPU VM
@@ -85,7 +86,7 @@ def step(experiment: Experiment, name: str, place: Place, tpu_slice: Slice) -> C
     """Compiles the training step. Raises UserError if the mesh does not match the slice, or the
     compiler does not support it."""
     devices = describe(tpu_slice)
-    program = assemble_at(experiment, name, place, devices)
+    program = assemble_at(experiment, name, place, devices, models_of(experiment))
     start = time.perf_counter()
     lowered = program.lower()
     arguments = (*program.abstract, program.abstract_batch)

@@ -95,7 +95,7 @@ def memory(
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, e.precision.params), shapes)
     # Frozen weights have neither gradients nor optimizer state.
     trained_axes, trained, where = (
-        trees.partition(tree, e.trainable)[0] for tree in (axes, shapes, shardings)
+        trees.partition(tree, e.trained)[0] for tree in (axes, shapes, shardings)
     )
     transformation = e.optimizer.build(e.schedule.resolve(e.batch).at, trained_axes)
     state = jax.eval_shape(transformation.init, trained)

@@ -15,18 +15,26 @@ from lm.training.metrics import Log, Writer, read_lines
 from lm.training.plot import plot_loss
 from lm.training.state import (
     ALL,
+    MODELS,
+    Models,
     State,
     abstract_state,
+    frozen_copy,
+    frozen_models,
     init_state,
-    init_state_from,
+    model_shardings,
+    own,
     state_shardings,
+    with_models,
 )
 from lm.training.step import compile_step, make_step
 
 __all__ = [
     "ALL",
+    "MODELS",
     "Evaluation",
     "Log",
+    "Models",
     "Outcome",
     "Rates",
     "State",
@@ -34,11 +42,15 @@ __all__ = [
     "Writer",
     "abstract_state",
     "compile_step",
+    "frozen_copy",
+    "frozen_models",
     "init_state",
-    "init_state_from",
     "loop",
     "make_step",
+    "model_shardings",
+    "own",
     "plot_loss",
     "read_lines",
     "state_shardings",
+    "with_models",
 ]

@@ -8,6 +8,7 @@ and loss_scale with loss scaling.
 """
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from lm.parallel import sharding
 from lm.parallel.mesh import Mesh, Place
 from lm.precision import LossScale, Precision, cast
 from lm.training.gradient import gradient_of
-from lm.training.state import ALL, ScaleState, State
+from lm.training.state import ALL, Models, ScaleState, State, frozen_models, own
 
 Metrics = dict[str, jax.Array]  # name -> float32 scalar
 Step = Callable[[State, Any, Any], tuple[State, Metrics]]
@@ -38,6 +39,7 @@ def make_step(
     place: Place = Place(mesh=Mesh()),  # noqa: B008
     seed: int = 0,
     trainable: tuple[str, ...] = ALL,
+    models: Models = MappingProxyType({}),
 ) -> Step:
     """The pure function step(state, batch, frozen) -> (state, metrics), for `compile_step`.
 
@@ -49,6 +51,7 @@ def make_step(
       place: gradient accumulation, remat, offload and the pipeline.
       seed: of dropout and sampling.
       trainable: patterns of the weights that train (see `trees.matches`).
+      models: the configs of the other models of the objective.
     """
     axes, _ = trees.partition(model.axes(config), trainable)
     transformation = optimizer.build(schedule, axes)
@@ -59,15 +62,15 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         compute = precision.to_compute(state.params)
         constants = precision.to_compute(frozen)
+        others = frozen_models(config, models, constants, options=options)
 
         def loss_of(params: Any, batch: Any, key: jax.Array) -> Loss:
-            apply = model.Model(config, trees.merge(params, constants), options=options)
-            return objective.loss(apply, batch, key, constants)
+            apply = model.Model(config, trees.merge(params, own(constants)), options=options)
+            return objective.loss(apply, batch, key, others)
 
         gradient = gradient_of(config, loss_of, compute, batch, state.loss_scale, key, place)
         loss = gradient.loss
         share = 1 / jnp.where(loss.weight > 0, loss.weight, 1)  # an empty batch has no gradient
-
         # One multiplication turns the summed, scaled gradient into the clipped mean.
         to_mean = share / gradient.scale
         norm = trees.global_norm(gradient.grads) * to_mean

@@ -60,7 +60,7 @@ class LowRank(trees.Leaf):
     def change(self):
         return (self.a @ self.b).reshape(self.shape)
 
-    def einsum(self, equation, x):
+    def einsum(self, equation, x, axes, product):
         return jnp.einsum(equation, x, self.base.dense()) + jnp.einsum(equation, x, self.change())
 
     def astype(self, dtype):
