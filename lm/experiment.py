@@ -58,7 +58,7 @@ class Experiment:
       start: initial weights: a run folder, a Hugging Face folder, or a stage of the same recipe.
         They are evaluated before the first update.
       data, tokenizer: the text, and how it becomes tokens; `tokenizer=Stage(...)` takes that of an
-        earlier stage of the recipe.
+        earlier stage of the recipe, None that of `start`.
       batch: sequences per step and their length.
       objective, optimizer, schedule, precision: the training step.
       trainable: patterns of the paths of the weights that train, such as "blocks/*/attention/**";
@@ -73,7 +73,7 @@ class Experiment:
     start: str | Stage | None = None
     model: model.Config
     data: Source | Mixture | Shards
-    tokenizer: TokenizerConfig | Stage
+    tokenizer: TokenizerConfig | Stage | None
     batch: BatchShape
     objective: Objective = NextToken()
     optimizer: Optimizer
@@ -92,6 +92,7 @@ class Experiment:
         self._check_names()
         self._check_vocabulary()
         self._check_trainable()
+        self.objective.check(self.model, self.batch.packing)
         self._check_evals()
         self.schedule.resolve(self.batch)
 
@@ -107,6 +108,10 @@ class Experiment:
             raise UserError('places={} must name one place at least, as in {"single": Place()}.')
 
     def _check_vocabulary(self) -> None:
+        if self.tokenizer is None and self.start is None:
+            raise UserError(
+                "tokenizer=None takes the tokenizer of `start`, and start=None; set one of the two."
+            )
         vocab = getattr(self.tokenizer, "vocab", 0)  # that of a file is not known yet
         if vocab > self.model.vocab:
             raise UserError(

@@ -3,12 +3,14 @@
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm.model import Model
+from lm.data.packing import Packing
+from lm.errors import UserError
+from lm.model import Config, Model
 
 START = "start"  # in `Objective.models`: the weights that training starts from
 
@@ -67,6 +69,9 @@ class Objective(abc.ABC):
             return Loss(total=jnp.sum(loss_bt * batch.weights), weight=jnp.sum(batch.weights))
     """
 
+    head: ClassVar[str] = "vocab"  # the model.head that it needs
+    paired: ClassVar[bool] = False  # whether it needs batches of pairs
+
     @abc.abstractmethod
     def loss(self, apply: Model, batch: Any, key: jax.Array | None, frozen: Frozen) -> Loss:
         """The loss of a batch.
@@ -83,6 +88,19 @@ class Objective(abc.ABC):
         """Frozen models that the loss needs besides the one in training: name -> a run folder, a
         Hugging Face folder, or START for the weights that training starts from."""
         return {}
+
+    def check(self, config: Config, packing: Packing) -> None:
+        """Raises UserError for a model or a packing of batches that it cannot train with."""
+        name = type(self).__name__
+        if config.head != self.head:
+            raise UserError(
+                f"objective={name} needs model.head={self.head!r}, and it is {config.head!r}."
+            )
+        if self.paired and not packing.paired:
+            raise UserError(
+                f"objective={name} needs pairs of documents, and batch.packing="
+                f"{type(packing).__name__} keeps none together; set batch.packing=data.Pairs()."
+            )
 
     def tokens(self, batch: Any) -> jax.Array:
         """Number of tokens in a batch, without padding, for the metrics."""

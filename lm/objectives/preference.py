@@ -55,6 +55,8 @@ class Preference(ExampleObjective):
     positive margin; `chosen_reward`, `rejected_reward`.
     """
 
+    paired = True
+
     @abc.abstractmethod
     def compare(self, chosen: Completion, rejected: Completion) -> Comparison:
         """The loss and the rewards of each pair."""
@@ -228,6 +230,8 @@ class KTO(ExampleObjective):
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     reference: str = START
+
+    paired = True
 
     def __post_init__(self) -> None:
         fields = ("beta", "desirable_weight", "undesirable_weight")

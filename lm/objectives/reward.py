@@ -30,6 +30,9 @@ class RewardModel(ExampleObjective):
     margin: float = 0.0
     center: float = 0.0
 
+    head = "scalar"
+    paired = True
+
     def __post_init__(self) -> None:
         check_not_negative(**{"objective.margin": self.margin, "objective.center": self.center})
 

@@ -17,7 +17,9 @@ from lm.parallel.mesh import Mesh, Place
 
 # Sizes that divide over eight devices.
 STUDENT = dataclasses.replace(CONFIG, vocab=64, layers=1)
+SCALAR = dataclasses.replace(STUDENT, head="scalar")
 TEACHER = dataclasses.replace(CONFIG, vocab=72, dim=24, layers=1)
+CONFIGS = STUDENT, STUDENT, TEACHER, SCALAR
 BATCH = pack([*in_rows(documents(28), 4), []], 40)
 OBJECTIVES = {
     "dpo": objectives.DPO(beta=0.3, label_smoothing=0.1),
@@ -29,26 +31,29 @@ OBJECTIVES = {
         top_k=7,
         chunk=5,
     ),
+    "reward": objectives.RewardModel(margin=0.2, center=0.1),
 }
 
 
 def run(weights: list[dict], mesh: jax.sharding.Mesh | None, rules: sharding.Rules | None):
     """{path: array} of losses and gradients."""
-    student, reference, teacher = weights
 
     @jax.jit
-    def compute(student, reference, teacher, batch):
+    def compute(student, reference, teacher, scalar, batch):
         frozen = {
             "reference": model.Model(STUDENT, reference, mesh),
             "teacher": model.Model(TEACHER, teacher, mesh),
         }
 
         def of(objective):
+            is_scalar = objective.head == "scalar"
+            config, params = (SCALAR, scalar) if is_scalar else (STUDENT, student)
+
             def total(params):
-                loss = objective.loss(model.Model(STUDENT, params, mesh), batch, None, frozen)
+                loss = objective.loss(model.Model(config, params, mesh), batch, None, frozen)
                 return loss.total, loss
 
-            grads, loss = jax.grad(total, has_aux=True)(student)
+            grads, loss = jax.grad(total, has_aux=True)(params)
             return {"gradient": grads, "loss": loss._asdict()}
 
         return {name: of(objective) for name, objective in OBJECTIVES.items()}
@@ -57,7 +62,7 @@ def run(weights: list[dict], mesh: jax.sharding.Mesh | None, rules: sharding.Rul
         results = compute(*weights, BATCH)
     else:
         with sharding.use(mesh, rules):
-            results = compute(student, reference, teacher, BATCH)
+            results = compute(*weights, BATCH)
     return {path: np.asarray(x) for path, x in trees.flatten(results).items()}
 
 
@@ -66,13 +71,13 @@ def on_mesh(weights: list[dict], name: str):
     built, rules = mesh.build(), sharding.rules_for(Place(mesh=mesh))
     placed = [
         jax.device_put(params, sharding.weight_shardings(model.axes(config), params, built, rules))
-        for params, config in zip(weights, (STUDENT, STUDENT, TEACHER))
+        for params, config in zip(weights, CONFIGS)
     ]
     return run(placed, built, rules)
 
 
 def main(folder: Path, meshes: list[str]) -> None:
-    weights = [init(0, STUDENT), init(1, STUDENT), init(2, TEACHER)]
+    weights = [init(seed, config) for seed, config in enumerate(CONFIGS)]
     np.savez(folder / "alone.npz", **run(weights, None, None))
     for name in meshes:
         np.savez(folder / f"{name}.npz", **on_mesh(weights, name))

@@ -1,5 +1,6 @@
 """Preference objectives equal their formulas, computed in float64 from each document alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from packed_pairs import CONFIG, Document, documents, in_rows, init, log_probabilities, pack
 
-from lm import model, objectives
+from lm import data, model, objectives
 from lm.errors import UserError
 from lm.objectives import DPO, IPO, KTO, Completion, SimPO
 
@@ -193,6 +194,21 @@ def test_models():
     assert DPO().models() == {"reference": objectives.START}
     assert IPO(reference="runs/sft").models() == {"reference": "runs/sft"}
     assert SimPO().models() == {}
+
+
+def test_an_experiment_needs_pairs_and_the_right_head():
+    scalar = dataclasses.replace(CONFIG, head="scalar")
+    objectives.RewardModel().check(scalar, data.Pairs())
+    DPO().check(CONFIG, data.Pairs())
+    objectives.NextToken().check(CONFIG, data.BestFit())
+    with pytest.raises(UserError, match=r"objective=SimPO needs pairs.*batch\.packing=BestFit"):
+        SimPO().check(CONFIG, data.BestFit())
+    with pytest.raises(UserError, match=r"objective=KTO needs pairs"):
+        KTO().check(CONFIG, data.Concatenate())
+    with pytest.raises(UserError, match=r"objective=DPO needs model\.head='vocab'.*'scalar'"):
+        DPO().check(scalar, data.Pairs())
+    with pytest.raises(UserError, match=r"objective=RewardModel needs model\.head='scalar'"):
+        objectives.RewardModel().check(CONFIG, data.Pairs())
 
 
 @pytest.mark.parametrize(
