@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from typing import Any
 
 from etils import epath
 
@@ -54,39 +55,75 @@ def _draw(run: Run) -> epath.Path:
     return plot
 
 
+def _conversations(run: Run) -> list[data.Conversations]:
+    """The sources of conversations that the run was trained on."""
+    declared = run.experiment.data
+    sources = declared.sources.values() if isinstance(declared, data.Mixture) else [declared]
+    return [source for source in sources if isinstance(source, data.Conversations)]
+
+
 def _samples(run: Run) -> list[str]:
-    """The prompts of the declaration with their continuations."""
+    """The prompts of the declaration with their continuations; with answers, if the run was trained
+    on conversations."""
+    chats = _conversations(run)
     samples = []
     for prompt in run.experiment.prompts:
         try:
-            samples.append(prompt + run.generate(prompt, max_tokens=96, temperature=0.5))
+            if chats:
+                conversation = run.chat(system=chats[0].system, temperature=0.5)
+                conversation.say(prompt, max_tokens=96)
+                samples.append(
+                    "\n".join(f"{m['role']}: {m['content']}" for m in conversation.messages)
+                )
+            else:
+                samples.append(prompt + run.generate(prompt, max_tokens=96, temperature=0.5))
         except UserError as error:  # the weights may not be finite
             samples.append(f"{prompt}... ({error})")
     return samples
 
 
 def _held_out(run: Run, prepared: data.Prepared) -> list[str]:
-    """Bits per byte of the last evaluation, and of xz on the same text."""
+    """The results of the last evaluation, without loss and perplexity where bits per byte say the
+    same. Those of whole texts stand beside those of xz."""
     lines = []
-    for result in training.read_lines(run.folder / "eval.jsonl"):
-        measured = result["name"].endswith("/bits_per_byte") and result["value"] is not None
-        if result["step"] == run.step and measured:
+    for source, results in _last_results(run).items():
+        shown = []
+        for measure, result in results.items():
+            of_text = measure == "bits_per_byte" and source in prepared.held_out
+            is_whole = of_text and not prepared.stream(source, "held_out").has_weights
+            if "bits_per_byte" in results and measure in ("loss", "perplexity"):
+                continue
+            words = measure.replace("_", " ") + (" of answers" if of_text and not is_whole else "")
             spread = f" ± {result['stderr']:.4f}" if result["stderr"] is not None else ""
-            source = result["name"].removesuffix("/bits_per_byte")
-            by_xz = evals.xz_bits_per_byte(prepared.texts(source))
-            lines.append(f"Held out    {result['value']:.4f}{spread} bits per byte ({source})")
-            lines.append(f"            {by_xz:.4f} by xz -9")
+            shown.append(f"{result['value']:.4f}{spread} {words} ({source})")
+            if is_whole:
+                shown.append(f"{evals.xz_bits_per_byte(prepared.texts(source)):.4f} by xz -9")
+        lines += [f"{'Held out' if text is shown[0] else '':12}{text}" for text in shown]
     return lines
+
+
+def _last_results(run: Run) -> dict[str, dict[str, dict[str, Any]]]:
+    """{source: {measure: line of eval.jsonl}} of the last step."""
+    sources: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in training.read_lines(run.folder / "eval.jsonl"):
+        if line["step"] == run.step and line["value"] is not None:
+            source, _, measure = line["name"].rpartition("/")
+            sources.setdefault(source, {})[measure] = line
+    return sources
 
 
 def _next_commands(run: Run, prefix: str) -> list[str]:
     prompt = next(iter(run.experiment.prompts), "The")
+    commands = []
+    if run.experiment.model.head == "vocab":  # not a reward model
+        if _conversations(run):
+            commands.append(f"python -m lm chat {run.folder}")
+        else:
+            continued = f'--prompt "{prompt}" --temperature 0.8'
+            commands.append(f"python -m lm generate {run.folder} {continued}")
+        commands.append(f"python -m lm eval {run.folder} --data FILE")
     longer = f"{_this_command(prefix)} --set {prefix}schedule.steps={2 * run.step}"
-    return [
-        f'python -m lm generate {run.folder} --prompt "{prompt}" --temperature 0.8',
-        f"python -m lm eval {run.folder} --data FILE",
-        f"{longer}  # a new, longer run",
-    ]
+    return [*commands, f"{longer}  # a new, longer run"]
 
 
 def _this_command(prefix: str = "") -> str:

@@ -178,9 +178,8 @@ def _line(step: int, metrics: Mapping[str, float], seconds: float, rates: Rates)
     tokens = rates.tokens_before(step)
     per_second = (tokens - rates.tokens_before(step - 1)) / seconds
     line = {"step": step, **metrics}
-    if rates.bytes_per_token is not None:
-        nats = metrics.get("nll", metrics["loss"])  # without z-loss and the like
-        line["bits_per_byte"] = nats / (math.log(2) * rates.bytes_per_token)
+    if rates.bytes_per_token is not None and "nll" in metrics:  # else the loss is not of tokens
+        line["bits_per_byte"] = metrics["nll"] / (math.log(2) * rates.bytes_per_token)
     line |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": per_second}
     if rates.flops_per_token is not None and rates.peak_flops is not None:
         utilization = per_second * rates.flops_per_token / rates.peak_flops

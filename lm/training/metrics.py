@@ -25,6 +25,19 @@ from lm.parallel import distributed
 
 Values = Mapping[str, Any]
 
+# Keys of a line of metrics.jsonl that are not measures of the objective's own.
+_COMMON = {
+    *("step", "tokens", "seconds", "tokens_per_second", "model_flops_utilization"),
+    *("loss", "nll", "bits_per_byte", "weight"),
+    *("learning_rate", "grad_norm", "param_norm", "skipped", "loss_scale"),
+}
+
+
+def own_metrics(line: Values) -> list[str]:
+    """Names of the objective's own metrics in a line of metrics.jsonl, such as margin and accuracy
+    of pairs, and of auxiliary losses: all but the loss and what every run has."""
+    return [name for name in line if name not in _COMMON]
+
 
 class Result(Protocol):
     """A result of an evaluation: 'source/measure', its value, standard error and sample size."""
@@ -266,12 +279,16 @@ class Terminal:
 
 def step_line(values: Values, steps: int, seconds_left: float | None = None) -> str:
     """'step 120/4000  loss 3.214  1.52 bits/byte  lr 3.0e-04  grad 0.81  52k tokens/s  MFU 31 %
-    2m 14s left'; values that are missing are left out."""
+    2m 14s left', with the objective's own metrics, as in 'loss 0.5140  accuracy 0.969  margin
+    0.373'; values that are missing are left out."""
     width = len(str(steps))
     parts = [f"step {values['step']:{width}d}/{steps}"]
+    # The difference of two rewards is the margin, which suffices on a line.
+    own = [name for name in own_metrics(values) if not name.endswith("_reward")]
     for key, form in (
         ("loss", "loss {:.4f}"),
         ("bits_per_byte", "{:.4f} bits/byte"),
+        *((name, f"{name} {{:.3f}}") for name in own),
         ("learning_rate", "lr {:.2e}"),
         ("grad_norm", "grad {:.2f}"),
     ):

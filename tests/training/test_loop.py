@@ -59,6 +59,10 @@ def test_utilization_above_one_is_null() -> None:
         assert line["model_flops_utilization"] == utilization
 
 
+def test_a_loss_without_nll_has_no_bits_per_byte() -> None:
+    assert "bits_per_byte" not in _line(1, {"loss": 0.69, "margin": 0.0}, 1.0, tiny_run.RATES)
+
+
 def test_each_step_writes_one_line_of_metrics(uninterrupted: Path) -> None:
     lines = read_lines(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 41))

@@ -196,6 +196,22 @@ def test_step_line_omits_missing_values() -> None:
     assert "skipped" in step_line({"step": 1, "loss": math.nan, "skipped": 1.0}, 10)
 
 
+def test_step_line_shows_the_metrics_of_the_objective() -> None:
+    pairs = {"accuracy": 0.96875, "chosen_reward": -0.4, "margin": 0.3731, "rejected_reward": -0.8}
+    line = {"step": 20, "loss": 0.514, **pairs, "weight": 8.0, "learning_rate": 2e-4}
+    wanted = "step 20/40  loss 0.5140  accuracy 0.969  margin 0.373  lr 2.00e-04"
+    assert step_line(line, 40) == wanted
+    assert "loss 0.5140  divergence 0.510" in step_line(
+        {"step": 20, "loss": 0.514, "divergence": 0.51}, 40
+    )
+
+
+def test_next_token_has_no_metrics_of_its_own(tiny: Any) -> None:
+    """So `_COMMON` names everything that the step and the loop add."""
+    for line in read_lines(tiny.folder / "metrics.jsonl"):
+        assert metrics.own_metrics(line) == []
+
+
 def test_plot_is_a_png_and_replaces_the_previous_one(tmp_path: Path) -> None:
     files = Files(tmp_path, after=0)
     for step in range(1, 40):
@@ -211,6 +227,33 @@ def test_plot_is_a_png_and_replaces_the_previous_one(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(UserError, match="no steps yet"):
         plot_loss(tmp_path / "none.jsonl", tmp_path / "none.jsonl", path, "run")
+
+
+def test_plot_has_a_panel_for_each_metric_of_the_objective(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Files(tmp_path, after=0)
+    for step in range(1, 9):
+        files.step({"step": step, "loss": 1 / step, "learning_rate": 1e-3, "chosen_reward": step})
+    for name, error in (("loss", None), ("chosen_reward", 0.5), ("perplexity", 0.5)):
+        files.evaluation(8, [tiny_run.Result(f"web/{name}", 2.0, error)])
+    files.close()
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self)
+    )
+    jsonl = (tmp_path / name for name in ("metrics.jsonl", "eval.jsonl"))
+    plot_loss(*jsonl, tmp_path / "loss.png", "run")
+    top, panel, right = drawn[0].axes
+    assert (top.get_ylabel(), right.get_ylabel()) == ("loss", "learning rate")
+    assert panel.get_title(loc="left") == "chosen reward"
+    for axes in (top, panel):
+        training, held_out = axes.get_lines()[1], axes.containers[0]
+        assert list(training.get_xdata()) == list(range(1, 9))
+        assert (list(held_out.lines[0].get_xdata()), held_out.get_label()) == ([8], "web")
+    assert list(panel.containers[0].lines[1][1].get_ydata()) == [2.5], "a bar of one error"
+    labels = [text.get_text() for text in top.get_legend().get_texts()]
+    assert labels == ["training", "web", "learning rate"]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ def _update(state: State, batch: jax.Array) -> tuple[State, dict[str, jax.Array]
     updates, opt_state = OPTIMIZER.update(grads, state.opt_state)
     params = optax.apply_updates(state.params, updates)
     norm = trees.global_norm(grads)
-    metrics = {"loss": loss, "grad_norm": norm, "skipped": jnp.float32(~jnp.isfinite(norm))}
+    metrics = {"loss": loss, "nll": loss, "grad_norm": norm}
+    metrics["skipped"] = jnp.float32(~jnp.isfinite(norm))
     return State(state.step + 1, params, opt_state), metrics
 
 
