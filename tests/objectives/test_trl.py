@@ -39,10 +39,13 @@ REWARD = {
     "reward_margin": objectives.RewardModel(margin=0.5),
     "reward_centered": objectives.RewardModel(center=0.1),
 }
-DISTILL = {
-    f"jsd_{beta:g}_{t:g}": objectives.Distill(teacher="there", divergence=divergence, temperature=t)
-    for beta, divergence in ((0, ForwardKL()), (0.1, JSD(beta=0.1)), (0.5, JSD()), (1, ReverseKL()))
-    for t in (1.0, 2.0)
+DISTILL = {  # beta and temperature
+    "jsd_0_1": objectives.Distill(teacher="there", divergence=ForwardKL()),
+    "jsd_0.1_1": objectives.Distill(teacher="there", divergence=JSD(beta=0.1)),
+    "jsd_0.1_2": objectives.Distill(teacher="there", divergence=JSD(beta=0.1), temperature=2.0),
+    "jsd_0.5_2": objectives.Distill(teacher="there", divergence=JSD(beta=0.5), temperature=2.0),
+    "jsd_1_1": objectives.Distill(teacher="there", divergence=ReverseKL()),
+    "jsd_1_2": objectives.Distill(teacher="there", divergence=ReverseKL(), temperature=2.0),
 }
 
 
