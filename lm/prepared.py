@@ -20,6 +20,10 @@ def prepare(experiment: Experiment, workdir: str | os.PathLike = "runs") -> data
     """
     parent = cache_folder() / "data" if "://" in str(workdir) else Path(workdir) / "data"
     tokenizer = experiment.tokenizer
+    if tokenizer is None:
+        tokenizer = experiment.start
+    if isinstance(tokenizer, str):
+        tokenizer = data.TokenizerFile(path=tokenizer)
     if isinstance(tokenizer, Stage):
         tokenizer = data.TokenizerFile(path=os.path.join(workdir, tokenizer.name))
     recipe = json.dumps(data.recipe(experiment.data, tokenizer), sort_keys=True)

@@ -101,6 +101,8 @@ class Conversations(FileSource):
         encoded = []
         for example, rendered in examples:
             parts = [next(together) for _ in rendered]
+            if self.paired:
+                parts = [_extended(each, tokenizer) for each in parts]
             encoded += [each._replace(key=self._key(example, parts)) for each in parts]
         return encoded
 
@@ -245,6 +247,13 @@ def _finish(
     size = sum(len(conversation.text[a:b].encode()) for a, b in conversation.spans)
     weights_t = np.array(weights, np.uint8) * np.uint8(conversation.weight)
     return Encoded(np.array(begun, np.int32), weights_t, size)
+
+
+def _extended(encoded: Encoded, tokenizer: Tokenizer) -> Encoded:
+    """With an end token that has no loss, so that the model reads the last token of the
+    conversation, where a reward model gives its value."""
+    ids = np.append(encoded.ids, np.int32(tokenizer.eos))
+    return encoded._replace(ids=ids, weights=np.append(encoded.weights, np.uint8(0)))
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lm import trees
+from lm.model.adapters.adapter import ROOT
 from lm.model.config import Config
 from lm.model.transformer import axes, shapes
 
@@ -45,9 +46,14 @@ def train_flops(config: Config, length: int) -> float:
     keys per layer. N are the active weights that are multiplied by; `keys` is the mean number of
     keys that a query sees: length / 2 if causal, w (1 - w / (2 length)) within a window w. Masked
     pairs and recomputation do not count (PaLM, arXiv:2204.02311, appendix B, with causal attention
-    halved)."""
+    halved). With an adapter the others, which have no gradient, count 4 instead of 6."""
     attention = sum(block.attention.train_flops(length) for block in config.layout.blocks)
-    return 6 * _multiplied(config) + attention
+    if config.adapter is None:
+        return 6 * _multiplied(config) + attention
+    adapter = sum(
+        x.size for path, x in trees.flatten(shapes(config)).items() if path.startswith(f"{ROOT}/")
+    )
+    return 4 * _multiplied(config) + 2 * adapter + attention
 
 
 def _multiplied(config: Config) -> float:

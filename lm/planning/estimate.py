@@ -9,12 +9,14 @@ the same for every chip and model.
 import math
 from typing import NamedTuple
 
-from lm import model
+from lm import model, trees
 from lm.experiment import Experiment
 from lm.parallel import sharding
 from lm.parallel.mesh import AXES, Place
 from lm.planning import links, show
 from lm.planning.slices import Slice
+from lm.runs import models_of
+from lm.training import ALL
 
 MATMUL = 0.90  # fraction of peak FLOP/s in large matmuls: assumed
 HBM = 0.85  # fraction of memory bandwidth in streaming: assumed
@@ -139,15 +141,16 @@ def estimate(
     schedule = e.pipeline_at(place)
     recomputed = _recomputed(place) if recompute is None else (recompute, recompute)
     first = _first_passes(e, place)
+    updated = state["parameters"] * _trained_share(e)
     half = _half(e) if place.microbatches == 1 else place.accumulate == "bfloat16"
     gradients = state["gradients"] // (2 if half else 1)
     fractions = attention or ATTENTION[tpu_slice.generation]
     compute, in_layers = _compute(
-        e, place, tpu_slice, layers, tokens, recomputed, first, fractions, state["parameters"]
+        e, place, tpu_slice, layers, tokens, recomputed, first, fractions, updated
     )
     on_links, exposed = _links(e, place, tpu_slice, layers, tokens, recomputed[0], first, gradients)
     return Estimate(
-        parameters=state["parameters"],
+        parameters=state["parameters"] + state.get("models", 0),
         optimizer=state["optimizer"],
         gradients=gradients,
         activations=int(_activations(e, place, layers, tokens)),
@@ -168,20 +171,21 @@ def _compute(
     layers: list[_Sizes],
     tokens: float,
     recomputed: tuple[float, float],
-    first: int,
+    first: float,
     fractions: tuple[float, float],
-    parameters: int,
+    updated: float,
 ) -> tuple[float, float]:
     """(seconds of matmuls, memory traffic and optimizer; those of them in layers), for `tokens` per
-    device and micro-batch, with `first` forward passes before the one that is differentiated."""
+    device and micro-batch, with `first` forward passes besides the one that is differentiated, and
+    `updated` bytes of parameters that the optimizer changes."""
     mesh, chip, dim, tensor = place.mesh, tpu_slice.chip, e.model.dim, place.mesh.tensor
     flops, hbm = MATMUL * chip.flops / chip.devices, HBM * chip.hbm_bandwidth / chip.devices
-    seconds = 0.0
+    seconds, passes = 0.0, 2 + _trained_share(e) + first
     for layer in layers:
-        matmuls = 2 * tokens * layer.dense / tensor * (3 + first + recomputed[0])
+        matmuls = 2 * tokens * layer.dense / tensor * (passes + recomputed[0])
         # With expert parallelism the backward pass always recomputes rows of other devices.
         routed = max(recomputed) if mesh.expert == 1 else 1.0
-        matmuls += 2 * tokens * layer.routed / tensor * (3 + first + routed)
+        matmuls += 2 * tokens * layer.routed / tensor * (passes + routed)
         operands = matmuls * 2 / TILE  # bytes: two operands of two bytes a number
         hidden = HIDDEN * (layer.hidden + layer.chosen) / tensor
         traffic = 2 * tokens * ((WIDE + ROWS * layer.rows) * dim + hidden)
@@ -192,9 +196,11 @@ def _compute(
         seconds += attention_flops_at_peak(attention, forwards, layer.head_dim, fractions) / peak
     seconds *= place.microbatches / mesh.pipe
     stage_tokens = place.microbatches * tokens / mesh.pipe
-    vocabulary = 3 * 2 * stage_tokens * dim * e.model.vocab / tensor / flops
+    # The passes for statistics have no logits.
+    logits = 2 + _trained_share(e) + _other_passes(e)
+    vocabulary = logits * 2 * stage_tokens * dim * e.model.vocab / tensor / flops
     # The optimizer reads and writes float32 weights and moments, and reads gradients.
-    return seconds + vocabulary + 28 * parameters / 4 / hbm, seconds
+    return seconds + vocabulary + 28 * updated / 4 / hbm, seconds
 
 
 def _working(e: Experiment, place: Place, layers: list[_Sizes], tokens: float) -> float:
@@ -248,11 +254,30 @@ def grouped_flops(e: Experiment) -> float:
     )
 
 
-def _first_passes(e: Experiment, place: Place) -> int:
-    """Forward passes for the statistics of the whole batch (see lm/training/gradient.py)."""
+def _trained_share(e: Experiment) -> float:
+    """Fraction of the parameters that train. The backward pass has no products for the gradients
+    of the others."""
+    if e.trained == ALL:
+        return 1.0
+    trained = trees.partition(model.shapes(e.model), e.trained)[0]
+    return trees.count(trained) / model.parameter_count(e.model).total
+
+
+def _other_passes(e: Experiment) -> float:
+    """Forward passes of the objective's other models, in passes of this model."""
+    own = model.flops(e.model, e.batch.length)
+    return sum(
+        1.0 if config is None else model.flops(config, e.batch.length) / own
+        for config in models_of(e).values()
+    )
+
+
+def _first_passes(e: Experiment, place: Place) -> float:
+    """Forward passes besides the one that is differentiated: for the statistics of the whole batch
+    (see lm/training/gradient.py), and of the objective's other models."""
     balances = [getattr(block.ffn, "balance", None) for block in e.model.layout.blocks]
     balanced = any(getattr(balance, "over", None) == "batch" for balance in balances)
-    return int(balanced and place.microbatches > 1 and place.mesh.pipe == 1)
+    return _other_passes(e) + int(balanced and place.microbatches > 1 and place.mesh.pipe == 1)
 
 
 def _half(e: Experiment) -> bool:
@@ -342,7 +367,7 @@ def _links(
     layers: list[_Sizes],
     tokens: float,
     recomputed: float,
-    first: int,
+    first: float,
     gradients: int,
 ) -> tuple[float, float]:
     """(seconds of all collectives, those of them that matmuls wait for)."""

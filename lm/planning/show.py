@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import model, optim, terminal, trees
+from lm import model, optim, terminal, training, trees
 from lm.errors import UserError
 from lm.experiment import Experiment, describe, to_json
 from lm.parallel import sharding
 from lm.parallel.mesh import Mesh, Place, choose
 from lm.parallel.pipeline import Schedule
+from lm.runs import models_of
 
 
 def facts(
@@ -87,25 +88,35 @@ def memory(
     mesh: jax.sharding.AbstractMesh,
     rules: sharding.Rules | None = None,
 ) -> dict[str, int]:
-    """Bytes per device of parameters, gradients and optimizer state. Activations are not included:
-    they depend on the compiler."""
+    """Bytes per device of parameters, gradients and optimizer state, and of the objective's other
+    models if it has any. Activations are not included: they depend on the compiler."""
     e = experiment
     axes, shapes = model.axes(e.model), model.shapes(e.model)
-    shardings = sharding.weight_shardings(axes, shapes, mesh, rules)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, e.precision.params), shapes)
+    params = jax.eval_shape(e.precision.to_params, shapes)
+    shardings = sharding.weight_shardings(axes, params, mesh, rules)
     # Frozen weights have neither gradients nor optimizer state.
     trained_axes, trained, where = (
         trees.partition(tree, e.trained)[0] for tree in (axes, shapes, shardings)
     )
     transformation = e.optimizer.build(e.schedule.resolve(e.batch).at, trained_axes)
     state = jax.eval_shape(transformation.init, trained)
+    models = 0
+    for config in models_of(e).values():
+        other = e.model if config is None else config
+        weights = jax.eval_shape(
+            lambda x: training.frozen_copy(x, e.precision), model.shapes(other)
+        )
+        placed = sharding.weight_shardings(model.axes(other), weights, mesh, rules)
+        if config is None:  # a copy of what trains
+            weights, placed = (trees.partition(x, e.trained)[0] for x in (weights, placed))
+        models += _bytes_per_device(weights, placed)
     return {
         "parameters": _bytes_per_device(params, shardings),
         "gradients": _bytes_per_device(trained, where),
         "optimizer": _bytes_per_device(
             state, optim.state_shardings(transformation, trained, where, mesh)
         ),
-    }
+    } | ({"models": models} if models else {})
 
 
 def _bytes_per_device(tree: Any, shardings: Any) -> int:
