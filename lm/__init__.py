@@ -14,7 +14,8 @@ Packages and modules in import order:
     checkpoint, training                  Orbax checkpoints; state, step, loop
     generate, evals                       sampling and decoding; validation
     experiment, recipe                    a run, or stages of runs, declared
-    program, prepared, runs, start        compiled step, prepared text, run folders, first weights
+    program, prepared                     compiled step, prepared text
+    folders, runs, start                  run folders, trained models, first weights
     summary, run                          results printed; trains an experiment
     planning, exchange                    TPU slices planned; Hugging Face import and export
     commands, main                        one file per verb; the command line

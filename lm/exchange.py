@@ -20,11 +20,12 @@ from etils import epath
 from lm import checkpoint, data, hf, model, terminal, training, trees
 from lm.errors import UserError
 from lm.experiment import Stage, check_folder_name, describe
+from lm.folders import RunFolder, write_facts
 from lm.hf import families
 from lm.parallel import distributed, sharding
 from lm.parallel.mesh import Mesh
 from lm.precision import STORAGE, cast
-from lm.runs import Run, RunFolder, load, write_facts
+from lm.runs import Run, load
 
 SHARD_BYTES = 5 * 10**9  # of a safetensors file, as the Hugging Face Hub's tools write them
 
@@ -275,7 +276,9 @@ def _check_logits(exported: Run, run: Run) -> None:
 
 
 def _logits(run: Run, tokens_bt: np.ndarray) -> np.ndarray:
-    return np.asarray(_replicated(run.logits(tokens_bt), run.mesh))
+    is_scalar = run.experiment.model.head == "scalar"
+    computed = run.values(tokens_bt) if is_scalar else run.logits(tokens_bt)
+    return np.asarray(_replicated(computed, run.mesh))
 
 
 def _replicated(x: jax.Array, mesh: jax.sharding.Mesh | None) -> jax.Array:

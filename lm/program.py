@@ -95,7 +95,7 @@ def assemble(
 ) -> Program:
     """The program of an experiment at a place. Raises UserError if it does not fit this machine.
 
-    `models` are the configs of the objective's other models (see `runs.models_of`).
+    `models` are the configs of the objective's other models (see `folders.models_of`).
     """
     name, place = choose(experiment.places, on, mesh)
     dtype = experiment.precision.compute

@@ -24,13 +24,14 @@ from lm import (
 )
 from lm.errors import UserError
 from lm.experiment import Experiment, to_json
+from lm.folders import RunFolder, models_of
 from lm.model import Model
 from lm.parallel import distributed, hardware
 from lm.parallel.mesh import Mesh
 from lm.prepared import check, prepare
 from lm.program import Program, assemble, use_compilation_cache
 from lm.recipe import Recipe
-from lm.runs import Run, RunFolder, models_of
+from lm.runs import Run
 from lm.start import Start, check_models, frozen_models
 
 

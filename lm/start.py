@@ -10,10 +10,10 @@ from etils import epath
 from lm import checkpoint, data, model, terminal, training, trees
 from lm.errors import UserError
 from lm.experiment import Experiment, Stage
+from lm.folders import RunFolder
 from lm.objectives import START
 from lm.parallel import distributed, sharding
 from lm.program import Program
-from lm.runs import RunFolder
 from lm.training import State
 
 # Text that two tokenizers of different training encode differently.

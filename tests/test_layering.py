@@ -41,6 +41,7 @@ ORDER = (
     "recipe",
     "program",
     "prepared",
+    "folders",
     "runs",
     "start",
     "summary",

@@ -16,7 +16,7 @@ import pytest
 from tiny_experiments import LENGTH, STEPS, config, experiment, texts
 
 import lm
-from lm import data, evals, model, optim, runs, summary, trees
+from lm import data, evals, folders, model, optim, runs, summary, trees
 from lm.errors import UserError
 from lm.main import lm_main
 from lm.parallel.mesh import Mesh
@@ -31,7 +31,7 @@ def loaded(tiny):
 def test_run_folder_contains_documented_files(tiny):
     written = json.loads((tiny.folder / "experiment.json").read_text())
     assert written.keys() >= {"experiment", "data", "place", "devices", "python", "versions", "git"}
-    assert set(written["versions"]) == set(runs.PACKAGES)
+    assert set(written["versions"]) == set(folders.PACKAGES)
     for name in ("tokenizer.model", "metrics.jsonl", "eval.jsonl", "plots/loss.png"):
         assert (tiny.folder / name).stat().st_size > 0, name
     assert (tiny.folder / "plots/loss.png").read_bytes().startswith(b"\x89PNG")

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 from etils import epath
 
-from lm import hf, model, runs, terminal, training, trees
+from lm import folders, hf, model, runs, terminal, training, trees
 from lm.data.batch import Batch
 from lm.errors import UserError
 from lm.experiment import Experiment
@@ -55,7 +55,7 @@ def step(
     speed of a shared machine drifts. MFU is train_flops * tokens/s over that rate.
     """
     use_compilation_cache()
-    program = assemble(experiment, on, mesh, runs.models_of(experiment))
+    program = assemble(experiment, on, mesh, folders.models_of(experiment))
     batch = _random_batch(program)
     start = time.perf_counter()
     abstract, frozen = program.abstract

@@ -4,6 +4,7 @@ A family's function runs in one direction, from config.json to a Config. To writ
 every field is filled in, and the first family is chosen whose function reads the same model back.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ FAMILIES = (
     QWEN2_MOE,
     DEEPSEEK,
 )
+LANGUAGE, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 EXPORTED = {"attention": (GQA,), "ffn": (SwiGLU, GeGLU, MoE)}  # not their subclasses
 
 
@@ -46,10 +48,11 @@ def read(config: Mapping[str, Any], where: str = "config.json") -> tuple[Family,
     Raises UserError for an unknown architecture, and for a field that is not supported and may
     change what the model computes; the message names it.
     """
+    config, head = _head(config, where)
     try:
         family = _named(config, where)
         fields = Fields(family.defaults | config, where)
-        model = family.config(fields)
+        model = dataclasses.replace(family.config(fields), head=head)
         declaration.check_types(model, "model")
     except UserError as error:
         named = str(error).startswith(where)
@@ -58,6 +61,32 @@ def read(config: Mapping[str, Any], where: str = "config.json") -> tuple[Family,
         raise UserError(f"{where} has a field of the wrong type ({error}); correct it.") from error
     fields.check_unread()
     return family, model
+
+
+def _head(config: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
+    """(config.json of the language model, head of the model). A sequence classifier with one label
+    is a model with a scalar head."""
+    first = next(iter(config.get("architectures") or ()), None)
+    if not isinstance(first, str) or not first.endswith(CLASSIFIER):
+        return config, "vocab"
+    labels = config.get("num_labels", len(config.get("id2label") or (0, 1)))
+    if labels != 1:
+        raise UserError(
+            f"{where}: {first} has {labels} labels; only one, the score of a reward model, is "
+            "supported."
+        )
+    language = first.replace(CLASSIFIER, LANGUAGE)
+    kept = {name: value for name, value in config.items() if name != "num_labels"}
+    return {**kept, "architectures": [language]}, "scalar"
+
+
+def _with_head(fields: dict[str, Any], head: str) -> dict[str, Any]:
+    """Fields of a language model's config.json, for a model with this head."""
+    if head == "vocab":
+        return fields
+    name = fields["architectures"][0].replace(LANGUAGE, CLASSIFIER)
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {**fields, **labels, "architectures": [name]}
 
 
 def _named(config: Mapping[str, Any], where: str) -> Family:
@@ -94,7 +123,7 @@ def write(
     Raises UserError, naming the field, for a model that fits no family.
     """
     _check_layers(config)
-    canonical, origin = config_json.canonical(config), origin or {}
+    canonical, origin = config_json.canonical(config), _head(origin or {}, "config.json")[0]
     fields = config_json.to_fields(canonical, length)
     candidates = []
     for family in FAMILIES:
@@ -104,11 +133,11 @@ def write(
             own = ("rope_theta", "rope_scaling", "rope_local_base_freq", "max_position_embeddings")
             same = {k: v for k, v in origin.items() if k in fields and k not in own}
             different, original = _differences(family, canonical, fields | same)
-            return family, used if different else original
+            return family, _with_head(used if different else original, config.head)
         candidates.append((sum(map(len, different)), family, different, used))
     for _, family, different, used in candidates:
         if not different:
-            return family, used
+            return family, _with_head(used, config.head)
     _, family, different, _ = min(candidates, key=lambda candidate: candidate[0])
     raise UserError(
         f"No Hugging Face family computes this model; the nearest is {family.architecture}, "

@@ -53,6 +53,7 @@ WHOLE_MODEL = (
     Row("embed/table", "vd", "model.embed_tokens.weight", "vd"),
     Row("final_norm/scale", "d", "model.norm.weight", "d"),
     Row("unembed/w", "dv", "lm_head.weight", "vd"),
+    Row("score/w", "ds", "score.weight", "sd"),
 )
 ATTENTION = (
     Row("attention/q", "dnh", "self_attn.q_proj.weight", "(nh)d"),

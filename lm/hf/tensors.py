@@ -33,7 +33,7 @@ def tensor_slices(family: Family, config: Config) -> Iterator[TensorSlice]:
     """Every tensor of a model, layer by layer."""
     flat = {path: x.shape for path, x in trees.flatten(shapes(config)).items()}
     outside_layers = {row.ours for row in WHOLE_MODEL}
-    first, last = ("embed/table",), ("final_norm/scale", "unembed/w")
+    first, last = ("embed/table",), ("final_norm/scale", "unembed/w", "score/w")
     yield from _rows(family, flat, "", (), "", lambda row: row.ours in first)
     for number, (prefix, index) in enumerate(layer_paths(config)):
         name = f"model.layers.{number}."

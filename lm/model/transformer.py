@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 import kernels_pallas
 from lm import trees
+from lm.errors import UserError
 from lm.model import moe
 from lm.model.adapters.adapter import ROOT, Weight
 from lm.model.block import TransformerBlock, shard_stream
@@ -187,13 +188,19 @@ class Transformer(nnx.Module):
         )
 
     def values(self, hidden_btd: jax.Array) -> jax.Array:
-        """Values [B, T] in float32 of hidden states, with config.head="scalar"."""
+        """Values [B, T] in float32 of hidden states. Raises UserError for a model without a scalar
+        head."""
+        if self.score is None:
+            raise UserError("model.head='vocab' gives logits; a reward model has head='scalar'.")
         w_d1 = dense(self.score.w)
         values = jnp.einsum("btd,de->bte", hidden_btd, w_d1, preferred_element_type=jnp.float32)
         return shard(values[..., 0], "batch", "seq")
 
     def unembedding(self) -> jax.Array:
-        """The output matrix w_dv, which is the embedding transposed if they are tied."""
+        """The output matrix w_dv, which is the embedding transposed if they are tied. Raises
+        UserError for a model with a scalar head."""
+        if self.score is not None:
+            raise UserError("model.head='scalar' gives values (a reward model), not logits.")
         if self.config.tied:
             return dense(self.embed.table).T
         return dense(self.unembed.w)

@@ -16,11 +16,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lm.errors import UserError
 from lm.experiment import Experiment
+from lm.folders import models_of
 from lm.parallel.mesh import Place
 from lm.planning import hlo
 from lm.planning.slices import Slice
 from lm.program import assemble_at
-from lm.runs import models_of
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not query the metadata server of a Cloud TPU VM

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from lm import model, trees
 from lm.experiment import Experiment
+from lm.folders import models_of
 from lm.parallel import sharding
 from lm.parallel.mesh import AXES, Place
 from lm.planning import links, show
 from lm.planning.slices import Slice
-from lm.runs import models_of
 from lm.training import ALL
 
 MATMUL = 0.90  # fraction of peak FLOP/s in large matmuls: assumed

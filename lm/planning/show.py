@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from lm import model, optim, terminal, training, trees
 from lm.errors import UserError
 from lm.experiment import Experiment, describe, to_json
+from lm.folders import models_of
 from lm.parallel import sharding
 from lm.parallel.mesh import Mesh, Place, choose
 from lm.parallel.pipeline import Schedule
-from lm.runs import models_of
 
 
 def facts(
