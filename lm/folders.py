@@ -22,7 +22,7 @@ from jax.sharding import SingleDeviceSharding
 from lm import checkpoint, data, hf, model, optim, training, trees
 from lm.errors import UserError
 from lm.experiment import MAY_CHANGE, Experiment, differences, from_json, identity, to_json
-from lm.objectives import START
+from lm.objectives import START, NextToken, RewardModel
 from lm.parallel import distributed
 from lm.precision import Precision
 from lm.program import Program
@@ -165,10 +165,10 @@ class RunFolder:
 
 
 def models_of(experiment: Experiment) -> training.Models:
-    """The configs of the other models that the objective needs, by name."""
+    """The configs of the other models that the loss needs, by name."""
     return {
         name: None if path == START else RunFolder.existing(path).experiment.model
-        for name, path in experiment.objective.models().items()
+        for name, path in experiment.objective.loss_models().items()
     }
 
 
@@ -234,13 +234,16 @@ def _tokenizer_folder(path: epath.Path, pretrained: hf.Pretrained | None) -> epa
 
 
 def _experiment_of(pretrained: hf.Pretrained, path: epath.Path) -> Experiment:
+    scores = pretrained.config.head == "scalar"
+    packing = data.Pairs() if scores else data.BestFit()
     return Experiment(
         name=re.sub(r"[^A-Za-z0-9._+=,-]", "-", path.name).lstrip("._+=,-") or "pretrained",
         start=str(path),
         model=pretrained.config,
         data=NO_TEXT,
         tokenizer=data.TokenizerFile(path=str(_tokenizer_folder(path, pretrained))),
-        batch=data.BatchShape(sequences=1, length=pretrained.length),
+        batch=data.BatchShape(sequences=1, length=pretrained.length, packing=packing),
+        objective=RewardModel() if scores else NextToken(),
         optimizer=optim.AdamW(clip_norm=1.0),
         schedule=optim.Constant(peak=1e-5, steps=1),
         precision=Precision(

@@ -225,4 +225,5 @@ def init_state(
         params = cast(params, "float32")
         return new_state(config, transformation, precision, key, trainable, models, params)
 
-    return jax.jit(init, out_shardings=out, donate_argnums=1)(seed, params or {})
+    donated = () if config.quant else 1  # codes cannot take the place of the values
+    return jax.jit(init, out_shardings=out, donate_argnums=donated)(seed, params or {})
