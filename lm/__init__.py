@@ -15,7 +15,7 @@ Packages and modules in import order:
     generate, evals                       sampling and decoding; validation
     experiment, recipe                    a run, or stages of runs, declared
     program, prepared                     compiled step, prepared text
-    folders, runs, start                  run folders, trained models, first weights
+    folders, runs, start, stored          run folders, trained models, first weights, stored numbers
     summary, run                          results printed; trains an experiment
     planning, exchange                    TPU slices planned; Hugging Face import and export
     commands, main                        one file per verb; the command line

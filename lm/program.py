@@ -8,11 +8,11 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lm import model, optim, training, trees
-from lm.data.batch import Batch
+from lm.data.batch import Batch, batch_type
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.objectives import START
@@ -28,7 +28,7 @@ class Program:
     shardings       of (state, frozen weights)
     abstract        shapes and formats of (state, frozen weights), sharded
     abstract_batch  shapes and formats of a full batch, sharded
-    models          configs of the other models of the objective (see `training.Models`)
+    models          configs of the other models of the loss (see `training.Models`)
     step            jitted (state, batch, frozen) -> (state, metrics); the state is donated
     """
 
@@ -66,20 +66,19 @@ class Program:
 
         `rows(slice)` returns a NamedTuple of numpy arrays with these rows.
         """
-        where = jax.tree.map(lambda x: (x.shape[1:], x.sharding), self.abstract_batch)
         leading = sharding.batch_sharding(self.mesh, ndim=1)
         indices = leading.addressable_devices_indices_map((sequences,)).values()
         read = {span: rows(slice(*span)) for span in {_span(i, sequences) for i in indices}}
+        parts = next(iter(read.values()))
 
-        def place(field: int) -> jax.Array:
-            shape, placed = where[field]
+        def place(field: int, part: np.ndarray) -> jax.Array:
             return jax.make_array_from_callback(
-                (sequences, *shape),
-                placed,
+                (sequences, *part.shape[1:]),
+                sharding.batch_sharding(self.mesh, ndim=part.ndim),
                 lambda index: read[_span(index, sequences)][field][:, *index[1:]],
             )
 
-        return type(self.abstract_batch)(*(place(i) for i in range(len(self.abstract_batch))))
+        return type(parts)(*(place(i, part) for i, part in enumerate(parts)))
 
 
 def _span(index: tuple[slice, ...], rows: int) -> tuple[int, int]:
@@ -95,7 +94,7 @@ def assemble(
 ) -> Program:
     """The program of an experiment at a place. Raises UserError if it does not fit this machine.
 
-    `models` are the configs of the objective's other models (see `folders.models_of`).
+    `models` are the configs of the other models of the loss (see `folders.models_of`).
     """
     name, place = choose(experiment.places, on, mesh)
     dtype = experiment.precision.compute
@@ -119,7 +118,8 @@ def assemble_at(
     e = experiment
     e.check_place(place)
     e.check_trained()
-    models = {name: None for name, of in e.objective.models().items() if of == START} | dict(models)
+    starts = [name for name, path in e.objective.loss_models().items() if path == START]
+    models = dict.fromkeys(starts) | dict(models)
     mesh, rules = place.mesh.build(devices), sharding.rules_for(place)
     schedule = e.schedule.resolve(e.batch)
     axes, _ = trees.partition(model.axes(e.model), e.trained)
@@ -150,17 +150,17 @@ def assemble_at(
     )
 
 
-def _abstract_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> Batch:
-    shape, where = experiment.batch, sharding.batch_sharding(mesh)
-    formats = {"weights": jnp.float32}
-    return Batch(
-        *(
-            jax.ShapeDtypeStruct(
-                (shape.sequences, shape.length), formats.get(name, jnp.int32), sharding=where
-            )
-            for name in Batch._fields
-        )
-    )
+def _abstract_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> Any:
+    shape = experiment.batch
+    formats = dict.fromkeys(Batch._fields, np.dtype("i4")) | {"weights": np.dtype("f4")}
+    formats |= experiment.objective.stored_fields()
+
+    def abstract(each: np.dtype) -> jax.ShapeDtypeStruct:
+        full = (shape.sequences, shape.length, *each.shape)
+        where = sharding.batch_sharding(mesh, ndim=len(full))
+        return jax.ShapeDtypeStruct(full, each.base, sharding=where)
+
+    return batch_type(tuple(formats))(*map(abstract, formats.values()))
 
 
 def use_compilation_cache() -> None:

@@ -32,7 +32,8 @@ from lm.prepared import check, prepare
 from lm.program import Program, assemble, use_compilation_cache
 from lm.recipe import Recipe
 from lm.runs import Run
-from lm.start import Start, check_models, frozen_models
+from lm.start import Start, check_models, first_state
+from lm.stored import Stored
 
 
 def train(
@@ -97,11 +98,13 @@ def _train(
         folder.check_same_text(prepared)
         if start:
             start.check_tokenizer(prepared.tokenizer)
-        check_models(experiment, prepared.tokenizer)
+        check_models(experiment.objective.loss_models().values(), prepared.tokenizer)
         check(experiment, prepared)
+        stored = Stored(program, prepared, folder.path)
         folder.write(program, prepared, start.folder.origin if start else folder.origin)
-        state, frozen = _first_state(program, folder, store, start)
-        outcome, stopped = _play(program, prepared, store, folder, state, frozen)
+        stored.compute(workdir)
+        state, frozen = first_state(program, folder, store, start)
+        outcome, stopped = _play(program, prepared, stored, store, folder, state, frozen)
 
     run = Run(
         folder=folder.path,
@@ -140,48 +143,10 @@ def _complete(folder: RunFolder, program: Program, store: checkpoint.Store, pref
     return run
 
 
-def _first_state(
-    program: Program, folder: RunFolder, store: checkpoint.Store, start: Start | None
-) -> tuple[training.State, Any]:
-    """(state, frozen weights): from the newest checkpoint, or from the beginning."""
-    latest = store.latest()
-    if latest:
-        if distributed.is_main():
-            steps = program.schedule.steps
-            terminal.note(f"Resuming {folder.path} from step {latest} of {steps}.")
-        abstract_state, abstract_frozen = program.abstract
-        saved = _saved(program, abstract_frozen)
-        frozen = checkpoint.Store(folder.frozen).restore(saved) if saved else {}
-        state = store.restore(abstract_state)
-        frozen = training.with_models(frozen.get("params", {}), frozen.get("models", {}))
-        return state, training.with_models(frozen, frozen_models(program))
-
-    state, frozen = start.state(program) if start else program.init()
-    if saved := _saved(program, frozen):
-        # An earlier call may have been killed before its first checkpoint.
-        if distributed.is_main():
-            folder.frozen.rmtree(missing_ok=True)
-        distributed.barrier("frozen weights removed")
-        with checkpoint.Store(folder.frozen, checkpoint.Save(every=1)) as writer:
-            writer.save(0, saved)
-    return state, training.with_models(frozen, frozen_models(program))
-
-
-def _saved(program: Program, frozen: Any) -> dict[str, Any]:
-    """The frozen weights that the run folder holds: the model's own, and copies of what it started
-    from."""
-    copies = {
-        name: params
-        for name, params in frozen.get(training.MODELS, {}).items()
-        if program.models[name] is None
-    }
-    parts = {"params": training.own(frozen), "models": copies}
-    return {name: part for name, part in parts.items() if part}
-
-
 def _play(
     program: Program,
     prepared: data.Prepared,
+    stored: Stored,
     store: checkpoint.Store,
     folder: RunFolder,
     state: training.State,
@@ -190,11 +155,10 @@ def _play(
     """The training loop; and the signal that stopped it early, if any."""
     experiment, start = program.experiment, store.latest() or 0
     steps = program.schedule.steps
-    loader = prepared.loader(experiment.batch, experiment.seed)
 
     def batch(step: int) -> Any:
         sequences = experiment.batch.sequences_at(step)
-        return program.put(lambda rows: loader.batch(step, rows), sequences)
+        return program.put(lambda rows: stored.batch(step, rows), sequences)
 
     writers = experiment.log.writers(
         folder.path,
@@ -207,7 +171,7 @@ def _play(
         tokens_before=experiment.batch.tokens_before,
         flops_per_token=model.train_flops(experiment.model, experiment.batch.length),
         peak_flops=hardware.machine_flops(program.mesh, experiment.precision.compute),
-        bytes_per_token=loader.bytes_per_token,
+        bytes_per_token=stored.loader.bytes_per_token,
     )
     batches = contextlib.closing(data.prefetch(batch, start, steps))
     with training.Stopper() as stopper, batches as ahead:
@@ -218,7 +182,7 @@ def _play(
             start=start,
             steps=steps,
             rates=rates,
-            evaluations=_evaluations(program, prepared, frozen),
+            evaluations=_evaluations(program, prepared, stored, frozen),
             evaluate_first=bool(experiment.start),  # how good the weights are that it starts from
             writers=writers,
             store=store,
@@ -230,7 +194,7 @@ def _play(
 
 
 def _evaluations(
-    program: Program, prepared: data.Prepared, frozen: Any
+    program: Program, prepared: data.Prepared, stored: Stored, frozen: Any
 ) -> list[training.Evaluation]:
     """One for each of `experiment.evals`."""
     e, own = program.experiment, training.own(frozen)
@@ -240,7 +204,7 @@ def _evaluations(
     def evaluation(evaluator: evals.Evaluator) -> training.Evaluation:
         def run(step: int, params: Any) -> Sequence[evals.Result]:
             apply = Model(e.model, trees.merge(params, own), **options)
-            context = evals.Context(step, prepared, e.batch, e.objective, models)
+            context = evals.Context(step, prepared, e.batch, e.objective, models, stored.held_out)
             return evaluator.evaluate(apply, context)
 
         return training.Evaluation(evaluator.every, run)

@@ -2,6 +2,7 @@
 before in a recipe."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from lm import checkpoint, data, model, terminal, training, trees
 from lm.errors import UserError
 from lm.experiment import Experiment, Stage
 from lm.folders import RunFolder
+from lm.model import Model
 from lm.objectives import START
 from lm.parallel import distributed, sharding
 from lm.program import Program
@@ -108,20 +110,64 @@ def _shapes(config: model.Config, head: str) -> dict[str, Any]:
     return {path: x for path, x in flat.items() if not path.startswith(left_out)}
 
 
+def first_state(
+    program: Program, folder: RunFolder, store: checkpoint.Store, start: Start | None
+) -> tuple[training.State, Any]:
+    """(state, frozen weights): from the newest checkpoint, or from the beginning."""
+    latest = store.latest()
+    if latest:
+        if distributed.is_main():
+            steps = program.schedule.steps
+            terminal.note(f"Resuming {folder.path} from step {latest} of {steps}.")
+        abstract_state, abstract_frozen = program.abstract
+        saved = _saved(program, abstract_frozen)
+        frozen = checkpoint.Store(folder.frozen).restore(saved) if saved else {}
+        state = store.restore(abstract_state)
+        frozen = training.with_models(frozen.get("params", {}), frozen.get("models", {}))
+        return state, training.with_models(frozen, frozen_models(program))
+
+    state, frozen = start.state(program) if start else program.init()
+    if saved := _saved(program, frozen):
+        # An earlier call may have been killed before its first checkpoint.
+        if distributed.is_main():
+            folder.frozen.rmtree(missing_ok=True)
+        distributed.barrier("frozen weights removed")
+        with checkpoint.Store(folder.frozen, checkpoint.Save(every=1)) as writer:
+            writer.save(0, saved)
+    return state, training.with_models(frozen, frozen_models(program))
+
+
+def _saved(program: Program, frozen: Any) -> dict[str, Any]:
+    """The frozen weights that the run folder holds: the model's own, and copies of what it started
+    from."""
+    copies = {
+        name: params
+        for name, params in frozen.get(training.MODELS, {}).items()
+        if program.models[name] is None
+    }
+    parts = {"params": training.own(frozen), "models": copies}
+    return {name: part for name, part in parts.items() if part}
+
+
 def frozen_models(program: Program) -> dict[str, Any]:
-    """The weights of the objective's models that are not those that training starts from."""
-    e, models = program.experiment, {}
-    for name, config in program.models.items():
-        if config is not None:
-            folder = RunFolder.existing(e.objective.models()[name])
-            where = program.shardings[1][training.MODELS][name]
-            _, params = folder.params(None, where)
-            models[name] = training.frozen_copy(params, e.precision)
-    return models
+    """The weights of the other models of the loss that are not those that training starts from."""
+    paths = program.experiment.objective.loss_models()
+    return {
+        name: read_model(program, paths[name]).params for name, c in program.models.items() if c
+    }
 
 
-def check_models(experiment: Experiment, tokenizer: data.Tokenizer) -> None:
+def read_model(program: Program, path: str) -> Model:
+    """A frozen model from a run folder or a Hugging Face folder, sharded as at this place."""
+    folder, precision = RunFolder.existing(path), program.experiment.precision
+    config = folder.experiment.model
+    where = training.model_shardings(config, precision, program.mesh, program.rules)
+    _, params = folder.params(None, where)
+    return Model(config, training.frozen_copy(params, precision))
+
+
+def check_models(paths: Iterable[str], tokenizer: data.Tokenizer) -> None:
     """Raises UserError for a model of the objective that was trained with another tokenizer."""
-    for path in experiment.objective.models().values():
+    for path in paths:
         if path != START:
             Start(RunFolder.existing(path)).check_tokenizer(tokenizer, field="objective.teacher")

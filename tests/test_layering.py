@@ -44,6 +44,7 @@ ORDER = (
     "folders",
     "runs",
     "start",
+    "stored",
     "summary",
     "run",
     "planning",

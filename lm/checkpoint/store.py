@@ -122,7 +122,7 @@ class Store:
         self.wait()  # raises the previous save's failure, which names its own step
         self._saving = step
         flat = _flat(state)
-        custom = {"metadata": dict(metadata or {}), "checksums": _checksums(flat)}
+        custom = {"metadata": dict(metadata or {}), "checksums": checksums(flat)}
         with self._save_errors():
             self._writer.save_async(step, trees.unflatten(flat), force=True, custom_metadata=custom)
         self._saved_at = time.monotonic()
@@ -239,11 +239,11 @@ class Store:
         }
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        checksums = self._custom_metadata(step).get("checksums", {})
+        recorded = self._custom_metadata(step).get("checksums", {})
         with self._read_errors(step), context:
             loaded = trees.flatten(ocp.load(self._root / str(step), trees.unflatten(placed)))
-            for path, checksum in _checksums(loaded).items():
-                if checksums.get(path, checksum) != checksum:
+            for path, checksum in checksums(loaded).items():
+                if recorded.get(path, checksum) != checksum:
                     raise ValueError(f"the checksum of {path} does not match")
         return loaded
 
@@ -364,7 +364,7 @@ def _key(entry: Any) -> str:
     return str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry))))
 
 
-def _checksums(flat: Mapping[str, Any]) -> dict[str, int]:
+def checksums(flat: Mapping[str, Any]) -> dict[str, int]:
     """A checksum of each array, equal on any mesh, that changes with any one element.
 
     The file format detects no flipped bits in incompressible data. Computes one array at a time,

@@ -1,6 +1,9 @@
 """Batch: the interface between the data pipeline and training, evaluation and objectives."""
 
-from typing import NamedTuple
+import collections
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,3 +27,14 @@ class Batch(NamedTuple):
     weights: Array
     segments: Array
     positions: Array
+
+
+def extend(batch: Any, fields: Mapping[str, Array]) -> Any:
+    """The batch with more fields, which are [B, T, ...]."""
+    return batch_type((*batch._fields, *fields))(*batch, *fields.values())
+
+
+@functools.cache
+def batch_type(names: tuple[str, ...]) -> Any:
+    """The type of batches with these fields."""
+    return Batch if names == Batch._fields else collections.namedtuple("Batch", names)

@@ -106,12 +106,28 @@ class Loader:
     def batch(self, step: int, rows: slice | Sequence[int] = slice(None)) -> Batch:
         """The global batch of a step as numpy arrays, or only the given rows: a host reads only the
         rows of its own devices."""
+        return self.read(self.places(step, rows))
+
+    def places(self, step: int, rows: slice | Sequence[int] = slice(None)) -> list[tuple[str, int]]:
+        """(source, number in its plan) of each sequence that `batch` reads."""
         sequences = range(self._shape.sequences_at(step))
         chosen = sequences[rows] if isinstance(rows, slice) else [sequences[row] for row in rows]
         first = self._shape.sequences_before(step)
-        batch = packing.empty(len(chosen), self._shape.length)
-        for row, sequence in enumerate(chosen):
-            name, number = self._order[first + sequence]
+        return [self._order[first + sequence] for sequence in chosen]
+
+    def places_before(self, step: int) -> list[tuple[str, int]]:
+        """The sequences in all batches before this step, each once, in order."""
+        places, every = set(), sum(self.sequences.values())
+        for index in range(self._shape.sequences_before(step)):
+            if len(places) == every:
+                break
+            places.add(self._order[index])
+        return sorted(places)
+
+    def read(self, places: Sequence[tuple[str, int]]) -> Batch:
+        """These sequences as numpy arrays."""
+        batch = packing.empty(len(places), self._shape.length)
+        for row, (name, number) in enumerate(places):
             packing.fill(batch, row, self._streams[name], self._plans[name], number)
         return batch
 

@@ -9,13 +9,14 @@ compression  bits per byte of `xz -9`, for comparison
 
 from lm.evals.compression import xz_bits_per_byte
 from lm.evals.evaluator import Context, Evaluator
-from lm.evals.perplexity import Perplexity, perplexity
+from lm.evals.perplexity import HeldOut, Perplexity, perplexity
 from lm.evals.result import Result, ratio
 from lm.evals.validation import Validation, validate
 
 __all__ = [
     "Context",
     "Evaluator",
+    "HeldOut",
     "Perplexity",
     "Result",
     "Validation",

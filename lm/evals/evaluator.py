@@ -1,10 +1,10 @@
 """What every evaluation during training has in common."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lm.data import BatchShape, Prepared
 from lm.errors import check_positive
@@ -20,7 +20,8 @@ class Context(NamedTuple):
     data       the experiment's text: tokenizer, held-out documents
     batch      sequences per training step and their length
     objective  of training
-    models     the frozen models that the objective asks for
+    models     the frozen models that the objective asks for; none if it stores their numbers
+    stored     adds the stored fields of the objective to the batches of held-out documents
     """
 
     step: int
@@ -28,6 +29,7 @@ class Context(NamedTuple):
     batch: BatchShape
     objective: Objective = NextToken()
     models: Frozen = MappingProxyType({})
+    stored: Callable[[Any], Any] = lambda documents: documents
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from lm.data import BatchShape, Prepared
 from lm.data.batch import Batch
 from lm.errors import UserError, check_positive
 from lm.evals.evaluator import Context, Evaluator
@@ -39,20 +40,36 @@ class Validation(Evaluator):
         check_positive(**{name: value for name, value in limits.items() if value is not None})
 
     def evaluate(self, model: Model, context: Context) -> Sequence[Result]:
-        names = context.data.held_out if self.source is None else (self.source,)
-        sequences = self.sequences or context.batch.sequences_at(0)
         return [
             result
-            for name in names
+            for name in self._names(context.data)
             for result in validate(
                 model,
                 context.objective,
                 context.models,
-                context.data.evaluation(name, context.batch.length, sequences),
+                context.stored(
+                    context.data.evaluation(
+                        name, context.batch.length, self._per_batch(context.batch)
+                    )
+                ),
                 step=context.step,
                 batches=self.batches,
             )
         ]
+
+    def sequences_read(self, prepared: Prepared, batch: BatchShape) -> dict[str, int]:
+        """How many sequences of each source it reads, in the order of `Prepared.evaluation`."""
+        most = sys.maxsize if self.batches is None else self.batches * self._per_batch(batch)
+        return {
+            name: min(most, len(prepared.evaluation(name, batch.length, 1)))
+            for name in self._names(prepared)
+        }
+
+    def _names(self, prepared: Prepared) -> Sequence[str]:
+        return prepared.held_out if self.source is None else (self.source,)
+
+    def _per_batch(self, batch: BatchShape) -> int:
+        return self.sequences or batch.sequences_at(0)
 
     def check(self, objective: Objective) -> None:
         """Raises UserError for an objective without examples."""

@@ -2,18 +2,31 @@
 arXiv:1503.02531)."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from lm.data.batch import Batch
 from lm.errors import UserError, check_not_negative, check_positive, check_size
-from lm.model import Model
-from lm.objectives.divergence import Divergence, ForwardKL, Options, Sums, divergence_sums
+from lm.model import Config, Model
+from lm.objectives.divergence import (
+    Divergence,
+    ForwardKL,
+    Hidden,
+    Options,
+    Sums,
+    TopK,
+    divergence_sums,
+    top_k,
+)
 from lm.objectives.objective import ExampleObjective, Examples, Frozen, Loss
-from lm.objectives.token_losses import head_layout, sum_segments
+from lm.objectives.token_losses import head_layout, on_mesh, sum_segments
 from lm.parallel import sharding
+
+_STORED = TopK("teacher_logp", "teacher_ids", "teacher_rest")  # names of the stored fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +46,9 @@ class Distill(ExampleObjective):
     cross_entropy  factor of the ordinary loss of the student
     top_k          compare the K most probable tokens of the teacher one by one, and all others as
                    one. That is a lower bound of the divergence, as TRL's loss_add_tail
+    stored         compute the teacher's K most probable tokens once, before the first update, and
+                   keep them in RUN/stored, 8 K + 4 bytes for each token; the teacher takes neither
+                   memory nor time in training. Needs top_k
     chunk          positions whose logits are computed at a time; None: as many as take 64 MiB
     """
 
@@ -41,6 +57,7 @@ class Distill(ExampleObjective):
     temperature: float = 1.0
     cross_entropy: float = 0.0
     top_k: int | None = None
+    stored: bool = False
     chunk: int | None = None
 
     def __post_init__(self) -> None:
@@ -53,9 +70,33 @@ class Distill(ExampleObjective):
         check_not_negative(**{"objective.cross_entropy": self.cross_entropy})
         sizes = {"objective.top_k": self.top_k, "objective.chunk": self.chunk}
         check_size(**{name: size for name, size in sizes.items() if size is not None})
+        if self.stored and self.top_k is None:
+            raise UserError(
+                "objective.stored=True stores the teacher's K most probable tokens, and "
+                "objective.top_k=None names no K; set objective.top_k=64."
+            )
 
     def models(self) -> dict[str, str]:
         return {"teacher": self.teacher}
+
+    def stored_fields(self) -> dict[str, np.dtype]:
+        if not self.stored:
+            return {}
+        formats = ("f4", self.top_k), ("i4", self.top_k), "f4"
+        return {name: np.dtype(each) for name, each in zip(_STORED, formats)}
+
+    def precompute(self, config: Config, batch: Batch, frozen: Frozen) -> dict[str, jax.Array]:
+        teacher, vocab = frozen["teacher"], config.vocab
+        if self.top_k >= vocab or teacher.config.vocab < vocab:
+            raise UserError(
+                f"objective.stored=True needs objective.top_k={self.top_k} below model.vocab="
+                f"{vocab}, and a teacher with as many tokens or more, and it has "
+                f"{teacher.config.vocab}; set objective.stored=False."
+            )
+        hidden_bte, u_ev = _hidden(teacher, batch)
+        compute = partial(top_k, self._options(vocab, None, teacher.config.logit_softcap))
+        stored = on_mesh(compute, hidden_bte, u_ev[:, :vocab], summed=False)
+        return dict(zip(_STORED, stored))
 
     def loss(self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen) -> Loss:
         sums, statistics = self._sums(apply, batch, key, frozen)
@@ -83,31 +124,44 @@ class Distill(ExampleObjective):
         self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen
     ) -> tuple[Sums, dict]:
         inputs = {"segments_bt": batch.segments, "positions_bt": batch.positions}
-        teacher = frozen["teacher"]
         output = apply(batch.tokens, dropout_key=key, **inputs)
-        hidden_bte = jax.lax.stop_gradient(teacher(batch.tokens, **inputs).hidden_btd)
-        matrices = apply.unembedding(), jax.lax.stop_gradient(teacher.unembedding())
-        vocab = min(matrix.shape[1] for matrix in matrices)
-        w_dv, u_ev = (matrix[:, :vocab] for matrix in matrices)
-        options = Options(
+        w_dv, vocab, softcap = apply.unembedding(), apply.config.vocab, None
+        if hasattr(batch, _STORED.ids_btk):
+            teacher = TopK(*(getattr(batch, name) for name in _STORED))
+        else:
+            model = frozen["teacher"]
+            vocab, softcap = min(vocab, model.config.vocab), model.config.logit_softcap
+            hidden_bte, u_ev = jax.lax.stop_gradient(_hidden(model, batch))
+            teacher = hidden_bte, u_ev[:, :vocab]
+        options = self._options(vocab, apply.config.logit_softcap, softcap)
+        student = output.hidden_btd, w_dv[:, :vocab]
+        sums = _on_mesh(options, student, teacher, batch.targets, batch.weights)
+        return sums, output.statistics
+
+    def _options(self, vocab: int, *softcaps: float | None) -> Options:
+        """For a student and a teacher with these softcaps."""
+        return Options(
             divergence=self.divergence,
             temperature=self.temperature,
             cross_entropy=self.cross_entropy,
             top_k=None if self.top_k is None or self.top_k >= vocab else self.top_k,
-            softcaps=(apply.config.logit_softcap, teacher.config.logit_softcap),
+            softcaps=softcaps,
             chunk=self.chunk,
         )
-        pairs = (output.hidden_btd, w_dv), (hidden_bte, u_ev)
-        sums = _on_mesh(options, *pairs, batch.targets, batch.weights)
-        return sums, output.statistics
 
 
-def _on_mesh(options: Options, student, teacher, targets_bt, weights_bt) -> Sums:
+def _hidden(teacher: Model, batch: Batch) -> Hidden:
+    output = teacher(batch.tokens, segments_bt=batch.segments, positions_bt=batch.positions)
+    return output.hidden_btd, teacher.unembedding()
+
+
+def _on_mesh(options: Options, student: Hidden, teacher: Hidden | TopK, *tokens_bt) -> Sums:
     """`divergence_sums` on the active mesh. In a shard_map, each device computes its own tokens and
     its part of the vocabulary; each output matrix is gathered once."""
-    layouts = [head_layout(*pair) for pair in (student, teacher)]
+    is_stored = isinstance(teacher, TopK)
+    layouts = [head_layout(*pair) for pair in (student, *(() if is_stored else (teacher,)))]
     if None in layouts:
-        return divergence_sums(options, student, teacher, targets_bt, weights_bt)
+        return divergence_sums(options, student, teacher, *tokens_bt)
     tokens, vocab = layouts[0].tokens, layouts[0].vocab
     options = options._replace(
         vocab_axis=vocab[0] if vocab else None,
@@ -119,7 +173,7 @@ def _on_mesh(options: Options, student, teacher, targets_bt, weights_bt) -> Sums
         split = layouts[0].split
         return sums._replace(loss=jax.lax.psum(sums.loss, split)) if split else sums
 
-    pairs = [(tokens, layout.matrix) for layout in layouts]
+    pairs = [(tokens, layout.matrix) for layout in layouts] + [tokens] * is_stored
     in_specs, out_specs = (*pairs, tokens, tokens), Sums(PartitionSpec(), tokens, tokens)
     mapped = sharding.shard_map(local, in_specs, out_specs, axes=layouts[0].axes)
-    return mapped(student, teacher, targets_bt, weights_bt)
+    return mapped(student, teacher, *tokens_bt)

@@ -9,7 +9,7 @@ them (Liger, arXiv:2410.10989): no logits are computed twice.
 import abc
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +96,22 @@ class Options(NamedTuple):
     width_axes: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
 
+class TopK(NamedTuple):
+    """The K most probable tokens of a teacher for each position; K is the last axis.
+
+    logp_btk  their log-probabilities, float32, the largest first
+    ids_btk   int32
+    rest_bt   logarithm of the probability of all others together
+    """
+
+    logp_btk: jax.Array
+    ids_btk: jax.Array
+    rest_bt: jax.Array
+
+
+Hidden = tuple[jax.Array, jax.Array]  # (x_btd, w_dv), hidden states and an output matrix
+
+
 class Sums(NamedTuple):
     """loss is a scalar, the sum over tokens times their weights; divergence and nll are [B, T],
     without weights, and have no gradient."""
@@ -107,57 +123,82 @@ class Sums(NamedTuple):
 
 def divergence_sums(
     options: Options,
-    student: tuple[jax.Array, jax.Array],
-    teacher: tuple[jax.Array, jax.Array],
+    student: Hidden,
+    teacher: Hidden | TopK,
     targets_bt: jax.Array,
     weights_bt: jax.Array,
 ) -> Sums:
-    """The loss of a batch, from (x_btd, w_dv) of both models, whose widths may differ. It is
-    differentiable with respect to the student's."""
-    (x_btd, w_dv), (y_bte, u_ev) = student, teacher
-    b, t, v = *targets_bt.shape, w_dv.shape[1]
-    chunk = min(t, options.chunk or max(POSITIONS, LOGITS // (b * v)))
-    options = options._replace(chunk=chunk)
+    """The loss of a batch, from (x_btd, w_dv) of both models, whose widths may differ, or from a
+    teacher's TopK. It is differentiable with respect to the student's."""
+    b, t, v = *targets_bt.shape, student[1].shape[1]
+    options = options._replace(chunk=_chunk(options, b, t, v))
     weights_bt = weights_bt.astype(jnp.float32)
-    arrays = x_btd, w_dv, y_bte, u_ev, targets_bt, weights_bt
     over_tokens = varying_axes(targets_bt, weights_bt)
     over_vocab = over_tokens | ({options.vocab_axis} - {None})
     # Cast outside of the loop, so that gradients are summed over mesh axes once, not per chunk.
-    matrices = (varying_over(a, over_vocab) for a in arrays[:4])
-    sums = _sums(options, *matrices, *(varying_over(a, over_tokens) for a in arrays[4:]))
+    models, tokens = (
+        jax.tree.map(partial(varying_over, axes=axes), arrays)
+        for axes, arrays in (
+            (over_vocab, (student, teacher)),
+            (over_tokens, (targets_bt, weights_bt)),
+        )
+    )
+    sums = _sums(options, *models, *tokens)
     return Sums(sums.loss, *jax.lax.stop_gradient(sums[1:]))
 
 
+def top_k(
+    options: Options, x_btd: jax.Array, w_dv: jax.Array, *, vocab_axis=None, embed_axes=()
+) -> TopK:
+    """The TopK of a teacher with these hidden states and this output matrix, which `options`, the
+    same as in `divergence_sums`, compare with a student."""
+    options = options._replace(vocab_axis=vocab_axis, width_axes=(embed_axes, embed_axes))
+    b, t, _ = x_btd.shape
+    (w_dv,) = _gathered(options, w_dv)
+    chunks = _split(_chunk(options, b, t, w_dv.shape[1]), x_btd)
+
+    def body(_, x):
+        p_btv = _teacher_logp(options, *x, w_dv)
+        return None, _top_k(options, p_btv)
+
+    _, chunks = jax.lax.scan(body, None, chunks)
+    return TopK(*(_join(a, t) for a in chunks))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(options, x_btd, w_dv, y_bte, u_ev, targets_bt, weights_bt):
-    w_dv, u_ev = _gathered(options, w_dv, u_ev)
+def _sums(options, student, teacher, targets_bt, weights_bt):
+    x_btd, w_dv = student
+    teacher_bt, matrix = _of_positions(teacher)
+    w_dv, *matrix = _gathered(options, w_dv, *matrix)
 
     def body(loss_sum, inputs):
         x, *rest = inputs
         z = _logits(x, w_dv)
-        loss, values = _loss(z, options, u_ev, *rest)
+        loss, values = _loss(z, options, matrix, *rest)
         return loss_sum + loss, values
 
-    chunks = _split(options.chunk, x_btd, y_bte, targets_bt, weights_bt)
+    chunks = _split(options.chunk, x_btd, teacher_bt, targets_bt, weights_bt)
     loss, values = jax.lax.scan(body, _zeros((), weights_bt), chunks)
     return Sums(loss, *(_join(a, targets_bt.shape[1]) for a in values))
 
 
-def _sums_forward(options, x_btd, w_dv, y_bte, u_ev, targets_bt, weights_bt):
+def _sums_forward(options, student, teacher, targets_bt, weights_bt):
     """Returns the sums, and as residuals the gradients of the loss."""
-    whole_dv, u_ev = _gathered(options, w_dv, u_ev)
+    x_btd, w_dv = student
+    teacher_bt, matrix = _of_positions(teacher)
+    whole_dv, *matrix = _gathered(options, w_dv, *matrix)
     differentiate = jax.value_and_grad(_loss, has_aux=True)
 
     def body(carry, inputs):
         loss_sum, dw_dv = carry
         x, *rest = inputs
-        (loss, values), dz = differentiate(_logits(x, whole_dv), options, u_ev, *rest)
+        (loss, values), dz = differentiate(_logits(x, whole_dv), options, matrix, *rest)
         dz = dz.astype(x.dtype)
         dx = jnp.einsum("btv,dv->btd", dz, whole_dv)
         dw_dv += jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=jnp.float32)
         return (loss_sum + loss, dw_dv), (*values, dx)
 
-    chunks = _split(options.chunk, x_btd, y_bte, targets_bt, weights_bt)
+    chunks = _split(options.chunk, x_btd, teacher_bt, targets_bt, weights_bt)
     start = _zeros((), weights_bt), _zeros(whole_dv.shape, w_dv)
     (loss, dw_dv), values = jax.lax.scan(body, start, chunks)
     *values, dx_btd = (_join(a, targets_bt.shape[1]) for a in values)
@@ -171,35 +212,51 @@ def _sums_forward(options, x_btd, w_dv, y_bte, u_ev, targets_bt, weights_bt):
 def _sums_backward(options, residuals, cotangents):
     dx_btd, dw_dv, like = residuals
     g = cotangents.loss
-    dx_btd, dw_dv = (g * dx_btd).astype(dx_btd.dtype), (g * dw_dv).astype(like.dtype)
-    return dx_btd, dw_dv, None, None, None, None
+    student = (g * dx_btd).astype(dx_btd.dtype), (g * dw_dv).astype(like.dtype)
+    return student, None, None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _of_positions(teacher: Hidden | TopK) -> tuple[Any, list[jax.Array]]:
+    """(arrays [B, T, ...], output matrix if it has one) of a teacher."""
+    return (teacher, []) if isinstance(teacher, TopK) else (teacher[0], [teacher[1]])
 
 
 def _gathered(options: Options, *matrices: jax.Array) -> list[jax.Array]:
     """The output matrices, each with its full width."""
     return [
         jax.lax.all_gather(m, axes, axis=0, tiled=True) if axes else m
-        for m, axes in zip(matrices, options.width_axes, strict=True)
+        for m, axes in zip(matrices, options.width_axes)
     ]
+
+
+def _chunk(options: Options, b: int, t: int, v: int) -> int:
+    """Positions at a time."""
+    return min(t, options.chunk or max(POSITIONS, LOGITS // (b * v)))
 
 
 def _logits(x_btd: jax.Array, w_dv: jax.Array) -> jax.Array:
     return jnp.einsum("btd,dv->btv", x_btd, w_dv, preferred_element_type=jnp.float32)
 
 
-def _loss(z_btv, options, u_ev, y_bte, targets_bt, weights_bt):
+def _capped(z_btv: jax.Array, cap: float | None) -> jax.Array:
+    return z_btv if cap is None else cap * jnp.tanh(z_btv / cap)
+
+
+def _teacher_logp(options: Options, y_bte: jax.Array, u_ev: jax.Array) -> jax.Array:
+    teacher_btv = _capped(_logits(y_bte, u_ev), options.softcaps[1])
+    return _log_softmax(teacher_btv / options.temperature, options.vocab_axis)
+
+
+def _loss(z_btv, options, matrix, teacher_bt, targets_bt, weights_bt):
     """(loss, (divergence_bt, nll_bt)) of one chunk, from the student's logits."""
     axis = options.vocab_axis
-    z_btv, teacher_btv = (
-        z if cap is None else cap * jnp.tanh(z / cap)
-        for z, cap in zip((z_btv, _logits(y_bte, u_ev)), options.softcaps)
-    )
-    p_btv = _log_softmax(teacher_btv / options.temperature, axis)
+    z_btv = _capped(z_btv, options.softcaps[0])
+    p = _teacher_logp(options, teacher_bt, *matrix) if matrix else teacher_bt
     q_btv = _log_softmax(z_btv / options.temperature, axis)
-    divergence_bt = _divergence(options, p_btv, q_btv)
+    divergence_bt = _divergence(options, p, q_btv)
 
     logp_btv = q_btv if options.temperature == 1 else _log_softmax(z_btv, axis)
     first = 0 if axis is None else jax.lax.axis_index(axis) * z_btv.shape[-1]
@@ -209,31 +266,70 @@ def _loss(z_btv, options, u_ev, y_bte, targets_bt, weights_bt):
     return jnp.sum(weights_bt * loss_bt), (divergence_bt, nll_bt)
 
 
-def _divergence(options: Options, p_btv: jax.Array, q_btv: jax.Array) -> jax.Array:
+def _divergence(options: Options, p: jax.Array | TopK, q_btv: jax.Array) -> jax.Array:
     """divergence_bt, from the logarithms of the teacher's and the student's probabilities."""
     axis, term = options.vocab_axis, options.divergence.term
     if options.top_k is None:
-        return _sum(term(p_btv, q_btv), axis)
-    top_btv = p_btv > _below_top(p_btv, options.top_k, axis)
-    rest = (
-        jnp.log(jnp.maximum(_sum(jnp.where(top_btv, 0, jnp.exp(x)), axis), _TINY))
-        for x in (p_btv, q_btv)
+        return _sum(term(p, q_btv), axis)
+    if isinstance(p, TopK):
+        p_btv, rest_bt = _spread(p, q_btv.shape[-1], axis), p.rest_bt
+        top_btv = p_btv <= 0
+    else:
+        top_btv, p_btv = p > _bound(_largest(p, options.top_k, axis)[0]), p
+        rest_bt = _rest(p, top_btv, axis)
+    divergence_bt = _sum(jnp.where(top_btv, term(p_btv, q_btv), 0), axis)
+    return divergence_bt + term(rest_bt, _rest(q_btv, top_btv, axis))
+
+
+def _rest(logp_btv: jax.Array, top_btv: jax.Array, axis: str | None) -> jax.Array:
+    """Logarithm of the probability of all tokens but the top ones."""
+    rest_bt = _sum(jnp.where(top_btv, 0, jnp.exp(logp_btv)), axis)
+    return jnp.log(jnp.maximum(rest_bt, jnp.finfo(jnp.float32).tiny))
+
+
+def _largest(p_btv: jax.Array, top_k: int, axis: str | None) -> tuple[jax.Array, jax.Array]:
+    """The K + 1 largest entries and their indices in the whole vocabulary."""
+    p_btv = jax.lax.stop_gradient(p_btv)
+    top_btk, ids_btk = jax.lax.top_k(p_btv, min(top_k + 1, p_btv.shape[-1]))
+    if axis is None:
+        return top_btk, ids_btk
+    ids_btk += jax.lax.axis_index(axis) * p_btv.shape[-1]
+    every_btk, ids_btk = (
+        jax.lax.all_gather(x, axis, axis=2, tiled=True) for x in (top_btk, ids_btk)
     )
-    return _sum(jnp.where(top_btv, term(p_btv, q_btv), 0), axis) + term(*rest)
+    top_btk, places_btk = jax.lax.top_k(every_btk, top_k + 1)
+    return top_btk, jnp.take_along_axis(ids_btk, places_btk, axis=2)
 
 
-_TINY = jnp.finfo(jnp.float32).tiny
-
-
-def _below_top(p_btv: jax.Array, top_k: int, axis: str | None) -> jax.Array:
+def _bound(top_btk: jax.Array) -> jax.Array:
     """A bound between the K-th largest entry and the next one, [B, T, 1]. The K-th largest itself
     may be rounded differently where XLA computes it a second time."""
-    p_btv = jax.lax.stop_gradient(p_btv)
-    top_btk, _ = jax.lax.top_k(p_btv, min(top_k + 1, p_btv.shape[-1]))
-    if axis is not None:
-        every_btk = jax.lax.all_gather(top_btk, axis, axis=2, tiled=True)
-        top_btk, _ = jax.lax.top_k(every_btk, top_k + 1)
     return jnp.mean(top_btk[..., -2:], axis=-1, keepdims=True)
+
+
+_NO_TOKEN = jnp.iinfo(jnp.int32).max
+
+
+def _top_k(options: Options, p_btv: jax.Array) -> TopK:
+    axis = options.vocab_axis
+    top_btk, ids_btk = _largest(p_btv, options.top_k, axis)
+    bound_bt1 = _bound(top_btk)
+    logp_btk = top_btk[..., :-1]
+    # As in `_divergence`: entries that are equal to the next one are not among the top.
+    ids_btk = jnp.where(logp_btk > bound_bt1, ids_btk[..., :-1], _NO_TOKEN)
+    if axis is not None:  # equal on all devices, as only pmax declares
+        logp_btk, ids_btk = (jax.lax.pmax(x, axis) for x in (logp_btk, ids_btk))
+    return TopK(logp_btk, ids_btk, _rest(p_btv, p_btv > bound_bt1, axis))
+
+
+def _spread(top: TopK, v: int, axis: str | None) -> jax.Array:
+    """Log-probabilities of the top tokens, [B, T, V]; 1 for all others."""
+    first = 0 if axis is None else jax.lax.axis_index(axis) * v
+    ids_btk = top.ids_btk - first
+    ids_btk = jnp.where(ids_btk < 0, _NO_TOKEN, ids_btk)  # negative ones would count from the end
+    b, t, _ = ids_btk.shape
+    at = jnp.arange(b)[:, None, None], jnp.arange(t)[:, None], ids_btk
+    return jnp.ones((b, t, v)).at[at].set(top.logp_btk, mode="drop")
 
 
 def _log_softmax(z_btv: jax.Array, axis: str | None) -> jax.Array:
@@ -255,7 +351,7 @@ def _zeros(shape, like):
     return varying_over(jnp.zeros(shape, jnp.float32), varying_axes(like))
 
 
-def _split(chunk, *arrays):
+def _split(chunk, *trees):
     """[B, T, ...] -> [chunks, B, chunk, ...] each, zeros appended to the last chunk."""
 
     def split(a):
@@ -263,7 +359,7 @@ def _split(chunk, *arrays):
         a = jnp.pad(a, [(0, 0), (0, -t % chunk)] + [(0, 0)] * (a.ndim - 2))
         return jnp.moveaxis(a.reshape(b, -1, chunk, *a.shape[2:]), 1, 0)
 
-    return tuple(split(a) for a in arrays)
+    return jax.tree.map(split, trees)
 
 
 def _join(chunks, t):

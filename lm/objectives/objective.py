@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm.data.packing import Packing
 from lm.errors import UserError
@@ -81,13 +82,28 @@ class Objective(abc.ABC):
           batch: a NamedTuple of arrays with a leading batch axis.
           key: a jax.random.key for dropout and sampling, different in each step and micro-batch;
             None in evaluation.
-          frozen: the models that `models` asks for, by name. They get no gradient.
+          frozen: the models that `models` asks for, by name. They get no gradient. Empty if the
+            objective stores their numbers instead.
         """
 
     def models(self) -> dict[str, str]:
         """Frozen models that the loss needs besides the one in training: name -> a run folder, a
         Hugging Face folder, or START for the weights that training starts from."""
         return {}
+
+    def stored_fields(self) -> dict[str, np.dtype]:
+        """Numbers of these models to compute for each sequence before the first update, instead of
+        in each step: name -> format of a token, as in np.dtype(("f4", (8,))) for 8 of them. They
+        are fields [B, T, ...] of the batches, and the models are not in memory in training."""
+        return {}
+
+    def precompute(self, config: Config, batch: Any, frozen: Frozen) -> dict[str, jax.Array]:
+        """The stored fields of a batch, for a model of this config in training."""
+        return {}
+
+    def loss_models(self) -> dict[str, str]:
+        """The models that `loss` receives: all of `models`, or none if their numbers are stored."""
+        return {} if self.stored_fields() else self.models()
 
     def check(self, config: Config, packing: Packing) -> None:
         """Raises UserError for a model or a packing of batches that it cannot train with."""

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm.data.batch import Batch
 from lm.errors import UserError, check_not_negative, check_positive
-from lm.model import Model
+from lm.model import Config, Model
 from lm.objectives.objective import START, ExampleObjective, Examples, Frozen
 from lm.objectives.token_losses import by_pairs, sum_segments, token_logps
 
@@ -95,8 +96,10 @@ def _completions(apply: Model, batch: Batch, frozen: Frozen) -> tuple[Completion
     """The completion of each segment of each row, and the statistics of the forward pass."""
     logp_bt, statistics = _logps(apply, batch)
     ratio_bt = logp_bt
-    if "reference" in frozen:
+    reference_bt = getattr(batch, _STORED, None)
+    if reference_bt is None and "reference" in frozen:
         reference_bt, _ = _logps(frozen["reference"], batch)
+    if reference_bt is not None:
         # Of each token: the sums of long completions are large, and their difference is small.
         ratio_bt = logp_bt - jax.lax.stop_gradient(reference_bt)
     counted_bt = batch.weights > 0
@@ -113,14 +116,44 @@ def _logps(model: Model, batch: Batch) -> tuple[jax.Array, Any]:
     return token_logps(model, output.hidden_btd, batch.targets), output.statistics
 
 
+_STORED = "reference_logp"
+
+
 @dataclass(frozen=True, kw_only=True)
-class DPO(Preference):
+class Referenced(ExampleObjective):
+    """Base class of objectives that compare with a frozen reference model.
+
+    beta       strength of the pull to the reference
+    reference  a run folder or Hugging Face folder; START: the weights that training starts from
+    stored     compute the reference's log-probability of each token once, before the first update,
+               and keep it in RUN/stored; the reference takes no memory in training. Worth it for
+               several epochs, or a reference that does not fit beside the model
+    """
+
+    beta: float = 0.1
+    reference: str = START
+    stored: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(**{"objective.beta": self.beta})
+
+    def models(self) -> dict[str, str]:
+        return {"reference": self.reference}
+
+    def stored_fields(self) -> dict[str, np.dtype]:
+        return {_STORED: np.dtype("f4")} if self.stored else {}
+
+    def precompute(self, config: Config, batch: Batch, frozen: Frozen) -> dict[str, jax.Array]:
+        return {_STORED: _logps(frozen["reference"], batch)[0]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(Referenced, Preference):
     """Direct preference optimization (Rafailov et al., arXiv:2305.18290):
 
         margin = beta * (log-ratio of chosen - log-ratio of rejected)
         loss = -log sigmoid(margin)
 
-    beta              strength of the pull to the reference
     label_smoothing   e, the probability that a label is wrong (cDPO, Mitchell 2023):
                       loss = -(1 - e) log sigmoid(margin) - e log sigmoid(-margin)
     normalize_length  divide each log-ratio by the tokens of its completion (TRL's sigmoid_norm);
@@ -128,23 +161,17 @@ class DPO(Preference):
     sft_weight        adds sft_weight * (mean loss per token of the chosen completion) (RPO, Pang
                       et al., arXiv:2404.19733). TRL averages over the tokens of the whole batch
                       instead, which weighs long completions more and depends on the micro-batches
-    reference         a run folder or Hugging Face folder; START: the weights that training starts
-                      from
+    beta, reference, stored  see `Referenced`
     """
 
-    beta: float = 0.1
     label_smoothing: float = 0.0
     normalize_length: bool = False
     sft_weight: float = 0.0
-    reference: str = START
 
     def __post_init__(self) -> None:
-        check_positive(**{"objective.beta": self.beta})
+        super().__post_init__()
         check_not_negative(**{"objective.sft_weight": self.sft_weight})
         _check_smoothing(self.label_smoothing)
-
-    def models(self) -> dict[str, str]:
-        return {"reference": self.reference}
 
     def compare(self, chosen: Completion, rejected: Completion) -> Comparison:
         rewards = (
@@ -157,23 +184,14 @@ class DPO(Preference):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IPO(Preference):
+class IPO(Referenced, Preference):
     """Identity preference optimization (Azar et al., arXiv:2310.12036, equation 17):
 
         loss = (log-ratio of chosen - log-ratio of rejected - 1 / (2 * beta)) ** 2
 
     with log-ratios per token, as the authors use them and as TRL does. The rewards are beta times
-    these log-ratios. beta and reference as in DPO.
+    these log-ratios. Fields as in `Referenced`.
     """
-
-    beta: float = 0.1
-    reference: str = START
-
-    def __post_init__(self) -> None:
-        check_positive(**{"objective.beta": self.beta})
-
-    def models(self) -> dict[str, str]:
-        return {"reference": self.reference}
 
     def compare(self, chosen: Completion, rejected: Completion) -> Comparison:
         ratios = [c.per_token(c.ratio) for c in (chosen, rejected)]
@@ -206,7 +224,7 @@ class SimPO(Preference):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KTO(ExampleObjective):
+class KTO(Referenced):
     """Kahneman-Tversky optimization (Ethayarajh et al., arXiv:2402.01306) on single completions,
     each labelled desirable or undesirable:
 
@@ -223,22 +241,18 @@ class KTO(ExampleObjective):
     `accuracy`, the share with a positive margin; `kl`, which is z0.
 
     desirable_weight, undesirable_weight  factors of the loss, to balance unequal numbers of both
-    beta, reference                       as in DPO
+    beta, reference, stored               see `Referenced`
     """
 
-    beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
-    reference: str = START
 
     paired = True
 
     def __post_init__(self) -> None:
-        fields = ("beta", "desirable_weight", "undesirable_weight")
+        super().__post_init__()
+        fields = ("desirable_weight", "undesirable_weight")
         check_positive(**{f"objective.{name}": getattr(self, name) for name in fields})
-
-    def models(self) -> dict[str, str]:
-        return {"reference": self.reference}
 
     def examples(
         self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen

@@ -18,7 +18,7 @@ import pytest
 import virtual_devices
 
 from lm.checkpoint import Save, Store
-from lm.checkpoint.store import _checksums
+from lm.checkpoint.store import checksums
 from lm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -372,13 +372,13 @@ def test_one_flipped_bit_changes_the_checksum(dtype: str) -> None:
     x = jnp.arange(24).reshape(2, 3, 4).astype(dtype)
     content = np.asarray(x).copy()
     flat = content.view(np.uint8).reshape(-1)
-    (before,) = _checksums({"x": x}).values()
+    (before,) = checksums({"x": x}).values()
     for position in range(flat.size):
         for bit in range(8):
             flat[position] ^= 1 << bit
-            assert _checksums({"x": content}) != {"x": before}
+            assert checksums({"x": content}) != {"x": before}
             flat[position] ^= 1 << bit
-    assert _checksums({"x": content}) == {"x": before}
+    assert checksums({"x": content}) == {"x": before}
 
 
 @pytest.mark.parametrize(("file", "records"), [("orbax/checkpoint/writes.py", 0), ("mine.py", 1)])
