@@ -224,30 +224,39 @@ def _sums(options, chunks, x_btd, w_dv, targets_bt, weights_bt):
     return _in_chunks(by, chunks, x_btd, w_dv, targets_bt, weights_bt)
 
 
-def _sums_forward(options, chunks, x_btd, w_dv, targets_bt, weights_bt):
-    """Returns the sums, and as residuals the gradients of loss_sum."""
+def _sums_and_gradients(options, chunks, arrays, has_dw):
+    """Returns the sums, and as residuals the gradients of loss_sum; without `has_dw` that of w is
+    None."""
 
     def by(x_btd, w_dv, targets_bt, weights_bt, chunk):
         whole = chunk.vocab == w_dv.shape[1]
         gradients = _gradients_at_once if whole else _gradients_by_vocab_chunk
         chunks = (_split(a, chunk.positions) for a in (x_btd, targets_bt, weights_bt))
-        sums, dx, dw_dv, loss = gradients(*chunks, w_dv, options, chunk)
+        sums, dx, dw_dv, loss = gradients(*chunks, w_dv, options, chunk, has_dw)
         # The backward pass starts only after the gradient of w is reduce-scattered.
         dx, dw_dv = jax.lax.optimization_barrier((dx, dw_dv))
         t = targets_bt.shape[1]
         types = jnp.empty(0, x_btd.dtype), jnp.empty(0, w_dv.dtype)
         return sums, (_join(dx, t), dw_dv, _join(loss, t), types)
 
-    return _in_chunks(by, chunks, x_btd, w_dv, targets_bt, weights_bt)
+    return _in_chunks(by, chunks, *arrays)
+
+
+def _sums_forward(options, chunks, *primals):
+    # A frozen output matrix, as under LoRA, needs no gradient.
+    has_dw = primals[1].perturbed
+    return _sums_and_gradients(options, chunks, [p.value for p in primals], has_dw)
 
 
 def _sums_backward(options, chunks, residuals, cotangents):
     dx_btd, dw_dv, loss_bt, (x_type, w_type) = residuals
     g, _ = cotangents
-    return (g * dx_btd).astype(x_type.dtype), (g * dw_dv).astype(w_type.dtype), None, g * loss_bt
+    dx_btd = (g * dx_btd).astype(x_type.dtype)
+    dw_dv = None if dw_dv is None else (g * dw_dv).astype(w_type.dtype)
+    return dx_btd, dw_dv, None, g * loss_bt
 
 
-_sums.defvjp(_sums_forward, _sums_backward)
+_sums.defvjp(_sums_forward, _sums_backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -260,22 +269,25 @@ def _token_losses(options, chunks, x_btd, w_dv, targets_bt):
     return _in_chunks(by, chunks, x_btd, w_dv, targets_bt)
 
 
-def _token_losses_forward(options, chunks, x_btd, w_dv, targets_bt):
-    arrays = x_btd, w_dv, targets_bt
-    return _token_losses(options, chunks, *arrays), arrays
+def _token_losses_forward(options, chunks, *primals):
+    arrays = [p.value for p in primals]
+    # None or (): whether w has a gradient, in the structure of the residuals.
+    return _token_losses(options, chunks, *arrays), (arrays, () if primals[1].perturbed else None)
 
 
-def _token_losses_backward(options, chunks, arrays, g_bt):
+def _token_losses_backward(options, chunks, residuals, g_bt):
     """The gradients of the sum of the losses, each weighted by its cotangent."""
+    arrays, mark = residuals
     x_btd, w_dv, _ = arrays
-    _, (dx_btd, dw_dv, *_) = _sums_forward(options, chunks, *arrays, g_bt)
-    return dx_btd.astype(x_btd.dtype), dw_dv.astype(w_dv.dtype), None
+    has_dw = mark is not None
+    _, (dx_btd, dw_dv, *_) = _sums_and_gradients(options, chunks, (*arrays, g_bt), has_dw)
+    return dx_btd.astype(x_btd.dtype), dw_dv.astype(w_dv.dtype) if has_dw else None, None
 
 
-_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward, symbolic_zeros=True)
 
 
-def _gradients_at_once(x, targets, weights, w_dv, options, chunk):
+def _gradients_at_once(x, targets, weights, w_dv, options, chunk, has_dw):
     """Returns ((loss_sum, nll_sum), dx, dw_dv, loss) from logits of the full vocabulary, for
     positions in chunks [chunks, B, chunk, ...]."""
     full_dv = _gathered(w_dv, options)
@@ -290,17 +302,18 @@ def _gradients_at_once(x, targets, weights, w_dv, options, chunk):
         dz = weights[..., None] * _slope(z, _lse(statistics), targets, vocab_range, w_dv, options)
         dz = dz.astype(x.dtype)
         dx = jnp.einsum("btv,dv->btd", dz, full_dv)
-        dw_dv += jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=jnp.float32)
+        if has_dw:
+            dw_dv += jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=jnp.float32)
         sums = loss_sum + jnp.sum(weights * loss), nll_sum + jnp.sum(weights * nll)
         return (*sums, dw_dv), (dx, loss)
 
     zero = _zeros((), weights)
-    start = zero, zero, _zeros(full_dv.shape, w_dv)
+    start = zero, zero, _zeros(full_dv.shape, w_dv) if has_dw else None
     (*sums, dw_dv), (dx, loss) = jax.lax.scan(body, start, (x, targets, weights))
-    return tuple(sums), dx, _scattered(dw_dv, w_dv, options), loss
+    return tuple(sums), dx, _scattered(dw_dv, w_dv, options) if has_dw else None, loss
 
 
-def _gradients_by_vocab_chunk(x, targets, weights, w_dv, options, chunk):
+def _gradients_by_vocab_chunk(x, targets, weights, w_dv, options, chunk, has_dw):
     """As `_gradients_at_once`, with the vocabulary in chunks."""
     statistics = _statistics(x, targets, w_dv, options, chunk)
     nll, loss = _losses(statistics, w_dv, options)
@@ -318,17 +331,19 @@ def _gradients_by_vocab_chunk(x, targets, weights, w_dv, options, chunk):
             dz = weights[..., None] * _slope(z, lse, targets, vocab_range, w_dv, options)
             dz = dz.astype(x.dtype)
             new = jnp.einsum("btv,dv->btd", dz, w, preferred_element_type=jnp.float32)
-            dw += jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=jnp.float32)
+            if has_dw:
+                dw += jnp.einsum("btd,btv->dv", x, dz, preferred_element_type=jnp.float32)
             return (dx.at[i].add(new), dw), None
 
-        start = dx, _zeros(w.shape, w_dv)
+        start = dx, _zeros(w.shape, w_dv) if has_dw else None
         (dx, dw), _ = jax.lax.scan(over_positions, start, per_chunk)
-        return dx, _scattered(dw, w_dv, options)
+        return dx, _scattered(dw, w_dv, options) if has_dw else None
 
     parts = _split_vocab(w_dv, chunk)
     dx, dw = jax.lax.scan(over_vocab, _zeros(x.shape, x), (jnp.arange(len(parts)), parts))
     sums = jnp.sum(weights * loss), jnp.sum(weights * nll)
-    return sums, dx.astype(x.dtype), _join_vocab(dw, w_dv.shape[1]), loss
+    dw_dv = _join_vocab(dw, w_dv.shape[1]) if has_dw else None
+    return sums, dx.astype(x.dtype), dw_dv, loss
 
 
 def _statistics(x, targets, w_dv, options, chunk) -> Statistics:

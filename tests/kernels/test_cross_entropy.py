@@ -228,3 +228,26 @@ def test_rejects_arguments_that_do_not_fit(change, words):
     arguments = {"x_btd": x, "w_dv": w, "targets_bt": targets, "weights_bt": weights}
     with pytest.raises(ValueError, match=words):
         cross_entropy(**(arguments | change))
+
+
+@pytest.mark.parametrize("chunks", [(4, None), (4, 10)])
+def test_a_frozen_output_matrix_costs_no_gradient(chunks):
+    """The gradient of x is the same, and no array of the size of w is computed."""
+    x, w, targets, weights = inputs()
+    sizes = dict(zip(("chunk", "vocab_chunk"), chunks, strict=True))
+
+    def loss(x, w):
+        return cross_entropy(x, w, targets, weights, **sizes)[0]
+
+    def losses(x, w):
+        return jnp.sum(weights * token_losses(x, w, targets, **sizes))
+
+    for function in (loss, losses):
+        alone = jax.grad(function)
+        wanted = jax.jit(jax.grad(function, (0, 1)))(x, w)[0]
+        np.testing.assert_allclose(jax.jit(alone)(x, w), wanted, rtol=1e-6, atol=1e-7)
+        products = re.findall(
+            r"dot_general.* -> tensor<(\S+)xf32>", jit(alone).lower(x, w).as_text()
+        )
+        assert products
+        assert not [shape for shape in products if shape in (f"{D}x{V}", f"{D}x10")]
