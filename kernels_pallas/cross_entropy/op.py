@@ -342,8 +342,8 @@ def _gradients_by_vocab_chunk(x, targets, weights, w_dv, options, chunk, has_dw)
     parts = _split_vocab(w_dv, chunk)
     dx, dw = jax.lax.scan(over_vocab, _zeros(x.shape, x), (jnp.arange(len(parts)), parts))
     sums = jnp.sum(weights * loss), jnp.sum(weights * nll)
-    dw_dv = _join_vocab(dw, w_dv.shape[1]) if has_dw else None
-    return sums, dx.astype(x.dtype), dw_dv, loss
+    dx = dx.astype(x.dtype)
+    return sums, dx, _join_vocab(dw, w_dv.shape[1]) if has_dw else None, loss
 
 
 def _statistics(x, targets, w_dv, options, chunk) -> Statistics:
