@@ -1,7 +1,8 @@
 """Conversations have the tokens and the loss mask that TRL 1.16 gives them (tests/oracles).
 
 TRL also trains the line break that a template writes after the end of the last message, if the
-data has a prompt and a completion. Ours trains what a model must write, up to the end token.
+data has a prompt and a completion. Ours trains what a model must write, up to the end token. A
+document of a pair ends with one more token, so that a model reads the last one of the answer.
 """
 
 import json
@@ -29,11 +30,12 @@ def encoded(source, records, tokenizer, tmp_path):
     return [(each.ids.tolist(), each.weights.tolist()) for each in documents]
 
 
-def expected(prompt, completion, weight, tokenizer):
-    """The ids, and `weight` on the completion without a line break after its end token."""
+def expected(prompt, completion, weight, tokenizer, more=()):
+    """The ids with `more`, and `weight` on the completion without a line break after its end."""
     breaks = completion[-1] == tokenizer.encode("\n")[0]
-    answer = len(completion) - breaks
-    return prompt + completion, [0] * len(prompt) + [weight] * answer + [0] * breaks
+    weights = [0] * len(prompt) + [weight] * (len(completion) - breaks)
+    ids = [*prompt, *completion, *more]
+    return ids, weights + [0] * (len(ids) - len(weights))
 
 
 @pytest.mark.parametrize("marked", [True, False], ids=["marked", "unmarked"])
@@ -65,7 +67,7 @@ def test_preference_pairs(name, tokenizer, tmp_path):
         lambda path: data.Preferences(path, template=template), rows, tokenizer, tmp_path
     )
     assert ours == [
-        expected(row["prompt_ids"], row[f"{which}_ids"], 1, tokenizer)
+        expected(row["prompt_ids"], row[f"{which}_ids"], 1, tokenizer, [tokenizer.eos])
         for row in rows
         for which in ("chosen", "rejected")
     ]
@@ -81,10 +83,10 @@ def test_feedback(name, tokenizer, tmp_path):
     assert ours == [
         document
         for row, other in zip(rows, following)
-        for document in (
-            expected(row["prompt_ids"], row["completion_ids"], 2 - row["label"], tokenizer),
-            expected(row["prompt_ids"], other["completion_ids"], 1, tokenizer),
-        )
+        for each, weight in ((row, 2 - row["label"]), (other, 1))
+        for document in [
+            expected(row["prompt_ids"], each["completion_ids"], weight, tokenizer, [tokenizer.eos])
+        ]
     ]
     cycled = [row["kl_completion_ids"] for row in following]
     assert cycled == [row["completion_ids"] for row in rows]
