@@ -16,7 +16,7 @@ import psutil
 from etils import epath
 
 from lm import folders, hf, model, runs, terminal, training, trees
-from lm.data.batch import Batch
+from lm.data.batch import Batch, extend
 from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.parallel import hardware, sharding
@@ -193,7 +193,10 @@ def _random_batch(program: Program) -> Batch:
         segments=ones,
         positions=np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
     )
-    return program.put(lambda rows: Batch(*(x[rows] for x in batch)), shape[0])
+    formats = experiment.objective.stored_fields().items()
+    zeros = {name: np.zeros((*shape, *each.shape), each.base) for name, each in formats}
+    batch = extend(batch, zeros)
+    return program.put(lambda rows: type(batch)(*(x[rows] for x in batch)), shape[0])
 
 
 def _peak_memory() -> int:

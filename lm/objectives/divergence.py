@@ -136,14 +136,17 @@ def divergence_sums(
     over_tokens = varying_axes(targets_bt, weights_bt)
     over_vocab = over_tokens | ({options.vocab_axis} - {None})
     # Cast outside of the loop, so that gradients are summed over mesh axes once, not per chunk.
-    models, tokens = (
-        jax.tree.map(partial(varying_over, axes=axes), arrays)
-        for axes, arrays in (
-            (over_vocab, (student, teacher)),
+    is_stored = isinstance(teacher, TopK)
+    arrays = (
+        jax.tree.map(partial(varying_over, axes=axes), tree)
+        for axes, tree in (
+            (over_vocab, student),
+            (over_tokens if is_stored else over_vocab, teacher),
             (over_tokens, (targets_bt, weights_bt)),
         )
     )
-    sums = _sums(options, *models, *tokens)
+    student, teacher, (targets_bt, weights_bt) = arrays
+    sums = _sums(options, student, teacher, targets_bt, weights_bt)
     return Sums(sums.loss, *jax.lax.stop_gradient(sums[1:]))
 
 

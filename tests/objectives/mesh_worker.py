@@ -12,6 +12,7 @@ import numpy as np
 from packed_pairs import CONFIG, documents, in_rows, init, pack
 
 from lm import model, objectives, trees
+from lm.data.batch import extend
 from lm.parallel import sharding
 from lm.parallel.mesh import Mesh, Place
 
@@ -33,6 +34,10 @@ OBJECTIVES = {
     ),
     "reward": objectives.RewardModel(margin=0.2, center=0.1),
 }
+OBJECTIVES |= {
+    f"{name}_stored": dataclasses.replace(OBJECTIVES[name], stored=True)
+    for name in ("dpo", "distill")
+}
 
 
 def run(weights: list[dict], mesh: jax.sharding.Mesh | None, rules: sharding.Rules | None):
@@ -48,9 +53,13 @@ def run(weights: list[dict], mesh: jax.sharding.Mesh | None, rules: sharding.Rul
         def of(objective):
             is_scalar = objective.head == "scalar"
             config, params = (SCALAR, scalar) if is_scalar else (STUDENT, student)
+            is_stored = bool(objective.stored_fields())
+            numbers = objective.precompute(config, batch, frozen) if is_stored else {}
+            models = {} if is_stored else frozen
+            extended = extend(batch, numbers)
 
             def total(params):
-                loss = objective.loss(model.Model(config, params, mesh), batch, None, frozen)
+                loss = objective.loss(model.Model(config, params, mesh), extended, None, models)
                 return loss.total, loss
 
             grads, loss = jax.grad(total, has_aux=True)(params)
