@@ -56,7 +56,12 @@ def _draw(run: Run) -> epath.Path:
 
 
 def _conversations(run: Run) -> list[data.Conversations]:
-    """The sources of conversations that the run was trained on."""
+    """The sources of conversations that the run was trained on; none if its tokenizer has no chat
+    template."""
+    try:
+        data.chat_template(run.tokenizer)
+    except UserError:
+        return []
     declared = run.experiment.data
     sources = declared.sources.values() if isinstance(declared, data.Mixture) else [declared]
     return [source for source in sources if isinstance(source, data.Conversations)]
@@ -66,17 +71,18 @@ def _samples(run: Run) -> list[str]:
     """The prompts of the declaration with their continuations; with answers, if the run was trained
     on conversations."""
     chats = _conversations(run)
+
+    def sample(prompt: str) -> str:
+        if not chats:
+            return prompt + run.generate(prompt, max_tokens=96, temperature=0.5)
+        conversation = run.chat(system=chats[0].system, temperature=0.5)
+        conversation.say(prompt, max_tokens=96)
+        return "\n".join(f"{each['role']}: {each['content']}" for each in conversation.messages)
+
     samples = []
     for prompt in run.experiment.prompts:
         try:
-            if chats:
-                conversation = run.chat(system=chats[0].system, temperature=0.5)
-                conversation.say(prompt, max_tokens=96)
-                samples.append(
-                    "\n".join(f"{m['role']}: {m['content']}" for m in conversation.messages)
-                )
-            else:
-                samples.append(prompt + run.generate(prompt, max_tokens=96, temperature=0.5))
+            samples.append(sample(prompt))
         except UserError as error:  # the weights may not be finite
             samples.append(f"{prompt}... ({error})")
     return samples

@@ -30,9 +30,14 @@ class Prepared:
         return ["a" * 1000]
 
 
-def run(folder, **fields):
-    declared = experiment(**fields)
-    return SimpleNamespace(folder=epath.Path(folder), step=8, experiment=declared)
+def run(folder, template="{{ messages }}", **fields):
+    ids = dict.fromkeys(("bos", "eos", "pad", "unk"), -1)
+    return SimpleNamespace(
+        folder=epath.Path(folder),
+        step=8,
+        experiment=experiment(**fields),
+        tokenizer=SimpleNamespace(chat_template=template, symbols=(), **ids),
+    )
 
 
 def line(name, value, stderr=0.01, step=8):
@@ -75,13 +80,14 @@ def test_metrics_of_pairs_and_of_a_users_evaluation_are_printed(tmp_path):
     [
         ({}, ["generate", "eval"]),
         ({"data": data.Chat("chats.jsonl")}, ["chat", "eval"]),
+        ({"data": data.Chat("chats.jsonl"), "template": None}, ["generate", "eval"]),
         (
             {"data": data.Mixture(sources={"pairs": data.Preferences("pairs.jsonl")})},
             ["chat", "eval"],
         ),
         (REWARD_MODEL, []),
     ],
-    ids=["text", "chat", "mixture", "reward model"],
+    ids=["text", "chat", "no template", "mixture", "reward model"],
 )
 def test_next_commands_fit_the_model(tmp_path, fields, words):
     *commands, longer = summary._next_commands(run(tmp_path, **fields), "dpo.")
