@@ -102,7 +102,7 @@ def _train(
         check(experiment, prepared)
         stored = Stored(program, prepared, folder.path)
         folder.write(program, prepared, start.folder.origin if start else folder.origin)
-        stored.compute(workdir)
+        stored.compute(workdir, resumes=bool(resumes))
         state, frozen = first_state(program, folder, store, start)
         outcome, stopped = _play(program, prepared, stored, store, folder, state, frozen)
 

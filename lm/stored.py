@@ -23,6 +23,7 @@ from lm import checkpoint, data, evals, terminal, training, trees
 from lm.data.batch import extend
 from lm.data.folder import Folder, digest
 from lm.data.progress import silent
+from lm.errors import UserError
 from lm.model import ForwardOptions, Model
 from lm.objectives import START
 from lm.parallel import distributed, sharding
@@ -81,26 +82,31 @@ class Stored:
         """Held-out documents, with the stored fields in their batches."""
         return _HeldOut(documents, self._read) if self._groups else documents
 
-    def compute(self, workdir: str | os.PathLike) -> None:
-        """Computes what is missing. The models are in memory only meanwhile."""
+    def compute(self, workdir: str | os.PathLike, resumes: bool) -> None:
+        """Computes what is missing. The models are in memory only meanwhile.
+
+        Raises UserError if the run resumes, and a model has changed since it was begun.
+        """
         if self._complete:
             return
         is_main, paths = distributed.is_main(), self._program.experiment.objective.models()
         sequences = sum(group.size for group in self._groups)
         if is_main:
             size = terminal.size(sequences * self._record.itemsize)
-            terminal.note(f"{self._folder} will hold numbers of {sequences:,} sequences, {size}.")
+            terminal.note(f"Numbers of {sequences:,} sequences go to {self._folder}: {size}.")
         models = {name: self._model(path, workdir) for name, path in paths.items()}
         checksums = {name: _checksum(each.params) for name, each in models.items()}
+        if resumes:
+            self._check_unchanged(checksums)
         compute = functools.partial(self._compiled(), models)
         progress = terminal.progress if is_main else silent
         with progress(f"storing {' and '.join(paths)}", sequences) as bar:
             for group, part, numbers in self._parts():
-                # Parts of other weights are from before the model was changed.
                 if distributed.any_process(self._is_missing(group, part, numbers, checksums)):
                     records = self._records(group, numbers, compute)
                     if is_main:
-                        self._write(_name(group.folder, part), records, checksums)
+                        facts = {"first": numbers.start, "models": checksums}
+                        self._write(_name(group.folder, part), records, facts)
                 bar.advance(len(numbers))
         distributed.barrier("numbers stored")
         self._complete = True
@@ -135,10 +141,21 @@ class Stored:
         name = _name(group.folder, part)
         marker = self._marker(name)
         return (
-            marker.get("sequences", 0) < len(numbers)
+            marker.get("first") != numbers.start
+            or marker["sequences"] < len(numbers)
             or self._folder.size(f"{name}.npy") != marker["bytes"]
             or checksums not in (None, marker["models"])
         )
+
+    def _check_unchanged(self, checksums: Mapping[str, int]) -> None:
+        for group, part, _ in self._parts():
+            before = self._marker(_name(group.folder, part)).get("models", checksums)
+            for name, path in self._program.experiment.objective.models().items():
+                if before[name] != checksums[name]:
+                    raise UserError(
+                        f"objective.{name}={path!r} has changed since the run was begun; bring it "
+                        "back as it was, or begin another run with --set name=NAME."
+                    )
 
     def _marker(self, name: str) -> dict[str, Any]:
         """Facts about a part; {} if it is not finished."""
@@ -191,7 +208,7 @@ class Stored:
                     records[name][span] = np.asarray(values)[: len(batches[index])]
         return records
 
-    def _write(self, name: str, records: np.ndarray, checksums: Mapping[str, int]) -> None:
+    def _write(self, name: str, records: np.ndarray, facts: Mapping[str, Any]) -> None:
         file = io.BytesIO()
         np.save(file, records)
         content = file.getbuffer()
@@ -199,7 +216,7 @@ class Stored:
             "sequences": len(records),
             "bytes": len(content),
             "sha256": digest(content),
-            "models": checksums,
+            **facts,
         }
         self._folder.write(f"{name}.npy", content)
         self._folder.write(f"{name}.json", json.dumps(marker).encode())

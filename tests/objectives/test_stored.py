@@ -252,11 +252,18 @@ def test_a_run_killed_while_it_stores_and_later_without_its_teacher(home, parts,
     assert parts[:2] == ["train/00001", "train/00003"]
     assert sorted({name.rpartition("/")[0] for name in parts}) == ["held_out/documents", "train"]
 
+    # Once it has begun, the teacher must stay the same.
+    lost, right = folder / "stored" / "train" / "00002.npy", marker.read_text()
+    shutil.move(lost, home / "elsewhere.npy")
+    marker.write_text(json.dumps(facts | {"models": {"teacher": 1}}))
+    with pytest.raises(UserError, match=r"objective\.teacher=.* has changed since the run was"):
+        train(declared, home)
+    marker.write_text(right)
+    shutil.move(home / "elsewhere.npy", lost)
+
     shutil.move(home / "teacher", home / "elsewhere")
-    parts.clear()
     train(declared, home)
     shutil.move(home / "elsewhere", home / "teacher")
-    assert parts == []
     check_same(home, "distill")
 
 
