@@ -1,17 +1,17 @@
 """Fine-tunes SmolLM2-135M-Instruct on your own conversations with LoRA.
 
-    python -m experiments.smollm2_lora --set start=models/SmolLM2-135M-Instruct \\
-        --set data.path=chats.jsonl
+    python -m experiments.smollm2_lora --set start=models/SmolLM2 --set data.path=chats.jsonl
 
 `start` is the model's Hugging Face folder; `data.path` holds conversations in one of the shapes of
 `data.Chat`: messages, prompt and completion, question and answer, and others. For another model,
 copy this file and take `model=replace(runs.load_declaration(FOLDER).model, adapter=ADAPTER)`.
 
-Only the adapter is trained: 4.9 million weights of 139 million. Then
+Only the adapter is trained: 4.9 million weights of 139 million. Talk to the result, or export it:
+the adapter as a PEFT folder, or the whole model.
 
     python -m lm chat runs/smollm2_lora
-    python -m lm export runs/smollm2_lora adapter            # a PEFT folder
-    python -m lm export runs/smollm2_lora merged --merge     # a whole model
+    python -m lm export runs/smollm2_lora adapter
+    python -m lm export runs/smollm2_lora merged --merge
 """
 
 from lm import checkpoint, data, evals, model, optim
@@ -26,7 +26,7 @@ def experiment() -> Experiment:
     """Trains an adapter for --set start=FOLDER on --set data.path=FILE."""
     return Experiment(
         name="smollm2_lora",
-        start="models/SmolLM2-135M-Instruct",
+        start="models/SmolLM2",
         model=model.Config(
             vocab=49_152,
             dim=576,

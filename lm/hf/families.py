@@ -66,10 +66,12 @@ def read(config: Mapping[str, Any], where: str = "config.json") -> tuple[Family,
 def _head(config: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
     """(config.json of the language model, head of the model). A sequence classifier with one label
     is a model with a scalar head."""
-    first = next(iter(config.get("architectures") or ()), None)
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
     if not isinstance(first, str) or not first.endswith(CLASSIFIER):
         return config, "vocab"
-    labels = config.get("num_labels", len(config.get("id2label") or (0, 1)))
+    names = config.get("id2label")
+    labels = config.get("num_labels", len(names) if isinstance(names, dict) else 2)
     if labels != 1:
         raise UserError(
             f"{where}: {first} has {labels} labels; only one, the score of a reward model, is "
