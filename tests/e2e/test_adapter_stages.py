@@ -66,11 +66,11 @@ def first_state(experiment, workdir):
     ("fields", "limit"),
     [
         ({"adapter": LORA}, 0),
-        ({"adapter": replace(LORA, dropout=0.5)}, 0),
+        pytest.param({"adapter": replace(LORA, dropout=0.5)}, 0, marks=pytest.mark.slow),
         # The change is added to the weights in float32.
         ({}, 1e-5),
         ({"adapter": replace(LORA, rank=2)}, 1e-5),
-        ({"adapter": model.Bottleneck(hidden=4)}, 1e-5),
+        pytest.param({"adapter": model.Bottleneck(hidden=4)}, 1e-5, marks=pytest.mark.slow),
     ],
     ids=["the same", "with dropout", "none", "another rank", "another kind"],
 )
@@ -97,6 +97,7 @@ def test_a_quantized_stage_resumes_and_opens(adapted, workdir):
     np.testing.assert_array_equal(logits(lm.load(workdir / "q")), logits(whole))
 
 
+@pytest.mark.slow
 def test_a_prefix_cannot_be_dropped(workdir, adapted):
     prefix = stage("prefix", str(workdir / "first"), adapter=model.Prefix(tokens=2))
     run = lm.train(prefix, workdir=workdir)

@@ -46,6 +46,7 @@ def recipe(tmp_path_factory):
     return Recipe(name="chatty", stages=(pretrain, sft))
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_model_answers_in_its_template(recipe, tmp_path):
     run = lm.train(recipe, workdir=tmp_path)
     results = training.read_lines(run.folder / "eval.jsonl")

@@ -23,7 +23,12 @@ FROM_THE_MODEL = ("lora", "rslora", "bottleneck")  # these start from what the m
 EXPERTS = {"ffn": model.MoE(experts=4, experts_per_token=2, hidden=8)}
 
 
-@pytest.fixture(params=ADAPTERS)
+SLOW = ("rslora", "encoder")
+
+
+@pytest.fixture(
+    params=[pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in ADAPTERS]
+)
 def adapted(request, base):
     return dataclasses.replace(base, adapter=ADAPTERS[request.param])
 
