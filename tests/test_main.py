@@ -422,7 +422,7 @@ def test_eval_prints_table_or_json(tiny, cli, tmp_path):
         (("export", "RUN", "out", "--shard-gb", "inf"), ("--shard-gb: 'inf' must be a number",)),
         (("bench", "step", "RUN", "--steps", "0"), ("--steps: '0' must be a whole number",)),
         (("generate", "nowhere"), ("nowhere is neither a run folder (it has no experiment.json)",)),
-        (("eval", "nowhere"), ("nor a Hugging Face folder (it has neither config.json nor adapter_config.json)",)),
+        (("eval", "nowhere"), ("neither config.json nor adapter_config.json)",)),
         (("eval", "RUN", "--data", "nowhere.txt"), ("There is no file 'nowhere.txt'",)),
         (("eval", "RUN", "--date", "x"), ("unknown option '--date'", "Did you mean '--data'?")),
         (("bench", "step", "nowhere"), ("'nowhere' is neither a run folder nor a module",)),
