@@ -164,10 +164,12 @@ def _abstract_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> Any:
 
 
 def use_compilation_cache() -> None:
-    """Caches compiled programs in JAX_COMPILATION_CACHE_DIR, or ~/.cache/lm/jax."""
+    """Caches compiled programs in JAX_COMPILATION_CACHE_DIR, or ~/.cache/lm/jax: those that take
+    0.1 s to compile, or JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def cache_folder() -> Path:
