@@ -4,6 +4,7 @@ The programs are found by their content, so the folder also serves the next sess
 processes that tests start.
 """
 
+import gc
 import getpass
 import importlib.metadata
 import os
@@ -26,10 +27,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Most of the time of the tests is compilation; without optimizations it takes a quarter.
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests programs as users compile them.
 quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
-# XLA aborts on a flag that it does not know; later versions do not have this one.
-if quick and importlib.metadata.version("jaxlib").startswith("0.10."):
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {flags}".strip()
+if quick:
+    flags = "--xla_cpu_parallel_codegen_split_count=1"
+    # XLA aborts on a flag that it does not know; later versions do not have this one.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax  # noqa: E402  after its environment
 
@@ -68,6 +71,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+
+
+def pytest_collection_finish() -> None:
+    """Collects garbage less often: tracing makes many objects, among the many that stay."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -19,6 +19,8 @@ from lm import main as lm_module
 from lm.commands import flags
 from lm.main import lm_main, main
 
+SLOW = pytest.mark.slow
+
 
 @pytest.fixture
 def cli(tiny, tmp_path, capsys):
@@ -80,7 +82,9 @@ def test_training_a_complete_run_prints_next_commands(tiny, cli):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=SLOW)],
+    ids=["SIGTERM", "SIGINT"],
 )
 def test_signal_saves_checkpoint_and_same_command_resumes(
     tiny, cli, tmp_path, monkeypatch, number, code
@@ -213,27 +217,26 @@ def test_workdir_without_write_permission_prints_error(cli, tmp_path, monkeypatc
 # ---- Out of memory
 
 
-@pytest.mark.parametrize(
-    ("message", "part"),
-    [
-        ("Out of memory allocating 2000000000000 bytes.", "an array needs 2 TB, "),
-        ("Out of memory while trying to allocate 71.50GiB.", "an array needs 71.50GiB, "),
-        ("Failed to allocate request for 5.2GiB (5600000000B)", "an array needs 5.2GiB, "),
-        ("Ran out of memory. Used 21.31G of 15.75G hbm. Exceeded", "needs 21.31G of 15.75G hbm."),
-    ],
-)
-def test_out_of_memory_prints_error_and_leaves_no_run_folder(
-    cli, tmp_path, monkeypatch, message, part
-):
-    def allocate(*args):
-        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+OUT_OF_MEMORY = {
+    "Out of memory allocating 2000000000000 bytes.": "an array needs 2 TB, ",
+    "Out of memory while trying to allocate 71.50GiB.": "an array needs 71.50GiB, ",
+    "Failed to allocate request for 5.2GiB (5600000000B)": "an array needs 5.2GiB, ",
+    "Ran out of memory. Used 21.31G of 15.75G hbm. Exceeded": "needs 21.31G of 15.75G hbm.",
+}
 
-    monkeypatch.setattr(run, "_play", allocate)
-    result = cli()
-    check_user_error(result, "out of memory", part, "remat", "batch.length")
-    assert "--set places.cpu.microbatches=8" in result[2]
-    assert (" of memory are free." in result[2]) == ("hbm" not in message)
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["data"]
+
+def test_out_of_memory_prints_error_and_leaves_no_run_folder(cli, tmp_path, monkeypatch):
+    for message, part in OUT_OF_MEMORY.items():
+
+        def allocate(*_, message=message):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+
+        monkeypatch.setattr(run, "_play", allocate)
+        result = cli()
+        check_user_error(result, "out of memory", part, "remat", "batch.length")
+        assert "--set places.cpu.microbatches=8" in result[2]
+        assert (" of memory are free." in result[2]) == ("hbm" not in message)
+        assert [path.name for path in (tmp_path / "runs").iterdir()] == ["data"]
     monkeypatch.undo()
     assert cli("--set", "schedule.steps=1", "--set", "name=tiny")[0] == 0
 
@@ -297,7 +300,13 @@ def flip_bits(checkpoint: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("corrupt", [truncate_largest, damage_arrays, empty_files, flip_bits])
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        flip_bits,
+        *(pytest.param(x, marks=SLOW) for x in (truncate_largest, damage_arrays, empty_files)),
+    ],
+)
 def test_damaged_checkpoint_error_names_previous_checkpoint(tiny, cli, tmp_path, corrupt):
     runs = tiny.copy(tmp_path / "damaged")
     checkpoint = runs / "tiny/checkpoints/8"

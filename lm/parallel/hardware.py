@@ -81,7 +81,12 @@ def peak_flops(device: jax.Device, dtype: str = "float32") -> float:
     """FLOP/s of one device: the published bfloat16 peak, or for an unknown device the matmul rate
     measured in `dtype`."""
     chip = chip_of(device)
-    return matmul_flops(dtype) if chip is None else chip.flops / chip.devices
+    return _measured(dtype) if chip is None else chip.flops / chip.devices
+
+
+@functools.cache
+def _measured(dtype: str) -> float:
+    return matmul_flops(dtype)  # once per process
 
 
 def machine_flops(mesh: jax.sharding.Mesh, dtype: str = "float32") -> float:

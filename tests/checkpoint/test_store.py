@@ -187,7 +187,16 @@ def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("left", ["nothing", "half", "all but a byte", "no file"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        "half",
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ("nothing", "all but a byte", "no file")
+        ),
+    ],
+)
 def test_damaged_checkpoint_is_rejected_or_restores_correctly(
     two_saved: Path, tmp_path: Path, left: str
 ) -> None:

@@ -84,6 +84,7 @@ def test_the_next_stage_starts_from_the_adapted_model(fields, limit, adapted, wo
     assert np.abs(before - plain).max() > 1e-2 * np.abs(before).max()
 
 
+@pytest.mark.slow
 def test_a_quantized_stage_resumes_and_opens(adapted, workdir):
     """Two steps, then two more, equal four: the frozen codes are read back as they were."""
     declared = stage("q", str(workdir / "first"), 4, adapter=LORA, quant=quant.NF4(block=16))

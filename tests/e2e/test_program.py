@@ -69,7 +69,8 @@ def test_a_second_process_compiles_nothing(tmp_path):
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # else the set of programs depends on the clock
+        # Else it depends on the clock which programs are kept.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": paths,
         "JAX_LOG_COMPILES": "1",
     }

@@ -142,6 +142,7 @@ def of_tokens(tokens) -> Batch:
     return Batch(tokens, np.roll(tokens, -1, axis=1), ones.astype(np.float32), ones, places)
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_adapter(base, draw, tokens):
     """Expected values follow by the chain rule from the gradient of the dense weight: dA = dW B^T,
     dB = A^T dW."""

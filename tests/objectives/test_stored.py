@@ -226,6 +226,7 @@ def test_dpo_with_a_stored_reference(home, parts):
     check_same(home, "dpo")
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_stores_and_later_without_its_teacher(home, parts, monkeypatch):
     declared = stored(distill(home))
     folder = home / "distill_stored"

@@ -100,6 +100,15 @@ def pairs(recorded):
     return pack(alternating(each[: len(each) // 2], each[len(each) // 2 :]), per_row=4)
 
 
+def feedback(recorded):
+    """Two answers a row, each with an answer to another prompt. Good ones have the weight 1, bad
+    ones 2."""
+    label = np.where(recorded["feedback/label"], 1, 2)[:, None]
+    own = documents(recorded, "feedback", recorded["feedback/completion_mask"] * label)
+    other = documents(recorded, "feedback", recorded["feedback/KL_completion_mask"], "KL_")
+    return pack(alternating(own, other), per_row=4)
+
+
 class Done(NamedTuple):
     """A model whose forward pass on the batch is done, so that several objectives share it."""
 
@@ -223,12 +232,7 @@ def test_unpaired(end, opened):
     """With policy and reference swapped, the estimate of the divergence is below 0, and cut off."""
     recorded, runs = tiny.read("preference"), [opened(0), opened(1)]
     policy, reference = runs[::-1] if end else runs
-    weights = (
-        recorded["feedback/completion_mask"] * np.where(recorded["feedback/label"], 1, 2)[:, None]
-    )
-    own = documents(recorded, "feedback", weights)
-    other = documents(recorded, "feedback", recorded["feedback/KL_completion_mask"], "KL_")
-    batch = pack(alternating(own, other), per_row=4)
+    batch = feedback(recorded)
     frozen = {"reference": reference.params}
     results = evaluate(UNPAIRED, policy.experiment.model, policy.params, batch, frozen)
     for name, result in results.items():

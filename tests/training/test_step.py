@@ -2,6 +2,7 @@
 and metrics."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -18,24 +19,34 @@ from lm.precision import Precision
 
 SCHEDULE = optim.Linear(peak=0.1, warmup=2, steps=10)
 MESH = Mesh().build()
+SGD = optim.SGD()
 
 
-def prepare(config=DENSE, optimizer=None, seed=0, **place):
+def prepare(config=DENSE, optimizer=SGD, seed=0, **place):
     """Returns (initial state, compiled step)."""
-    optimizer = optimizer or optim.SGD()
-    transformation = optimizer.build(SCHEDULE.at, model.axes(config))
     place = Place(**place)
-    shardings = training.state_shardings(
-        config, transformation, Precision(), MESH, offload=place.offload
-    )
+    state, shardings = initial(config, optimizer, place.offload)
+    return jax.device_put(state, shardings[0]), compiled(config, optimizer, seed, place)
+
+
+@functools.cache
+def initial(config, optimizer, offload):
+    """(State on the host, its shardings)."""
+    transformation = optimizer.build(SCHEDULE.at, model.axes(config))
+    shardings = training.state_shardings(config, transformation, Precision(), MESH, offload=offload)
     state, _ = training.init_state(config, transformation, Precision(), 0, shardings)
+    return host(state), shardings
+
+
+@functools.cache
+def compiled(config, optimizer, seed, place):
+    _, shardings = initial(config, optimizer, place.offload)
     step = training.make_step(
         *(config, objectives.NextToken(), optimizer, SCHEDULE.at, Precision()),
         place=place,
         seed=seed,
     )
-    compiled = training.compile_step(step, shardings, MESH)
-    return state, compiled
+    return training.compile_step(step, shardings, MESH)
 
 
 def host(tree):
@@ -98,7 +109,11 @@ BY_SEQUENCE = dataclasses.replace(MOE, balance=model.LoadBalance(weight=0.5, ove
 
 @pytest.mark.parametrize(
     "ffn",
-    [MOE, pytest.param(BY_SEQUENCE, marks=pytest.mark.slow), Squares()],
+    [
+        MOE,
+        pytest.param(BY_SEQUENCE, marks=pytest.mark.slow),
+        pytest.param(Squares(), marks=pytest.mark.slow),
+    ],
     ids=["batch", "sequence", "own"],
 )
 def test_auxiliary_losses_do_not_depend_on_the_number_of_micro_batches(ffn):

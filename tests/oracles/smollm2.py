@@ -1,0 +1,138 @@
+"""Records TRL's losses and gradients on a real model, in float64, to compare ours in float32 with.
+
+    python tests/oracles/smollm2.py FOLDER OUT
+    PYTHONPATH=tests:tests/objectives python tests/oracles/check_smollm2.py OUT
+
+FOLDER is the Hugging Face folder of SmolLM2-135M-Instruct. The conversations are those of the other
+oracles, in the model's own chat template. OUT gets the recorded arrays and the reference model: the
+same with 1 % of noise on its weights. float64, because float32 itself is off by up to 1e-4 on this
+model.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())
+
+import conversations
+import losses
+import numpy as np
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+WHOLE = (
+    "model.norm.weight",
+    "model.layers.1.input_layernorm.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+    "score.weight",
+)
+# SmolLM2's template with TRL's marks around what the assistant writes.
+TEMPLATE = (
+    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def main() -> None:
+    """Records everything in OUT."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp())
+    policy, reference, reward = write_models(options.folder, options.out)
+
+    conversations.model = model
+    conversations.tokenizer = lambda template: tokenizer(options.folder)
+    losses.AutoModelForSequenceClassification = Scalar
+    losses.WHOLE = WHOLE
+    losses.DPO = {name: losses.DPO[name] for name in ("sigmoid", "smoothed", "ipo")}
+    tiny.write_model = lambda to, **fields: reward if fields.get("reward") else policy
+
+    save(options.out, "preference", losses.preference(policy, reference, scratch))
+    save(options.out, "unpaired", losses.unpaired(policy, reference, scratch))
+    save(options.out, "simpo", losses.simpo(policy, scratch))
+    save(options.out, "reward", losses.reward(scratch))
+    save(options.out, "distill", losses.distill(policy, reference))
+    keep = losses.gradients
+    losses.gradients = lambda loss, model, name, whole=WHOLE: keep(loss, model, name, WHOLE)
+    save(options.out, "sft", losses.sft(policy, scratch))
+
+
+def save(out: Path, name: str, arrays: losses.Arrays) -> None:
+    """Writes OUT/NAME.npz."""
+    np.savez(out / f"{name}.npz", **arrays)
+    print(name, "recorded", flush=True)
+
+
+def write_models(folder: Path, out: Path) -> list[Path]:
+    """The policy, the reference model and a reward model with a random head."""
+    weights = {name: x.float() for name, x in load_file(folder / "model.safetensors").items()}
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("_model_name_or_path", "torch_dtype"):
+        config.pop(name, None)
+    random = torch.Generator().manual_seed(0)
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return x * (1 + 0.01 * torch.randn(x.shape, generator=random))
+
+    head = torch.randn((1, config["hidden_size"]), generator=random) / 8
+    models = {
+        "policy": (weights, {}),
+        "reference": ({name: noisy(x) for name, x in weights.items()}, {}),
+        "reward": (
+            {**weights, "score.weight": head},
+            {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1},
+        ),
+    }
+    for name, (arrays, fields) in models.items():
+        to = out / name
+        to.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**config, "dtype": "float32", "pad_token_id": 2, **fields})
+        (to / "config.json").write_text(text)
+        save_file(arrays, to / "model.safetensors", metadata={"format": "pt"})
+        for each in folder.glob("*token*"):
+            shutil.copy(each, to / each.name)
+    return [out / name for name in models]
+
+
+def model(folder: Path) -> Any:
+    """The model of a folder in float64. Its embedding gives the pad token, which ends turns, a
+    gradient too."""
+    made = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    made.model.embed_tokens.padding_idx = None
+    return made.double()
+
+
+class Scalar:
+    """The reward model of a folder in float64."""
+
+    @staticmethod
+    def from_pretrained(folder: Path, **fields: Any) -> Any:
+        made = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **fields)
+        made.model.embed_tokens.padding_idx = None
+        return made.double()
+
+
+def tokenizer(folder: Path) -> Any:
+    """SmolLM2's tokenizer, with its template for TRL."""
+    made = transformers.AutoTokenizer.from_pretrained(folder)
+    made.chat_template = TEMPLATE
+    return made
+
+
+if __name__ == "__main__":
+    main()
