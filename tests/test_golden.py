@@ -21,7 +21,7 @@ from lm.recipe import stages_of
 
 GOLDEN = Path(__file__).parent / "golden"
 EIGHT = Mesh(data=2, fsdp=2, tensor=2)  # an experiment must be divisible over this mesh
-FOUR = {"smollm2_lora": Mesh(data=2, fsdp=2)}  # nine heads, four sequences
+FOUR = dict.fromkeys(("smollm2_lora", "smollm2_dpo"), Mesh(data=2, fsdp=2))  # 9 heads, 4 sequences
 
 
 def golden(name: str) -> str:

@@ -5,6 +5,7 @@ next_token    cross-entropy of the next token
 preference    DPO, IPO, SimPO on pairs of completions; KTO on single ones
 reward        reward model, on pairs
 distill       distillation from a teacher
+on_policy     answers that the model in training writes itself
 divergence    divergences of a student from its teacher
 token_losses  what they share: per-token losses on any mesh, sums over documents
 """

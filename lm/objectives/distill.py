@@ -23,9 +23,11 @@ from lm.objectives.divergence import (
     top_k,
 )
 from lm.objectives.objective import ExampleObjective, Examples, Frozen, Loss
+from lm.objectives.on_policy import rewritten
 from lm.objectives.token_losses import head_layout, on_mesh, sum_segments
 from lm.parallel import sharding
 
+_ON_POLICY = 1 << 30  # folded into the key; layers fold their numbers, for dropout
 _STORED = TopK("teacher_logp", "teacher_ids", "teacher_rest")  # names of the stored fields
 
 
@@ -49,6 +51,8 @@ class Distill(ExampleObjective):
     stored         compute the teacher's K most probable tokens once, before the first update, and
                    keep them in RUN/stored, 8 K + 4 bytes for each token; the teacher takes neither
                    memory nor time in training. Needs top_k
+    on_policy      share of the batches whose answers the student writes itself, drawn at random
+                   (arXiv:2306.13649; see on_policy.py). Takes a generation in each such step
     chunk          positions whose logits are computed at a time; None: as many as take 64 MiB
     """
 
@@ -58,6 +62,7 @@ class Distill(ExampleObjective):
     cross_entropy: float = 0.0
     top_k: int | None = None
     stored: bool = False
+    on_policy: float = 0.0
     chunk: int | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +73,13 @@ class Distill(ExampleObjective):
             )
         check_positive(**{"objective.temperature": self.temperature})
         check_not_negative(**{"objective.cross_entropy": self.cross_entropy})
+        if not 0 <= self.on_policy <= 1:
+            raise UserError(f"objective.on_policy={self.on_policy!r} must be from 0 to 1.")
+        if self.stored and self.on_policy:
+            raise UserError(
+                "objective.stored=True holds the teacher's numbers for the answers in the data, "
+                f"and objective.on_policy={self.on_policy} replaces them; set one of the two."
+            )
         sizes = {"objective.top_k": self.top_k, "objective.chunk": self.chunk}
         check_size(**{name: size for name, size in sizes.items() if size is not None})
         if self.stored and self.top_k is None:
@@ -99,6 +111,8 @@ class Distill(ExampleObjective):
         return dict(zip(_STORED, stored))
 
     def loss(self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen) -> Loss:
+        if self.on_policy and key is not None:
+            batch = self._some_rewritten(apply, batch, key, frozen)
         sums, statistics = self._sums(apply, batch, key, frozen)
         metrics = {
             "divergence": jnp.sum(batch.weights * sums.divergence_bt),
@@ -119,6 +133,15 @@ class Distill(ExampleObjective):
         metrics = {"divergence": weighted(sums.divergence_bt), "nll": weighted(sums.nll_bt)}
         loss_bs = metrics["divergence"] + self.cross_entropy * metrics["nll"]
         return Examples(loss_bs, weighted(1.0), metrics, statistics)
+
+    def _some_rewritten(self, apply: Model, batch: Batch, key: jax.Array, frozen: Frozen) -> Batch:
+        choice, samples = jax.random.split(jax.random.fold_in(key, _ON_POLICY))
+        vocab = min(apply.config.vocab, frozen["teacher"].config.vocab)
+        return jax.lax.cond(
+            jax.random.uniform(choice) < self.on_policy,
+            lambda: rewritten(apply, batch, samples, vocab),
+            lambda: batch,
+        )
 
     def _sums(
         self, apply: Model, batch: Batch, key: jax.Array | None, frozen: Frozen

@@ -4,13 +4,14 @@ python adapter_runs.py FOLDER RUN MESH ...       RUN is one of RUNS, MESH as in 
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from mesh_runs import DENSE, SEQUENCES, Batch, batch, first_moment, whole
+from mesh_runs import DENSE, SEQUENCES, VOCAB, Batch, batch, first_moment, whole
 
 from lm import data, model, objectives, program, quant
+from lm.objectives.on_policy import rewritten
 from lm.parallel.mesh import Mesh, Place
 
 STEPS = 3
@@ -25,6 +26,14 @@ def adapted(adapter, *, objective=BASE.objective, batch=BASE.batch, **fields):
     return replace(BASE, model=config, objective=objective, batch=batch)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnAnswers(objectives.NextToken):
+    """The loss on answers that the model writes itself."""
+
+    def loss(self, apply, batch, key, frozen):
+        return super().loss(apply, rewritten(apply, batch, key, VOCAB), key, frozen)
+
+
 NF4 = {"quant": quant.NF4(block=4)}
 RUNS = {
     "lora": adapted(LORA),
@@ -32,6 +41,7 @@ RUNS = {
     "dpo": adapted(LORA, **NF4, objective=objectives.DPO(beta=1.0), **PAIRS),
     "prefix": adapted(model.Prefix(tokens=3, std=0.5)),
     "bottleneck": adapted(model.Bottleneck(hidden=4)),
+    "on_policy": adapted(LORA, objective=OwnAnswers()),
     "reward": adapted(LORA, head="scalar", objective=objectives.RewardModel(), **PAIRS),
 }
 

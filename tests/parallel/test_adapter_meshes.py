@@ -9,7 +9,8 @@ from test_meshes import ALONE, EIGHT, ONE_STEP, results, start, wait
 
 WORKER = Path(__file__).with_name("adapter_runs.py")
 MIXED = "data=2,fsdp=2,tensor=2"
-SPLIT = ("fsdp=8", "tensor=8", MIXED, "pipe=2,fsdp=2,tensor=2")
+SPLIT = ("fsdp=8", "tensor=8", MIXED, "pipe=2,fsdp=2,tensor=2", "context=2,fsdp=2,tensor=2")
+RUNS = ("lora", "qlora", "dpo", "prefix", "bottleneck", "on_policy", "reward")
 # The gradient of one step, fed back into itself twice.
 THREE_STEPS = 3e-5
 
@@ -38,6 +39,6 @@ def test_one_device_equals_a_mesh(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["lora", "qlora", "dpo", "prefix", "bottleneck", "reward"])
+@pytest.mark.parametrize("run", RUNS)
 def test_one_device_equals_every_mesh(run, tmp_path):
     agree(run, SPLIT, tmp_path)

@@ -26,13 +26,11 @@ from lm.planning import show
 
 WORKER = Path(__file__).with_name("place_runs.py")
 
-QUICK = (
-    "pipe=2,data=2,tensor=2",
-    "pipe=2 circular_repeats=2 microbatches=4",
-    "context=4,data=2",
-    "context=2,pipe=2,fsdp=2 context=gather",
-)
+CIRCULAR = "pipe=2 circular_repeats=2 microbatches=4"
+QUICK = (CIRCULAR, "context=2,pipe=2,fsdp=2 context=gather")
 DENSE = (
+    "pipe=2,data=2,tensor=2",
+    "context=4,data=2",
     # pairs
     "data=2,fsdp=2",
     "data=2,tensor=2",
@@ -110,9 +108,9 @@ def test_a_few_places_agree_with_one_device(quick, text):
 
 def test_the_displayed_bubble_matches_the_compiled_loop(quick):
     """Four microbatches pass through two stages twice, so each stage works in eight iterations."""
-    changed = replace(RUNS["dense"], places={"here": place(QUICK[1])})
+    changed = replace(RUNS["dense"], places={"here": place(CIRCULAR)})
     shown = show.facts(changed, "here")["pipeline"]
-    trips = list(quick[QUICK[1]]["trips"])
+    trips = list(quick[CIRCULAR]["trips"])
     assert trips.count(shown["iterations"]) == 2, "expected one forward and one backward loop"
     assert shown["bubble"] == pytest.approx(1 - 4 * 2 / shown["iterations"])
     assert "9 iterations, bubble 11.1%" in show.text(show.facts(changed, "here"))

@@ -25,7 +25,7 @@ LOADS = {
 }
 
 
-@pytest.mark.parametrize("form", ["gathered", "ragged"])
+@pytest.mark.parametrize("form", [pytest.param("gathered", marks=pytest.mark.slow), "ragged"])
 def test_expert_parallelism_equals_local_experts(form):
     flags = virtual_devices.flags(DEVICES)
     environment = os.environ | {

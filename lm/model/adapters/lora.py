@@ -168,8 +168,9 @@ class LoRAWeight(trees.Leaf):
         out = product(equation, x, self.base, axes)
         rows = dropout(x, self.rate, next_key()) if self.rate else x
         inner = product(f"{x_letters},{inputs}r->{kept}r", rows, self.a, (*axes[:count], "rank"))
+        inner *= jnp.asarray(self.scale, inner.dtype)  # the narrow array
         change = product(f"{kept}r,r{outputs}->{y}", inner, self.b, ("rank", *axes[count:]))
-        return out + change * jnp.asarray(self.scale, change.dtype)
+        return out + change
 
     def of_arrays(self, function: Callable[..., Any], axes: Sequence[str]) -> Any:
         stack, inputs = _split(axes)
