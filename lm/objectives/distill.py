@@ -37,7 +37,8 @@ class Distill(ExampleObjective):
 
         loss = divergence + cross_entropy * nll of the target
 
-    The weight of the loss is that of the targets. Metrics, means over it: `divergence`, `nll`.
+    The weight of the loss is that of the targets. Metrics, means over it: `divergence`, and
+    `nll` without `on_policy`.
 
     Both models must have the same tokens. If their vocabularies are padded to different sizes, the
     distributions are those over the smaller one.
@@ -80,6 +81,11 @@ class Distill(ExampleObjective):
                 "objective.stored=True holds the teacher's numbers for the answers in the data, "
                 f"and objective.on_policy={self.on_policy} replaces them; set one of the two."
             )
+        if self.cross_entropy and self.on_policy:
+            raise UserError(
+                f"objective.cross_entropy={self.cross_entropy} needs the answers in the data, and "
+                f"objective.on_policy={self.on_policy} replaces them; set one of the two."
+            )
         sizes = {"objective.top_k": self.top_k, "objective.chunk": self.chunk}
         check_size(**{name: size for name, size in sizes.items() if size is not None})
         if self.stored and self.top_k is None:
@@ -114,10 +120,9 @@ class Distill(ExampleObjective):
         if self.on_policy and key is not None:
             batch = self._some_rewritten(apply, batch, key, frozen)
         sums, statistics = self._sums(apply, batch, key, frozen)
-        metrics = {
-            "divergence": jnp.sum(batch.weights * sums.divergence_bt),
-            "nll": jnp.sum(batch.weights * sums.nll_bt),
-        }
+        metrics = {"divergence": jnp.sum(batch.weights * sums.divergence_bt)}
+        if not self.on_policy:  # else not of the data
+            metrics["nll"] = jnp.sum(batch.weights * sums.nll_bt)
         weight = jnp.sum(batch.weights, dtype=jnp.float32)
         return Loss(sums.loss, weight, metrics, statistics)
 

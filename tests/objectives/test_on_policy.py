@@ -142,6 +142,7 @@ def test_a_share_of_the_batches():
     [
         ({"on_policy": 1.5}, r"objective\.on_policy=1\.5"),
         ({"on_policy": -1}, r"objective\.on_policy=-1"),
+        ({"on_policy": 0.5, "cross_entropy": 0.1}, r"objective\.cross_entropy=0\.1 .*on_policy"),
         (
             {"on_policy": 0.5, "stored": True, "top_k": 4},
             r"objective\.stored=True .*\.on_policy=0\.5",
