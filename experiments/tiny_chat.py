@@ -187,7 +187,7 @@ def pretrain() -> Experiment:
 
 
 def sft() -> Experiment:
-    """Learns to answer questions, in about N epochs."""
+    """Learns to answer questions."""
     return replace(
         pretrain(),
         name="sft",
