@@ -1,5 +1,6 @@
 """Tests of `show`, which summarizes an experiment, and `lm bench step`, which times a step."""
 
+import functools
 import json
 import math
 
@@ -10,6 +11,7 @@ from lm import model
 from lm.commands import measure
 from lm.errors import UserError
 from lm.main import lm_main, main
+from lm.parallel import hardware
 from lm.parallel.mesh import Mesh, Place
 from lm.planning import show
 
@@ -80,7 +82,9 @@ def test_show_applies_set_options(capsys):
     assert shown["experiment"]["name"] == "tiny+model.layers=3+schedule.steps=4"
 
 
-def test_bench_prints_finite_measurements(tiny, capsys):
+def test_bench_prints_finite_measurements(tiny, capsys, monkeypatch):
+    small = functools.partial(hardware.matmul_flops, size=256)
+    monkeypatch.setattr(hardware, "matmul_flops", small)
     lm_main(["bench", "step", str(tiny.folder), "--steps", "4", "--json"])
     measured = json.loads(capsys.readouterr().out)
     assert measured.keys() >= KEYS
