@@ -45,6 +45,7 @@ KTO = {
     "kto_weighted": {"desirable_weight": 0.5, "undesirable_weight": 1.5},
 }
 MARGIN = 0.5
+AGREE = 1e-5  # TRL's two divergences, with each other
 REWARD = {
     "reward": {},
     "reward_centered": {"center_rewards_coefficient": 0.1},
@@ -92,9 +93,13 @@ def inputs_of(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 def numpy_of(batch: dict[str, Any], prefix: str) -> Arrays:
-    """Recorded inputs; integers as int16."""
+    """Recorded inputs; integers in as few bytes as they need."""
     arrays = {f"{prefix}/{name}": x.numpy() for name, x in batch.items()}
-    return {k: np.int16(x) if x.dtype.kind in "iu" else x for k, x in arrays.items()}
+    small = np.iinfo(np.int16).max
+    return {
+        k: x.astype(np.int16 if x.max() <= small else np.int32) if x.dtype.kind in "iu" else x
+        for k, x in arrays.items()
+    }
 
 
 def sft(policy: Path, scratch: Path) -> Arrays:
@@ -242,6 +247,6 @@ def distill(student: Path, teacher: Path) -> Arrays:
                 beta,
                 temperature=temperature,
             )[0]
-            torch.testing.assert_close(loss, again, rtol=1e-5, atol=0)
+            torch.testing.assert_close(again.to(loss.dtype), loss, rtol=AGREE, atol=0)
             arrays |= gradients(loss, model, name)
     return arrays

@@ -28,12 +28,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-WHOLE = (
-    "model.norm.weight",
-    "model.layers.1.input_layernorm.weight",
-    "model.layers.0.self_attn.k_proj.weight",
-    "score.weight",
-)
 # SmolLM2's template with TRL's marks around what the assistant writes.
 TEMPLATE = (
     "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -58,24 +52,25 @@ def main() -> None:
     conversations.model = model
     conversations.tokenizer = lambda template: tokenizer(options.folder)
     losses.AutoModelForSequenceClassification = Scalar
-    losses.WHOLE = WHOLE
+    losses.AGREE = 1e-4  # one of the two computes in float32
     losses.DPO = {name: losses.DPO[name] for name in ("sigmoid", "smoothed", "ipo")}
     tiny.write_model = lambda to, **fields: reward if fields.get("reward") else policy
 
-    save(options.out, "preference", losses.preference(policy, reference, scratch))
-    save(options.out, "unpaired", losses.unpaired(policy, reference, scratch))
-    save(options.out, "simpo", losses.simpo(policy, scratch))
-    save(options.out, "reward", losses.reward(scratch))
-    save(options.out, "distill", losses.distill(policy, reference))
-    keep = losses.gradients
-    losses.gradients = lambda loss, model, name, whole=WHOLE: keep(loss, model, name, WHOLE)
-    save(options.out, "sft", losses.sft(policy, scratch))
-
-
-def save(out: Path, name: str, arrays: losses.Arrays) -> None:
-    """Writes OUT/NAME.npz."""
-    np.savez(out / f"{name}.npz", **arrays)
-    print(name, "recorded", flush=True)
+    gradients = losses.gradients
+    losses.gradients = lambda loss, model, name, whole=None: gradients(loss, model, name)
+    parts = {
+        "preference": lambda: losses.preference(policy, reference, scratch),
+        "unpaired": lambda: losses.unpaired(policy, reference, scratch),
+        "simpo": lambda: losses.simpo(policy, scratch),
+        "reward": lambda: losses.reward(scratch),
+        "distill": lambda: losses.distill(policy, reference),
+        "sft": lambda: losses.sft(policy, scratch),
+    }
+    for name, record in parts.items():
+        to = options.out / f"{name}.npz"
+        if not to.exists():
+            np.savez(to, **record())
+            print(name, "recorded", flush=True)
 
 
 def write_models(folder: Path, out: Path) -> list[Path]:
