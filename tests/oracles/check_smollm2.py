@@ -38,7 +38,7 @@ def main() -> None:
     check_sft(read("sft"), policy)
     check_preference(read("preference") | read("unpaired") | read("simpo"), policy, reference)
     check_reward(read("reward"), lm.load(out / "reward"))
-    check_distill(read("distill"), policy, reference)
+    check_distill(read("distill"), policy, lm.load(out / "teacher"))
 
 
 def report(recorded: Recorded, name: str, run: Any, objective: Any, batch: Any, frozen: Any):

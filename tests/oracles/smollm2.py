@@ -4,9 +4,9 @@
     PYTHONPATH=tests:tests/objectives python tests/oracles/check_smollm2.py OUT
 
 FOLDER is the Hugging Face folder of SmolLM2-135M-Instruct. The conversations are those of the other
-oracles, in the model's own chat template. OUT gets the recorded arrays and the reference model: the
-same with 1 % of noise on its weights. float64, because float32 itself is off by up to 1e-4 on this
-model.
+oracles, in the model's own chat template. OUT gets the recorded arrays, the reference model and the
+teacher: the same with 1 % and 10 % of noise on their weights. float64, because float32 itself is
+off by up to 1e-4 on this model.
 """
 
 import argparse
@@ -47,12 +47,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp())
-    policy, reference, reward = write_models(options.folder, options.out)
+    policy, reference, teacher, reward = write_models(options.folder, options.out)
 
     conversations.model = model
     conversations.tokenizer = lambda template: tokenizer(options.folder)
     losses.AutoModelForSequenceClassification = Scalar
-    losses.AGREE = 1e-4  # one of the two computes in float32
+    losses.AGREE = 1e-3  # one of the two computes in float32
     losses.DPO = {name: losses.DPO[name] for name in ("sigmoid", "smoothed", "ipo")}
     tiny.write_model = lambda to, **fields: reward if fields.get("reward") else policy
 
@@ -63,7 +63,7 @@ def main() -> None:
         "unpaired": lambda: losses.unpaired(policy, reference, scratch),
         "simpo": lambda: losses.simpo(policy, scratch),
         "reward": lambda: losses.reward(scratch),
-        "distill": lambda: losses.distill(policy, reference),
+        "distill": lambda: losses.distill(policy, teacher),
         "sft": lambda: losses.sft(policy, scratch),
     }
     for name, record in parts.items():
@@ -74,20 +74,24 @@ def main() -> None:
 
 
 def write_models(folder: Path, out: Path) -> list[Path]:
-    """The policy, the reference model and a reward model with a random head."""
+    """The policy, the reference model, the teacher and a reward model with a random head."""
     weights = {name: x.float() for name, x in load_file(folder / "model.safetensors").items()}
     config = json.loads((folder / "config.json").read_text())
     for name in ("_model_name_or_path", "torch_dtype"):
         config.pop(name, None)
     random = torch.Generator().manual_seed(0)
 
-    def noisy(x: torch.Tensor) -> torch.Tensor:
-        return x * (1 + 0.01 * torch.randn(x.shape, generator=random))
+    def noisy(share: float) -> dict[str, torch.Tensor]:
+        return {
+            name: x * (1 + share * torch.randn(x.shape, generator=random))
+            for name, x in weights.items()
+        }
 
     head = torch.randn((1, config["hidden_size"]), generator=random) / 8
     models = {
         "policy": (weights, {}),
-        "reference": ({name: noisy(x) for name, x in weights.items()}, {}),
+        "reference": (noisy(0.01), {}),
+        "teacher": (noisy(0.1), {}),
         "reward": (
             {**weights, "score.weight": head},
             {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1},
