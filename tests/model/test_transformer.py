@@ -69,7 +69,7 @@ def test_remat_reduces_memory_and_does_not_change_gradients(base, draw, tokens):
             ).hidden_btd
         ).mean()
 
-    for remat in ("none", "dots", "attention", "block"):
+    for remat in ("none", "dots", "attention", ("qkv", "attention_out", "ffn_hidden"), "block"):
         compiled = jax.jit(jax.grad(hidden_loss), static_argnums=1).lower(params, remat).compile()
         gradients[remat] = compiled(params)
         sizes[remat] = compiled.memory_analysis().temp_size_in_bytes

@@ -29,8 +29,6 @@ WORKER = Path(__file__).with_name("place_runs.py")
 CIRCULAR = "pipe=2 circular_repeats=2 microbatches=4"
 QUICK = (CIRCULAR, "context=2,pipe=2,fsdp=2 context=gather")
 DENSE = (
-    "pipe=2,data=2,tensor=2",
-    "context=4,data=2",
     # pairs
     "data=2,fsdp=2",
     "data=2,tensor=2",
@@ -39,12 +37,14 @@ DENSE = (
     "fsdp=2,pipe=2",
     "tensor=2,pipe=2",
     "data=2,context=2",
+    "context=4,data=2",
     "fsdp=2,context=2",
     "tensor=2,context=2",
     "pipe=2,context=2",
     # triples, and more pipeline settings
     "data=2,fsdp=2,pipe=2 circular_repeats=2",
     "fsdp=2,tensor=2,pipe=2",
+    "pipe=2,data=2,tensor=2",
     "fsdp=2,tensor=2,pipe=2 circular_repeats=2",
     "data=2,tensor=2,context=2",
     "fsdp=2,tensor=2,context=2 context=gather",

@@ -87,7 +87,7 @@ def test_a_product_and_its_gradient_are_those_of_the_dense_weight():
     base = model.Config(
         vocab=40,
         dim=16,
-        layers=1,
+        layers=2,
         attention=model.GQA(heads=4, kv_heads=2, head_dim=8),
         ffn=model.SwiGLU(hidden=24),
     )
