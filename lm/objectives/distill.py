@@ -27,7 +27,7 @@ from lm.objectives.on_policy import rewritten
 from lm.objectives.token_losses import head_layout, on_mesh, sum_segments
 from lm.parallel import sharding
 
-_ON_POLICY = 1 << 30  # folded into the key; layers fold their numbers, for dropout
+ON_POLICY = 1 << 30  # folded into the key of the samples; dropout folds the numbers of layers
 _STORED = TopK("teacher_logp", "teacher_ids", "teacher_rest")  # names of the stored fields
 
 
@@ -52,8 +52,8 @@ class Distill(ExampleObjective):
     stored         compute the teacher's K most probable tokens once, before the first update, and
                    keep them in RUN/stored, 8 K + 4 bytes for each token; the teacher takes neither
                    memory nor time in training. Needs top_k
-    on_policy      share of the batches whose answers the student writes itself, drawn at random
-                   (arXiv:2306.13649; see on_policy.py). Takes a generation in each such step
+    on_policy      share of the batches, chosen at random, whose answers the student writes itself
+                   (arXiv:2306.13649; see on_policy.py), one decoding step for each position
     chunk          positions whose logits are computed at a time; None: as many as take 64 MiB
     """
 
@@ -73,9 +73,14 @@ class Distill(ExampleObjective):
                 "objectives.ForwardKL(), ReverseKL() or JSD(beta=0.5)."
             )
         check_positive(**{"objective.temperature": self.temperature})
-        check_not_negative(**{"objective.cross_entropy": self.cross_entropy})
-        if not 0 <= self.on_policy <= 1:
-            raise UserError(f"objective.on_policy={self.on_policy!r} must be from 0 to 1.")
+        check_not_negative(
+            **{
+                "objective.cross_entropy": self.cross_entropy,
+                "objective.on_policy": self.on_policy,
+            }
+        )
+        if self.on_policy > 1:
+            raise UserError(f"objective.on_policy={self.on_policy!r} must be at most 1.")
         if self.stored and self.on_policy:
             raise UserError(
                 "objective.stored=True holds the teacher's numbers for the answers in the data, "
@@ -121,7 +126,7 @@ class Distill(ExampleObjective):
             batch = self._some_rewritten(apply, batch, key, frozen)
         sums, statistics = self._sums(apply, batch, key, frozen)
         metrics = {"divergence": jnp.sum(batch.weights * sums.divergence_bt)}
-        if not self.on_policy:  # else not of the data
+        if not self.on_policy:  # the likelihood of its own samples says nothing about the data
             metrics["nll"] = jnp.sum(batch.weights * sums.nll_bt)
         weight = jnp.sum(batch.weights, dtype=jnp.float32)
         return Loss(sums.loss, weight, metrics, statistics)
@@ -140,7 +145,7 @@ class Distill(ExampleObjective):
         return Examples(loss_bs, weighted(1.0), metrics, statistics)
 
     def _some_rewritten(self, apply: Model, batch: Batch, key: jax.Array, frozen: Frozen) -> Batch:
-        choice, samples = jax.random.split(jax.random.fold_in(key, _ON_POLICY))
+        choice, samples = jax.random.split(jax.random.fold_in(key, ON_POLICY))
         vocab = min(apply.config.vocab, frozen["teacher"].config.vocab)
         return jax.lax.cond(
             jax.random.uniform(choice) < self.on_policy,

@@ -4,7 +4,7 @@ On-policy distillation (Agarwal et al., arXiv:2306.13649) compares student and t
 the student, which is what it meets when it generates.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +17,42 @@ from lm.parallel import sharding
 def rewritten(apply: Model, batch: Batch, key: jax.Array, vocab: int) -> Batch:
     """The batch with the last answer of each document drawn from the model, at temperature 1.
 
-    An answer are targets with a weight, one after another. The new one begins after the same
-    prompt. It ends with the token that ends it in the data, or has as many tokens as there; targets
-    after its end have weight 0. There is no gradient through the samples.
+    An answer is a run of targets with a weight. The new one follows the same prompt. It ends with
+    the token that ends it in the data, or has as many tokens as there; targets after its end have
+    weight 0. There is no gradient through the samples.
 
     Args:
       apply: the model in training.
       key: of the samples.
-      vocab: tokens from this one on are not drawn.
+      vocab: the number of tokens to draw from; those from this one on are padding.
     """
-    apply = apply.replace(params=jax.lax.stop_gradient(apply.params), options=ForwardOptions())
-    answers = _answers(batch)
-    mesh = sharding.active_mesh()
-    if mesh is None:
-        return _write(apply, batch, answers, key, vocab)
-    with sharding.use(mesh, sharding.UNSPLIT_SEQUENCE):
-        return _write(apply, batch, answers, key, vocab)
+    apply = apply.replace(
+        params=jax.lax.stop_gradient(apply.params),
+        mesh=sharding.active_mesh(),
+        options=ForwardOptions(),
+    )
+    with apply.on_mesh(sharding.UNSPLIT_SEQUENCE):
+        return _write(apply, batch, _answers(batch), key, vocab)
 
 
 class _Answers(NamedTuple):
-    """is_own_bt: the target belongs to the last answer of its document. end_bt: the target that
-    ends this answer."""
+    """The last answer of each document.
+
+    is_own_bt  whether a target belongs to it
+    end_bt     the target that ends it; only where is_own_bt
+    """
 
     is_own_bt: jax.Array
     end_bt: jax.Array
+
+
+class _Carry(NamedTuple):
+    """Carried from position to position."""
+
+    target_b: jax.Array  # the target of the last position
+    is_token_b: jax.Array  # whether it was drawn, and is the token of this position
+    ended_b: jax.Array  # whether the answer has ended
+    cache: Any
 
 
 def _answers(batch: Batch) -> _Answers:
@@ -69,39 +81,32 @@ def _next(marked_bt: jax.Array, x_bt: jax.Array) -> jax.Array:
 
 
 def _write(apply: Model, batch: Batch, answers: _Answers, key: jax.Array, vocab: int) -> Batch:
-    """One token after another, with a KV cache. A document begins at position 0 again, and
-    overwrites the keys of the one before it in its row."""
+    """Draws one token after another, with a KV cache. Positions begin at 0 in each document, so its
+    keys overwrite those of the document before it in the row."""
 
-    class Carry(NamedTuple):
-        written_b: jax.Array  # the last target that was drawn
-        is_next_b: jax.Array  # it is the token of this step
-        ended_b: jax.Array
-        cache: object
-
-    def step(carry: Carry, xs: tuple) -> tuple[Carry, tuple]:
-        t, (tokens_b, targets_b, weights_b, segments_b, positions_b), is_own_b, end_b, next_b = xs
-        tokens_b = jnp.where(carry.is_next_b, carry.written_b, tokens_b)
+    def step(carry: _Carry, xs: tuple) -> tuple[_Carry, tuple]:
+        t, own, is_own_b, end_b, next_b = xs
+        tokens_b = jnp.where(carry.is_token_b, carry.target_b, own.tokens)
         output = apply(
             tokens_b[:, None],
-            positions_bt=positions_b[:, None],
-            mask_bt=segments_b[:, None] > 0,
+            positions_bt=own.positions[:, None],
+            mask_bt=own.segments[:, None] > 0,
             cache=carry.cache,
         )
         logits_bv = apply.logits(output.hidden_btd)[:, 0, :vocab]
         drawn_b = jax.random.categorical(jax.random.fold_in(key, t), logits_bv)
-        targets_b = jnp.where(is_own_b, drawn_b, targets_b).astype(jnp.int32)
-        weights_b = jnp.where(is_own_b & carry.ended_b, 0, weights_b)
+        targets_b = jnp.where(is_own_b, drawn_b, own.targets).astype(jnp.int32)
+        weights_b = jnp.where(is_own_b & carry.ended_b, 0, own.weights)
         ended_b = is_own_b & (carry.ended_b | (drawn_b == end_b))
-        is_next_b = is_own_b & (next_b == segments_b)
-        carry = Carry(targets_b, is_next_b, ended_b, output.cache)
+        is_token_b = is_own_b & (next_b == own.segments)
+        carry = _Carry(targets_b, is_token_b, ended_b, output.cache)
         return carry, (tokens_b, targets_b, weights_b)
 
     rows, length = batch.tokens.shape
     none_b = jnp.zeros(rows, bool)
-    start = Carry(batch.targets[:, 0], none_b, none_b, apply.init_cache(rows, length))
-    fields = (batch.tokens, batch.targets, batch.weights, batch.segments, batch.positions)
-    following_bt = jnp.roll(batch.segments, -1, axis=1)
-    along = jax.tree.map(jnp.transpose, (fields, *answers, following_bt))
+    start = _Carry(batch.targets[:, 0], none_b, none_b, apply.init_cache(rows, length))
+    next_bt = jnp.roll(batch.segments, -1, axis=1)
+    along = jax.tree.map(jnp.transpose, (batch, *answers, next_bt))
     _, written = jax.lax.scan(step, start, (jnp.arange(length), *along))
     tokens_bt, targets_bt, weights_bt = map(jnp.transpose, written)
     return batch._replace(tokens=tokens_bt, targets=targets_bt, weights=weights_bt)
