@@ -90,7 +90,7 @@ def refused_here(runs, name):
     "name",
     [
         pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for QUICK in [("batch ramp", "mixture", "fp16", "moe bias", "muon")]
+        for QUICK in [("batch ramp", "mixture", "fp16")]
         for name in VARIANTS
     ],
 )

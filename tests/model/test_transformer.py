@@ -55,6 +55,7 @@ def test_blocks_of_a_pattern_alternate(base, run, tokens):
     assert np.abs(run(turned, tokens) - expected).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_remat_reduces_memory_and_does_not_change_gradients(base, draw, tokens):
     """For a scan and a single layer before it. Recomputed values may be summed in a different
     order: tolerance 1e-5."""

@@ -33,6 +33,7 @@ def trained(precision, batches, objective=None):
     return states, lines
 
 
+@pytest.mark.slow
 def test_dtypes_of_params_and_optimizer_state_and_their_effect_on_the_loss():
     batches = [batch(seed) for seed in range(3)]
     _, exact_lines = trained(Precision(), batches)

@@ -293,6 +293,7 @@ def test_dropout_depends_on_seed_and_step():
     assert len({losses[0], losses[1], losses[4], losses[5]}) == 4
 
 
+@pytest.mark.slow
 def test_program_size_does_not_depend_on_layers_or_microbatches():
     def lines(layers, microbatches):
         config = dataclasses.replace(DENSE, layers=layers)
