@@ -55,8 +55,7 @@ def test_a_fine_tuned_model_answers_in_its_template(recipe, tmp_path):
     lines = training.read_lines(run.folder / "metrics.jsonl")
     # Four or five tokens of each conversation have a loss, of about fifteen.
     assert all(line["weight"] < 0.6 * 8 * 32 for line in lines)
-    conversation = lm.load(run.folder).chat(temperature=0)
-    assert [conversation.say(f"the {word} 3", max_tokens=8) for word in ("stone", "night")] == [
-        "a river",
-        "one sky",
-    ]
+    trained = lm.load(run.folder)
+    for word in ("stone", "night"):  # each in a conversation of its own, as in the data
+        answer = trained.chat(temperature=0).say(f"the {word} 3", max_tokens=8)
+        assert answer == ANSWERS[word]
