@@ -32,7 +32,7 @@ from lm.prepared import check, prepare
 from lm.program import Program, assemble, use_compilation_cache
 from lm.recipe import Recipe
 from lm.runs import Run
-from lm.start import Start, check_models, first_state
+from lm.start import Start, check_inputs, check_models, first_state
 from lm.stored import Stored
 
 
@@ -62,6 +62,9 @@ def train(
 def _train_stages(recipe: Recipe, on: str | None, mesh: Mesh | None, workdir: epath.Path) -> Run:
     """Trains the stages of a recipe; stops early if one of them was stopped."""
     distributed.initialize()
+    for stage in recipe.stages:
+        if RunFolder(workdir / stage.name).facts is None:
+            check_inputs(stage)
     for number, stage in enumerate(recipe.stages, start=1):
         if distributed.is_main():
             terminal.note(f"Stage {number} of {len(recipe.stages)}: {stage.name}")

@@ -110,6 +110,21 @@ def _shapes(config: model.Config, head: str) -> dict[str, Any]:
     return {path: x for path, x in flat.items() if not path.startswith(left_out)}
 
 
+def check_inputs(stage: Experiment) -> None:
+    """Raises UserError if files or folders that a stage reads do not exist, so that a recipe finds
+    out before it trains the stages before it."""
+    declared = stage.data
+    sources = declared.sources.values() if isinstance(declared, data.Mixture) else [declared]
+    try:
+        for source in sources:
+            if isinstance(source, data.Source):
+                source.size()
+        if isinstance(stage.start, str):
+            RunFolder.existing(stage.start)
+    except UserError as error:
+        raise UserError(f"Stage {stage.name}: {error}") from None
+
+
 def first_state(
     program: Program, folder: RunFolder, store: checkpoint.Store, start: Start | None
 ) -> tuple[training.State, Any]:

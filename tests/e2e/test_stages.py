@@ -111,6 +111,20 @@ def test_another_tokenizer_is_refused(tmp_path):
         lm.train(Recipe(name="both", stages=(first, other)), workdir=tmp_path)
 
 
+def test_files_of_later_stages_are_looked_for_before_the_first_is_trained(tmp_path):
+    """Once a stage is trained, its files may go."""
+    text = tmp_path / "text.txt"
+    first, second = recipe().stages
+    missing = dataclasses.replace(second, data=data.Text(str(text), held_out=0.1))
+    both = Recipe(name="both", stages=(first, missing))
+    with pytest.raises(UserError, match="Stage second: .*text.txt"):
+        lm.train(both, workdir=tmp_path)
+    assert not (tmp_path / "both").exists()
+    elsewhere = dataclasses.replace(first, name="third", start=str(tmp_path / "no_run"))
+    with pytest.raises(UserError, match="Stage third: .*no_run"):
+        lm.train(dataclasses.replace(both, stages=(first, elsewhere)), workdir=tmp_path)
+
+
 def test_a_complete_recipe_is_not_trained_again(trained, capsys):
     before = (trained / "second" / "metrics.jsonl").stat().st_mtime_ns
     assert lm.train(recipe(), workdir=trained.parent).step == STEPS

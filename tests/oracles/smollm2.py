@@ -10,6 +10,7 @@ off by up to 1e-4 on this model.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ import tiny
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 # SmolLM2's template with TRL's marks around what the assistant writes.
 TEMPLATE = (
@@ -109,11 +111,36 @@ def write_models(folder: Path, out: Path) -> list[Path]:
 
 
 def model(folder: Path) -> Any:
-    """The model of a folder in float64. Its embedding gives the pad token, which ends turns, a
-    gradient too."""
-    made = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    """The model of a folder in float64."""
+    made = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    return doubled(made)
+
+
+def doubled(made: Any) -> Any:
+    """The same model in float64: transformers computes norms and RoPE in float32 whatever the type
+    of the weights. The embedding gives the pad token, which ends turns, a gradient too."""
     made.model.embed_tokens.padding_idx = None
-    return made.double()
+    made.double()
+    for module in made.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.forward = functools.partial(norm, module)
+    made.model.rotary_emb.forward = functools.partial(rope, made.config)
+    return made
+
+
+def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm in the type of its input."""
+    variance = x.pow(2).mean(-1, keepdim=True)
+    return module.weight * (x * torch.rsqrt(variance + module.variance_epsilon))
+
+
+def rope(config: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cosines and sines in the type of `x`."""
+    width = config.hidden_size // config.num_attention_heads
+    powers = torch.arange(0, width, 2, dtype=x.dtype) / width
+    angles = position_ids[..., None].to(x.dtype) * config.rope_parameters["rope_theta"] ** -powers
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
 
 
 class Scalar:
@@ -122,8 +149,7 @@ class Scalar:
     @staticmethod
     def from_pretrained(folder: Path, **fields: Any) -> Any:
         made = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **fields)
-        made.model.embed_tokens.padding_idx = None
-        return made.double()
+        return doubled(made)
 
 
 def tokenizer(folder: Path) -> Any:
