@@ -1,12 +1,13 @@
 """Public paged attention: checks the arguments and selects the implementation."""
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.dispatch import announce, on_platform
-from kernels_pallas.paged_attention import reference, tpu
+from kernels_pallas.paged_attention import blocked, reference, tpu
 
 WHOLE = (jnp.float32, jnp.bfloat16)
 QUANTIZED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
@@ -20,12 +21,16 @@ def paged_attention(
     lengths_b: jax.Array,
     *,
     window: int | None = None,
+    sink_tokens: int = 0,
     softcap: float | None = None,
     scale: float | None = None,
+    sinks: jax.Array | None = None,
+    alibi: jax.Array | None = None,
     k_scales_pks: jax.Array | None = None,
     v_scales_pks: jax.Array | None = None,
+    return_lse: bool = False,
     implementation: str | None = None,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Causal attention of the last T tokens of each sequence to all of its tokens, with keys and
     values in a paged KV cache (PagedAttention, arXiv:2309.06180). For decoding; not differentiable.
 
@@ -40,31 +45,54 @@ def paged_attention(
       table_bp: [B, pages per sequence] page numbers; entries past the length are ignored.
       lengths_b: [B] tokens of each sequence, including the T new ones; 0 gives zeros.
       window: number of tokens that a query attends to, up to its own.
+      sink_tokens: with a window, the first tokens of each sequence, visible to every later query.
+        Pages between them and the window are not read.
       softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
       scale: factor on the scores; H ** -0.5 if None.
+      sinks: [N] one logit per head in the denominator of the softmax (gpt-oss, arXiv:2508.10925).
+      alibi: [N] slopes: subtracts slope * distance from the scores (arXiv:2108.12409).
       k_scales_pks, v_scales_pks: [pages, K, S] scales of quantized keys and values.
-      implementation: "tpu" or "reference"; None selects the platform's.
+      return_lse: also return lse_btn, the log of the softmax's denominator.
+      implementation: "tpu", "gpu" (plain JAX, a page at a time, also the choice on CPUs) or
+        "reference"; None selects the platform's. The TPU kernel has neither sink_tokens, sinks,
+        alibi nor return_lse; with one of them TPUs run the plain one.
 
     Returns:
-      out_btnh in the dtype of q; the softmax is in float32.
+      out_btnh in the dtype of q; the softmax is in float32. With return_lse, (out_btnh, lse_btn).
 
     Raises:
       ValueError: an argument does not fit the others.
     """
     scales = None if k_scales_pks is None and v_scales_pks is None else (k_scales_pks, v_scales_pks)
     _check(q_btnh, k_pages_pksh, v_pages_pksh, table_bp, lengths_b, scales, window, softcap)
-    announce("paged_attention", implementation)
-    options = {
-        "window": window,
-        "softcap": softcap,
-        "scale": q_btnh.shape[-1] ** -0.5 if scale is None else scale,
-    }
+    if sink_tokens and window is None:
+        raise ValueError(f"sink_tokens={sink_tokens} does nothing without a window.")
+    of_heads = {name: x for name, x in (("sinks", sinks), ("alibi", alibi)) if x is not None}
+    plain = bool(of_heads or sink_tokens or return_lse)
+    announce("paged_attention", implementation, tpu="plain JAX" if plain else "the Mosaic kernel")
+    own = {"window": window, "softcap": softcap}
+    own["scale"] = q_btnh.shape[-1] ** -0.5 if scale is None else scale
+    arrays = q_btnh, k_pages_pksh, v_pages_pksh
+    tables = table_bp.astype(jnp.int32), lengths_b.astype(jnp.int32)
+
+    def all_options(form: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., Any]:
+        def run(*arrays: Any) -> Any:
+            out, lse = form(*arrays, sink_tokens=sink_tokens, **own)
+            return (out, lse) if return_lse else out
+
+        return run
+
+    def on_tpu(*arrays: Any) -> jax.Array:
+        return tpu.paged_attention(*arrays[:-1], **own)
+
+    by_page = all_options(blocked.paged_attention)
     return on_platform(
         implementation,
-        *(q_btnh, k_pages_pksh, v_pages_pksh),
-        *(table_bp.astype(jnp.int32), lengths_b.astype(jnp.int32), scales),
-        tpu=partial(tpu.paged_attention, **options),
-        reference=partial(reference.paged_attention, **options),
+        *(*arrays, *tables, scales, of_heads),
+        tpu=by_page if plain and implementation is None else on_tpu,
+        gpu=by_page,
+        cpu=by_page,
+        reference=all_options(reference.paged_attention),
     )
 
 

@@ -1,10 +1,10 @@
-"""Paged attention in plain JAX, by gathering all pages of each sequence: the specification, and the
-implementation on CPU and GPU."""
+"""Paged attention in plain JAX, by gathering all pages of each sequence: the specification."""
 
 import jax
 import jax.numpy as jnp
 
 F32 = jnp.float32
+HIDDEN = -1e30
 
 
 def paged_attention(
@@ -14,12 +14,15 @@ def paged_attention(
     table_bp: jax.Array,
     lengths_b: jax.Array,
     scales: tuple[jax.Array, jax.Array] | None,
+    of_heads: dict[str, jax.Array],
     *,
     window: int | None,
+    sink_tokens: int,
     softcap: float | None,
     scale: float,
-) -> jax.Array:
-    """Returns out_btnh; see op.py. `scales` are (k_scales_pks, v_scales_pks)."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (out_btnh, lse_btn); see op.py. `scales` are (k_scales_pks, v_scales_pks); `of_heads`
+    may hold "sinks" and "alibi" [N]."""
     b, t, n, h = q_btnh.shape
     kv_heads = k_pages_pksh.shape[1]
     k_bksh, v_bksh = (_gather(pages, table_bp) for pages in (k_pages_pksh, v_pages_pksh))
@@ -31,18 +34,27 @@ def paged_attention(
     filled = (key_s < lengths_b[:, None])[:, None, :, None]
     k_bksh, v_bksh = jnp.where(filled, k_bksh, 0), jnp.where(filled, v_bksh, 0)
     index_bt = lengths_b[:, None] - t + jnp.arange(t)
-    visible = key_s <= index_bt[..., None]
+    distance_bts = index_bt[..., None] - key_s
+    visible = distance_bts >= 0
     if window is not None:
-        visible &= index_bt[..., None] - key_s < window
+        visible &= (distance_bts < window) | (key_s < sink_tokens)
     visible = visible[:, None, None]
     q_btkgh = q_btnh.astype(F32).reshape(b, t, kv_heads, n // kv_heads, h)
     s = jnp.einsum("btkgh,bksh->bkgts", q_btkgh, k_bksh, precision="highest") * scale
     if softcap is not None:
         s = softcap * jnp.tanh(s / softcap)
-    p = jax.nn.softmax(jnp.where(visible, s, -jnp.inf), axis=-1, where=visible)
-    p = jnp.where(visible, p, 0)
+    if "alibi" in of_heads:
+        slopes_kg = of_heads["alibi"].astype(F32).reshape(kv_heads, -1)
+        s -= slopes_kg[..., None, None] * distance_bts[:, None, None]
+    lse = jax.nn.logsumexp(s, axis=-1, keepdims=True, where=visible)
+    if "sinks" in of_heads:
+        sinks_kg = of_heads["sinks"].astype(F32).reshape(kv_heads, -1)
+        lse = jnp.logaddexp(lse, sinks_kg[..., None, None])
+    seen = jnp.isfinite(lse)
+    p = jnp.where(visible & seen, jnp.exp(s - jnp.where(seen, lse, 0)), 0)
     out = jnp.einsum("bkgts,bksh->btkgh", p, v_bksh, precision="highest")
-    return out.reshape(b, t, n, h).astype(q_btnh.dtype)
+    lse_btn = jnp.einsum("bkgt->btkg", jnp.where(seen, lse, HIDDEN)[..., 0]).reshape(b, t, n)
+    return out.reshape(b, t, n, h).astype(q_btnh.dtype), lse_btn
 
 
 def _gather(pages_pksh, table_bp):
