@@ -68,9 +68,12 @@ def paged_attention(
         live_b1s1 = (key_b11s < lengths_b[:, None, None, None]).swapaxes(2, 3)
         v_bksh = jnp.where(live_b1s1, v_bksh, 0)
         more = jnp.einsum("bkrs,bksh->bkrh", p, v_bksh, precision="highest")
-        return new_top, total * shrink + jnp.sum(p, axis=-1, keepdims=True), acc * shrink + more
+        # A product, since XLA on CPUs orders the terms of a plain sum by the size of the batch.
+        added = jnp.einsum("bkrs,bksx->bkrx", p, ones_bks1, precision="highest")
+        return new_top, total * shrink + added, acc * shrink + more
 
     zeros = jnp.zeros((b, kv_heads, groups * t, 1), F32)
+    ones_bks1 = jnp.ones((b, kv_heads, slots, 1), F32)
     start = zeros + HIDDEN, zeros, jnp.zeros((b, kv_heads, groups * t, h), F32)
     top, total, acc = jax.lax.fori_loop(0, jnp.max(count_b), page, start)
     if "sinks" in of_heads:

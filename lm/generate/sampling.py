@@ -91,7 +91,7 @@ def sample(
 
     Args:
         logits_bv: the model's logits.
-        filters: `Sampling.filters()`.
+        filters: `Sampling.filters()`; the values may be [B, 1], one per row.
         keys_b: one random key per row; unused if greedy.
         seen_bv: bool, tokens that occur in each row; only for the repetition penalty.
     """
@@ -128,7 +128,8 @@ def _smallest_kept(logits_bv: jax.Array, filters: Filters) -> jax.Array:
     sorted_bv = jnp.sort(logits_bv, axis=-1, descending=True)
     if "top_k" in filters:
         last = jnp.minimum(filters["top_k"], logits_bv.shape[-1]) - 1
-        sorted_bv = _at_least(sorted_bv, jnp.take(sorted_bv, last, axis=-1)[:, None])
+        last_b1 = jnp.broadcast_to(last, (len(logits_bv), 1))
+        sorted_bv = _at_least(sorted_bv, jnp.take_along_axis(sorted_bv, last_b1, axis=-1))
     if "top_p" in filters:
         probabilities_bv = jax.nn.softmax(sorted_bv, axis=-1)
         before_bv = jnp.cumsum(probabilities_bv, axis=-1) - probabilities_bv

@@ -1,7 +1,7 @@
 """The transformer.
 
     transformer, block, layers   the model, one layer, and how layers run (scan, pipeline)
-    attention, ffn, moe, norm, rope, cache   building blocks
+    attention, ffn, moe, norm, rope, cache, paged   building blocks
     config                       the declaration
     adapters                     LoRA, prefix tuning, bottleneck adapters
     model                        config, weights, mesh and precision as one value
@@ -36,7 +36,7 @@ from lm.model.counts import Counts, flops, parameter_count, train_flops
 from lm.model.ffn import MLP, FeedForward, FeedForwardConfig, GatedMLP, GeGLU, ReLU2, SwiGLU
 from lm.model.initializers import He, Normal, ScaledNormal, TruncatedNormal, Xavier
 from lm.model.layers import ForwardOptions
-from lm.model.model import Model
+from lm.model.model import Model, unstacked
 from lm.model.moe import (
     BiasBalance,
     Capacity,
@@ -49,6 +49,7 @@ from lm.model.moe import (
     SoftmaxRouter,
 )
 from lm.model.norm import LayerNorm, LayerNormConfig, RMSNorm, RMSNormConfig
+from lm.model.paged import Paged
 from lm.model.param import einsum, param
 from lm.model.rope import (
     NTK,
@@ -71,7 +72,9 @@ from lm.model.transformer import (
     complete,
     init,
     init_cache,
+    init_pages,
     merge,
+    reaches,
     shapes,
     update_balance,
 )
@@ -87,8 +90,11 @@ __all__ = [  # noqa: RUF022
     "complete",
     "init",
     "init_cache",
+    "init_pages",
     "merge",
+    "reaches",
     "shapes",
+    "unstacked",
     # Building blocks
     "Cache",
     "Contiguous",
@@ -98,6 +104,7 @@ __all__ = [  # noqa: RUF022
     "GroupedQueryAttention",
     "LayerNorm",
     "MixtureOfExperts",
+    "Paged",
     "Positions",
     "RMSNorm",
     "RotaryEmbedding",

@@ -5,29 +5,25 @@ add your own, subclass `AttentionConfig`.
 """
 
 import abc
+import math
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
-import kernels_pallas
 from lm.errors import UserError, check_name, check_positive, check_size
+from lm.model.attention_kernels import attend, attend_pages
 from lm.model.cache import Cache, Contiguous, Window
 from lm.model.initializers import DEFAULT, Init, normal, zeros
 from lm.model.norm import NormConfig
+from lm.model.paged import Paged, Pages
 from lm.model.param import add_bias, dense, einsum, param
 from lm.model.rope import ALiBi, NoPosition, RoPE, rotate
 from lm.parallel.sharding import (
-    context_parallel_size,
-    is_sharded,
-    partition,
     shard,
-    shard_map,
 )
 
 
@@ -89,6 +85,17 @@ class AttentionConfig(abc.ABC):
         """An empty cache for `batch` rows of at most `length` tokens, with leading axes `stack`."""
         raise UserError(
             f"model.attention={type(self).__name__}(...) has no init_cache, which generation needs."
+        )
+
+    def reach(self) -> tuple[int, int] | None:
+        """(window, sink tokens) that a token sees; None: all earlier positions."""
+        return None
+
+    def init_pages(self, pages: Any, slots: int, dtype: Any, ways: int, *stack: int) -> Any:
+        """An empty paged cache with leading axes `stack`: pages of `slots` tokens, pages[reach] of
+        them, where `reach` is (window, sink tokens) or None. Its heads divide by `ways`."""
+        raise UserError(
+            f"model.attention={type(self).__name__}(...) has no init_pages, which the engine needs."
         )
 
     def flops(self, length: int) -> float:
@@ -177,6 +184,20 @@ class GQA(AttentionConfig):
         if self.window is not None and sinks + self.window < length and keeps_distance:
             return Window.empty(shape, self.window, sinks, dtype)
         return Contiguous.empty(shape, length, dtype)
+
+    def reach(self) -> tuple[int, int] | None:
+        if self.window is None:
+            return None
+        return self.window, self.sinks.count if isinstance(self.sinks, FirstTokens) else 0
+
+    def init_pages(self, pages: Any, slots: int, dtype: Any, ways: int, *stack: int) -> Paged:
+        if not self.causal:
+            raise UserError(
+                "model.attention.causal=False cannot generate from a cache; use causal=True."
+            )
+        heads = math.lcm(self.kv_heads, ways) if ways > self.kv_heads else self.kv_heads
+        shape = (pages[self.reach()], heads, slots, self.head_dim)
+        return Paged.empty(stack, shape, dtype, self.reach())
 
     def flops(self, length: int) -> float:
         return 4 * self.heads * self.head_dim * length
@@ -269,8 +290,9 @@ class GroupedQueryAttention(nnx.Module):
         if cache is None:
             out_btnh = self._attend(q_btnh, k_btkh, v_btkh, None, positions.segments_bt)
         else:
+            form = self._attend_pages if isinstance(cache, Paged) else self._attend
             out_btnh, cache = cache.attend(
-                *(q_btnh, k_btkh, v_btkh, positions.positions_bt, positions.mask_bt), self._attend
+                *(q_btnh, k_btkh, v_btkh, positions.positions_bt, positions.mask_bt), form
             )
         out_btnh = shard(out_btnh, "batch", "seq", "heads", "head")
         out_btd = add_bias(einsum("btnh,nhd->btd", out_btnh, self.o), self.o_bias)
@@ -286,25 +308,41 @@ class GroupedQueryAttention(nnx.Module):
         segments_bt: jax.Array | None = None,
     ) -> jax.Array:
         """Attention of queries at `index_bt` among the keys; None: at 0..T-1."""
-        c = self.config
-        alibi = c.position.slopes(c.heads) if isinstance(c.position, ALiBi) else None
-        out = _attend(
+        out = attend(
             q_btnh,
             shard(k_bskh, "batch", "seq", "kv_heads", "head"),
             shard(v_bskh, "batch", "seq", "kv_heads", "head"),
-            {
-                "sinks": None if self.sinks is None else dense(self.sinks),
-                "alibi": None if alibi is None else jnp.asarray(alibi),
-            },
+            self._of_heads(),
             {"segment_ids": segments_bt, "positions": index_bt},
-            causal=c.causal,
-            window=c.window,
-            sink_tokens=c.sinks.count if isinstance(c.sinks, FirstTokens) else 0,
-            softcap=c.softcap,
-            scale=c.scale,
-            return_lse=self.kv_prefix is not None,
+            causal=self.config.causal,
+            **self._options(),
         )
         return out if self.kv_prefix is None else self.kv_prefix(q_btnh, *out)
+
+    def _attend_pages(self, q_btnh: jax.Array, pages: Pages) -> jax.Array:
+        """Attention of queries to the keys in the pages of their rows."""
+        out = attend_pages(q_btnh, pages, self._of_heads(), **self._options())
+        return out if self.kv_prefix is None else self.kv_prefix(q_btnh, *out)
+
+    def _of_heads(self) -> dict[str, jax.Array]:
+        """The [N] arrays of the attention kernels."""
+        c, arrays = self.config, {}
+        if self.sinks is not None:
+            arrays["sinks"] = dense(self.sinks)
+        if isinstance(c.position, ALiBi):
+            arrays["alibi"] = jnp.asarray(c.position.slopes(c.heads))
+        return arrays
+
+    def _options(self) -> dict[str, Any]:
+        """The other options of the attention kernels."""
+        c = self.config
+        return {
+            "window": c.window,
+            "sink_tokens": c.sinks.count if isinstance(c.sinks, FirstTokens) else 0,
+            "softcap": c.softcap,
+            "scale": c.scale,
+            "return_lse": self.kv_prefix is not None,
+        }
 
     def _norm(self, x_btnh: jax.Array, norm: Any) -> jax.Array:
         if self.config.qk_norm.over == "head":
@@ -339,48 +377,3 @@ class KeyValuePrefix(nnx.Module):
         share_btn1 = jax.nn.sigmoid(own_btn - lse_btn)[..., None]
         out = out_btnh.astype(jnp.float32) * (1 - share_btn1) + more_btnh * share_btn1
         return out.astype(out_btnh.dtype)
-
-
-def _attend(
-    q_btnh: jax.Array,
-    k_bskh: jax.Array,
-    v_bskh: jax.Array,
-    of_heads: dict[str, jax.Array | None],
-    of_tokens: dict[str, jax.Array | None],
-    **options: Any,
-) -> jax.Array:
-    """Runs the attention kernel in a shard_map over batch and heads, since the compiler cannot
-    partition a TPU kernel. With context parallelism, uses ring or all-gather attention."""
-    n, kv_heads = q_btnh.shape[2], k_bskh.shape[2]
-    of_heads = {name: x for name, x in of_heads.items() if x is not None}
-    of_tokens = {name: x for name, x in of_tokens.items() if x is not None}
-    attention = kernels_pallas.flash_attention
-    if context_parallel_size() > 1:
-        stay = partition(k_bskh.shape, "batch", "keys", "kv_heads", "head")[1]
-        ring = stay and not options["sink_tokens"]
-        form = kernels_pallas.ring_attention if ring else kernels_pallas.gathered_attention
-        attention = partial(form, axis_name="context")
-
-    def local(q_btnh, k_bskh, v_bskh, of_heads, of_tokens):
-        if k_bskh.shape[2] * n != q_btnh.shape[2] * kv_heads:
-            # Fewer key/value heads than devices: they are replicated; take the one that is read.
-            first = jax.lax.axis_index(heads) * q_btnh.shape[2] * kv_heads // n
-            k_bskh, v_bskh = (
-                jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k_bskh, v_bskh)
-            )
-        return attention(q_btnh, k_bskh, v_bskh, **of_heads, **of_tokens, **options)
-
-    if not is_sharded():
-        return local(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)
-    q_spec = partition(q_btnh.shape, "batch", "seq", "heads", "head")
-    kv_spec = partition(k_bskh.shape, "batch", "seq", "kv_heads", "head")
-    heads = q_spec[2]
-    in_specs = (
-        q_spec,
-        kv_spec,
-        kv_spec,
-        dict.fromkeys(of_heads, PartitionSpec(heads)),
-        dict.fromkeys(of_tokens, PartitionSpec(*q_spec[:2])),
-    )
-    out_spec = (q_spec, PartitionSpec(*q_spec[:3])) if options["return_lse"] else q_spec
-    return shard_map(local, in_specs, out_spec)(q_btnh, k_bskh, v_bskh, of_heads, of_tokens)

@@ -10,7 +10,7 @@ repeats; they run as one scan, so the compiled program does not grow with the nu
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -208,7 +208,11 @@ class Transformer(nnx.Module):
     def logits(self, hidden_btd: jax.Array) -> jax.Array:
         """Logits [B, T, V] in float32 of hidden states, soft-capped by `config.logit_softcap`."""
         w_dv = self.unembedding()
+        alone = hidden_btd.shape[:2] == (1, 1)
+        if alone:  # XLA on CPUs would add in another order than for several tokens
+            hidden_btd = jnp.pad(hidden_btd, ((0, 0), (0, 1), (0, 0)))
         z_btv = jnp.einsum("btd,dv->btv", hidden_btd, w_dv, preferred_element_type=jnp.float32)
+        z_btv = z_btv[:, :1] if alone else z_btv
         z_btv = shard(z_btv, "batch", "seq", "vocab")
         cap = self.config.logit_softcap
         return z_btv if cap is None else cap * jnp.tanh(z_btv / cap)
@@ -411,12 +415,34 @@ def update_balance(config: Config, params: Params, load: dict[str, jax.Array]) -
 def init_cache(config: Config, batch: int, length: int, dtype: Any = jnp.float32) -> Caches:
     """Empty caches of all layers, for `batch` rows of at most `length` tokens. A sliding-window
     layer takes memory for its window only."""
+    return _caches(
+        config, lambda attention, *stack: attention.init_cache(batch, length, dtype, *stack)
+    )
+
+
+def init_pages(
+    config: Config, pages: Mapping[Any, int], slots: int, dtype: Any = jnp.float32, ways: int = 1
+) -> Caches:
+    """Empty paged caches of all layers (see lm.model.paged): `pages[reach]` pages of `slots` tokens
+    in layers of this reach, whose heads divide by `ways` devices."""
+    return _caches(
+        config, lambda attention, *stack: attention.init_pages(pages, slots, dtype, ways, *stack)
+    )
+
+
+def reaches(config: Config) -> list[tuple[int, int] | None]:
+    """The different (window, sink tokens) that tokens see in the layers; None: all positions."""
+    return list(dict.fromkeys(block.attention.reach() for block in config.layout.blocks))
+
+
+def _caches(config: Config, empty: Callable[..., Any]) -> Caches:
+    """empty(attention, *stack) for all layers."""
     caches = {}
     for name, blocks in config.layout.parts.items():
         repeats = config.layout.repeats
         stack = (repeats,) if name == "blocks" else ()
         caches[name] = {
-            str(i): block.attention.init_cache(batch, length, dtype, *stack)
+            str(i): empty(block.attention, *stack)
             for i, block in enumerate(blocks)
             if name != "blocks" or repeats
         }
