@@ -9,6 +9,8 @@ for bit.
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.varying import varying_alike
+
 F32 = jnp.float32
 HIDDEN = -1e30
 
@@ -75,6 +77,7 @@ def paged_attention(
     zeros = jnp.zeros((b, kv_heads, groups * t, 1), F32)
     ones_bks1 = jnp.ones((b, kv_heads, slots, 1), F32)
     start = zeros + HIDDEN, zeros, jnp.zeros((b, kv_heads, groups * t, h), F32)
+    start = tuple(varying_alike(*start, q_bkrh, k_pages_pksh, table_bp, lengths_b)[:3])
     top, total, acc = jax.lax.fori_loop(0, jnp.max(count_b), page, start)
     if "sinks" in of_heads:
         sinks = by_head(of_heads["sinks"])
