@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.errors import UserError, check_size
+from lm import trees
+from lm.errors import UserError, check_name, check_size
 from lm.generate import decode, programs
 from lm.generate.pages import Pool
 from lm.generate.request import MOST_LOGPROBS, Output, Request
@@ -31,7 +32,7 @@ from lm.generate.scheduler import Job, Scheduler
 from lm.model import Model, reaches, unstacked
 from lm.parallel import sharding
 
-PAGE = 32  # tokens
+DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
 class Engine:
@@ -40,10 +41,11 @@ class Engine:
     Args:
       model: with weights in the dtype of arithmetic (see `Model.cast`).
       context: most tokens of a prompt and its continuation.
-      rows: sizes of a step, in tokens. Default: 1 and 64 on one device, and one size on a mesh.
+      rows: sizes of the programs, in tokens; on a mesh, multiples of the shards of the batch.
+        Default: 1 and 64 in float32, else 8, 64 and 256.
       cache_tokens: tokens that the pages hold. Default: 8 contexts.
       cache_dtype: "float32", "bfloat16" or "int8"; default: that of the weights.
-      page: tokens of a page.
+      page: tokens of a page. Default: 32, and 128 of int8.
       chunk: most tokens of one prompt in a step. Default: as many as there is room for.
       share: reuse the pages of equal beginnings.
       exact: use only sizes whose results are equal bit for bit. Default: if the weights are
@@ -61,36 +63,38 @@ class Engine:
         rows: Sequence[int] | None = None,
         cache_tokens: int | None = None,
         cache_dtype: str | None = None,
-        page: int = PAGE,
+        page: int | None = None,
         chunk: int | None = None,
         share: bool = True,
         exact: bool | None = None,
     ):
-        check_size(context=context, page=page, chunk=1 if chunk is None else chunk)
-        model = unstacked(model)
-        self.model, self.context, self._page = model, context, page
+        weights = jax.tree.leaves(model.params, is_leaf=trees.is_leaf)[0].dtype
+        dtype = cache_dtype or str(weights)
+        check_name("cache_dtype", dtype, DTYPES)
+        if page is None:
+            page = 128 if dtype == "int8" else 32
         ways = 1 if model.mesh is None else sharding.batch_ways(model.mesh)
-        default = (1, 64) if model.mesh is None else (-(-64 // ways) * ways,)
-        self.rows = tuple(sorted(set(default if rows is None else rows)))
-        for size in self.rows:
-            check_size(rows=size)
-        self._width = -(-context // page)
+        if rows is None:
+            rows = (1, 64) if weights == jnp.float32 else (8, 64, 256)
         tokens = 8 * context if cache_tokens is None else cache_tokens
-        check_size(cache_tokens=tokens)
+        most_of_one = max(rows) if chunk is None else chunk
+        check_size(context=context, page=page, chunk=most_of_one, cache_tokens=tokens)
+        for size in rows:
+            check_size(rows=size)
         if tokens < context:
             raise UserError(
                 f"cache_tokens={tokens} is less than context={context}; one sequence must fit."
             )
+        self.model, self.context, self._page = unstacked(model), context, page
+        self.rows = tuple(sorted({-(-size // ways) * ways for size in rows}))
+        self._width = -(-context // page)
         self._reaches = reaches(model.config)
         pools = {reach: Pool(self._pages(reach, tokens)) for reach in self._reaches}
         self.scheduler = Scheduler(
-            pools, size=page, most=self.rows[-1], chunk=chunk or self.rows[-1], share=share
+            pools, size=page, most=self.rows[-1], chunk=most_of_one, share=share
         )
-        weights = jax.tree.leaves(model.params)[0].dtype
-        dtype = jnp.dtype(cache_dtype or ("float32" if weights == jnp.int8 else weights))
-        tensor = 1 if model.mesh is None else model.mesh.shape["tensor"]
         counts = tuple((reach, pool.count) for reach, pool in pools.items())
-        self._cache = programs.empty(model, counts, page, dtype, tensor)
+        self._cache = programs.empty(self.model, counts, page, dtype)
         self._seconds = self._try(weights == jnp.float32 if exact is None else exact)
         self.rows = tuple(sorted(self._seconds))
 

@@ -33,10 +33,12 @@ class Drawn(NamedTuple):
     top_logprobs: jax.Array
 
 
-@partial(jax.jit, static_argnames=("counts", "page", "dtype", "ways"))
-def empty(model: Model, counts: Any, page: int, dtype: Any, ways: int) -> Any:
+@partial(jax.jit, static_argnames=("counts", "page", "dtype"))
+def empty(model: Model, counts: tuple[tuple[Any, int], ...], page: int, dtype: str) -> Any:
+    """Caches with the given numbers of pages of each reach."""
+    ways = 1 if model.mesh is None else model.mesh.shape["tensor"]
     with model.on_mesh(sharding.UNSPLIT_SEQUENCE):
-        caches = init_pages(model.config, dict(counts), page, dtype, ways)
+        caches = init_pages(model.config, dict(counts), page, jnp.dtype(dtype), ways)
         return _map(_constrained, caches)
 
 

@@ -2,6 +2,7 @@
 
     transformer, block, layers   the model, one layer, and how layers run (scan, pipeline)
     attention, ffn, moe, norm, rope, cache, paged   building blocks
+    attention_kernels            on one device or a mesh
     config                       the declaration
     adapters                     LoRA, prefix tuning, bottleneck adapters
     model                        config, weights, mesh and precision as one value

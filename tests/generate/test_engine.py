@@ -288,3 +288,5 @@ def test_bad_options_are_refused(small):
         engine(small, cache_tokens=10)
     with pytest.raises(UserError, match="page=0"):
         engine(small, page=0)
+    with pytest.raises(UserError, match="cache_dtype='int4' is not known"):
+        engine(small, cache_dtype="int4")
