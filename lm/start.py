@@ -113,10 +113,8 @@ def _shapes(config: model.Config, head: str) -> dict[str, Any]:
 def check_inputs(stage: Experiment) -> None:
     """Raises UserError if files or folders that a stage reads do not exist, so that a recipe finds
     out before it trains the stages before it."""
-    declared = stage.data
-    sources = declared.sources.values() if isinstance(declared, data.Mixture) else [declared]
     try:
-        for source in sources:
+        for source in data.sources_of(stage.data):
             if isinstance(source, data.Source):
                 source.size()
         if isinstance(stage.start, str):

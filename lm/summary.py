@@ -62,8 +62,7 @@ def _conversations(run: Run) -> list[data.Conversations]:
         data.chat_template(run.tokenizer)
     except UserError:
         return []
-    declared = run.experiment.data
-    sources = declared.sources.values() if isinstance(declared, data.Mixture) else [declared]
+    sources = data.sources_of(run.experiment.data)
     return [source for source in sources if isinstance(source, data.Conversations)]
 
 

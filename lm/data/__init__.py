@@ -46,7 +46,7 @@ from lm.data.evaluation import Evaluation, evaluation
 from lm.data.file_sources import Csv, FileSource, Jsonl, Parquet, Text, of_path
 from lm.data.folder import check_can_be_made
 from lm.data.loader import BatchShape, Loader, prefetch
-from lm.data.mixture import Mixture
+from lm.data.mixture import Mixture, sources_of
 from lm.data.packing import BestFit, Concatenate, Packing, Pairs
 from lm.data.preferences import Feedback, Preferences
 from lm.data.prepare import Counts, Prepared, prepare, recipe
@@ -105,4 +105,5 @@ __all__ = [
     "prepare",
     "recipe",
     "replace_surrogates",
+    "sources_of",
 ]

@@ -50,6 +50,11 @@ class Mixture:
             phases(self.weights, dict.fromkeys(self.sources, 1))
 
 
+def sources_of(declared: Source | Mixture) -> list[Source]:
+    """The sources of a mixture; of a source, itself."""
+    return list(declared.sources.values()) if isinstance(declared, Mixture) else [declared]
+
+
 def phases(weights: Weights, tokens: Mapping[str, int]) -> Phases:
     """Normalizes `weights`; without any, sources are weighted by `tokens`. Raises UserError for
     unknown sources, negative or zero weights and steps out of order."""

@@ -9,7 +9,7 @@ token ids.
 A compiled program computes a fixed number of rows. A row is one token of one sequence, of a prompt
 or of a continuation, so that the same programs serve prefill and decoding. What a row computes does
 not depend on the other rows: the tokens of a request are the same alone and among others, with
-prompts cut anywhere, with or without a shared beginning, and after preemption. That holds bit for
+prompts cut anywhere, with and without a cached prefix, and after preemption. That holds bit for
 bit if programs of all sizes add in the same order; the engine tries them, and by default uses only
 those that do (`exact`).
 """
@@ -47,7 +47,7 @@ class Engine:
       cache_dtype: "float32", "bfloat16" or "int8"; default: that of the weights.
       page: tokens of a page. Default: 32, and 128 of int8.
       chunk: most tokens of one prompt in a step. Default: as many as there is room for.
-      share: reuse the pages of equal beginnings.
+      prefix_caching: reuse the pages of prompts that begin alike.
       exact: use only sizes whose results are equal bit for bit. Default: if the weights are
         float32.
 
@@ -65,7 +65,7 @@ class Engine:
         cache_dtype: str | None = None,
         page: int | None = None,
         chunk: int | None = None,
-        share: bool = True,
+        prefix_caching: bool = True,
         exact: bool | None = None,
     ):
         weights = jax.tree.leaves(model.params, is_leaf=trees.is_leaf)[0].dtype
@@ -91,7 +91,11 @@ class Engine:
         self._reaches = reaches(model.config)
         pools = {reach: Pool(self._pages(reach, tokens)) for reach in self._reaches}
         self.scheduler = Scheduler(
-            pools, size=page, most=self.rows[-1], chunk=most_of_one, share=share
+            pools,
+            size=page,
+            most=self.rows[-1],
+            chunk=most_of_one,
+            prefix_caching=prefix_caching,
         )
         counts = tuple((reach, pool.count) for reach, pool in pools.items())
         self._cache = programs.empty(self.model, counts, page, dtype)
@@ -122,7 +126,7 @@ class Engine:
                     )
         prompt = [int(token) for token in request.prompt]
         # Log-probabilities of the prompt need a pass over all of it.
-        job = Job(request, prompt, len(prompt), may_share=not request.prompt_logprobs)
+        job = Job(request, prompt, len(prompt), may_reuse=not request.prompt_logprobs)
         job.result = Output(prompt_logprobs=[None] if request.prompt_logprobs else [])
         self.scheduler.add(job)
         return job
@@ -189,6 +193,9 @@ class Engine:
         for number, (job, place, _) in enumerate(rows):
             following = job.tokens[place + 1] if place + 1 < len(job.tokens) else 0
             ints_r4[number] = job.tokens[place], place, 1, following
+            if number and rows[number - 1].job is job:
+                tables[:, number] = tables[:, number - 1]
+                continue
             for table, reach in zip(tables, self._reaches, strict=True):
                 pages = job.pages[reach]
                 table[number, : len(pages)] = [page or 0 for page in pages]
@@ -270,7 +277,7 @@ class Engine:
             self.cancel(job, "error")
             return
         if not output.tokens:
-            output.shared = job.shared
+            output.cached = job.cached
         output.tokens.append(token)
         output.logprobs.append(logprob)
         if request.logprobs:

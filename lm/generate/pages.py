@@ -1,5 +1,4 @@
-"""Pages of the KV cache and the sequences that own them: allocation, sharing of equal beginnings,
-eviction.
+"""Pages of the KV cache and the sequences that own them: allocation, prefix caching, eviction.
 
 A page is identified by a digest of all tokens up to its end. A full page keeps its digest when its
 last owner leaves, and the next sequence that begins with the same tokens takes it over, until the
@@ -80,10 +79,3 @@ class Pool:
             self._kept[page] = self._digest_of[page]
         else:
             self._free.append(page)
-
-    def forget(self) -> None:
-        """Forgets all pages without users."""
-        for page, digest in self._kept.items():
-            del self._page_of[digest], self._digest_of[page]
-            self._free.append(page)
-        self._kept.clear()

@@ -71,7 +71,7 @@ class Output:
     tokens, logprobs, finished   as in decode.Result; 'error' if logits were not finite
     top               for each token, the most probable ones: [(id, log-probability), ...]
     prompt_logprobs   of each token of the prompt; None for the first
-    shared            tokens of the prompt whose keys were found in the cache
+    cached            tokens of the prompt whose keys were found in the cache
     """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -79,4 +79,4 @@ class Output:
     finished: str | None = None
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float | None] = dataclasses.field(default_factory=list)
-    shared: int = 0
+    cached: int = 0

@@ -23,7 +23,7 @@ class Job:
     tokens     prompt and what was generated
     prompt     length of the prompt
     computed   tokens whose keys and values are in the cache
-    shared     of these, the first ones that another sequence had computed
+    cached     of these, the first ones that another sequence had computed (prefix caching)
     pages      of each reach, one per `size` tokens; None for pages that are no longer seen
     digests    of full pages
     known      full pages that other jobs can find
@@ -32,9 +32,9 @@ class Job:
     request: Any
     tokens: list[int]
     prompt: int
-    may_share: bool = True
+    may_reuse: bool = True
     computed: int = 0
-    shared: int = 0
+    cached: int = 0
     pages: dict[Reach, list[int | None]] = dataclasses.field(default_factory=dict)
     digests: list[bytes] = dataclasses.field(default_factory=list)
     known: int = 0
@@ -55,10 +55,16 @@ class Scheduler:
     """
 
     def __init__(
-        self, pools: Mapping[Reach, Pool], *, size: int, most: int, chunk: int, share: bool = True
+        self,
+        pools: Mapping[Reach, Pool],
+        *,
+        size: int,
+        most: int,
+        chunk: int,
+        prefix_caching: bool = True,
     ):
         self.pools, self.size, self.most = dict(pools), size, most
-        self.chunk, self.share = chunk, share
+        self.chunk, self.prefix_caching = chunk, prefix_caching
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.preempted = 0
@@ -92,7 +98,7 @@ class Scheduler:
         """Records that a step has computed the next `count` tokens of a job."""
         job.computed += count
         full = job.computed // self.size
-        if self.share and full > job.known:
+        if self.prefix_caching and full > job.known:
             if full > len(job.digests):
                 job.digests = digests(job.tokens[: job.computed], self.size, job.digests)
             self._keep(job, job.known, full)
@@ -115,7 +121,7 @@ class Scheduler:
         elif job in self.waiting:
             self.waiting.remove(job)
 
-    def _first_seen(self, reach: Reach, position: int) -> range:
+    def _hidden(self, reach: Reach, position: int) -> range:
         """The pages that a token at `position` does not see any more."""
         if reach is None:
             return range(0)
@@ -147,12 +153,12 @@ class Scheduler:
         self.preempted += 1
 
     def _admit(self, job: Job, room: int) -> bool:
-        """Takes over pages of its beginning; False if there is no room for the rest of it."""
-        hits = self._shared_pages(job) if self.share and job.may_share else 0
-        job.computed, job.shared, job.known = hits * self.size, hits * self.size, hits
+        """Takes over the cached pages of its prefix; False if there is no room for the rest."""
+        hits = self._cached_pages(job) if self.prefix_caching and job.may_reuse else 0
+        job.computed, job.cached, job.known = hits * self.size, hits * self.size, hits
         fits = True
         for reach, pool in self.pools.items():
-            hidden = self._first_seen(reach, job.computed)
+            hidden = self._hidden(reach, job.computed)
             job.pages[reach] = [
                 None if i in hidden else pool.find(job.digests[i]) for i in range(hits)
             ]
@@ -169,9 +175,9 @@ class Scheduler:
             job.computed = 0
         return fits
 
-    def _shared_pages(self, job: Job) -> int:
-        """Number of pages at the beginning that the pools hold; the last token is not in them,
-        since its logits are needed."""
+    def _cached_pages(self, job: Job) -> int:
+        """Number of pages of its prefix that the pools hold; the last token is not in them, since
+        its logits are needed."""
         job.digests = digests(job.tokens, self.size, [])
         most = (len(job.tokens) - 1) // self.size
         if None in self.pools:
@@ -183,7 +189,7 @@ class Scheduler:
                 for reach, pool in self.pools.items()
                 if reach is not None
                 for i in range(hits)
-                if i not in self._first_seen(reach, hits * self.size)
+                if i not in self._hidden(reach, hits * self.size)
             ):
                 return hits
         return 0
@@ -195,14 +201,15 @@ class Scheduler:
 
     def _drop_hidden(self, job: Job, reach: Reach) -> None:
         pages = job.pages[reach]
-        for i in self._first_seen(reach, job.computed):
-            if i < len(pages) and pages[i] is not None:
-                self.pools[reach].drop(pages[i])
-                pages[i] = None
+        for i in reversed(self._hidden(reach, job.computed)):
+            if pages[i] is None:  # so are those before it
+                break
+            self.pools[reach].drop(pages[i])
+            pages[i] = None
 
     def _drop_all(self, job: Job) -> None:
         for reach, pages in job.pages.items():
-            # The last pages are forgotten first, so that shorter beginnings stay longer.
+            # The last pages are forgotten first, so that shorter prefixes stay longer.
             for page in reversed(pages):
                 if page is not None:
                     self.pools[reach].drop(page)

@@ -22,9 +22,7 @@ from lm.model.norm import NormConfig
 from lm.model.paged import Paged, Pages
 from lm.model.param import add_bias, dense, einsum, param
 from lm.model.rope import ALiBi, NoPosition, RoPE, rotate
-from lm.parallel.sharding import (
-    shard,
-)
+from lm.parallel.sharding import shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,13 +170,21 @@ class GQA(AttentionConfig):
     def rope(self) -> tuple[RoPE, int] | None:
         return (self.position, self.head_dim) if isinstance(self.position, RoPE) else None
 
-    def init_cache(self, batch: int, length: int, dtype: Any, *stack: int) -> Cache:
+    @property
+    def sink_tokens(self) -> int:
+        """First tokens that stay visible outside the window."""
+        return self.sinks.count if isinstance(self.sinks, FirstTokens) else 0
+
+    def _check_causal(self) -> None:
         if not self.causal:
             raise UserError(
                 "model.attention.causal=False cannot generate from a cache; use causal=True."
             )
+
+    def init_cache(self, batch: int, length: int, dtype: Any, *stack: int) -> Cache:
+        self._check_causal()
         shape = (*stack, batch, self.kv_heads, self.head_dim)
-        sinks = self.sinks.count if isinstance(self.sinks, FirstTokens) else 0
+        sinks = self.sink_tokens
         # ALiBi needs the distance to the sinks, which the ring buffer does not keep.
         keeps_distance = not (sinks and isinstance(self.position, ALiBi))
         if self.window is not None and sinks + self.window < length and keeps_distance:
@@ -188,13 +194,10 @@ class GQA(AttentionConfig):
     def reach(self) -> tuple[int, int] | None:
         if self.window is None:
             return None
-        return self.window, self.sinks.count if isinstance(self.sinks, FirstTokens) else 0
+        return self.window, self.sink_tokens
 
     def init_pages(self, pages: Any, slots: int, dtype: Any, ways: int, *stack: int) -> Paged:
-        if not self.causal:
-            raise UserError(
-                "model.attention.causal=False cannot generate from a cache; use causal=True."
-            )
+        self._check_causal()
         heads = math.lcm(self.kv_heads, ways) if ways > self.kv_heads else self.kv_heads
         shape = (pages[self.reach()], heads, slots, self.head_dim)
         return Paged.empty(stack, shape, dtype, self.reach())
@@ -338,7 +341,7 @@ class GroupedQueryAttention(nnx.Module):
         c = self.config
         return {
             "window": c.window,
-            "sink_tokens": c.sinks.count if isinstance(c.sinks, FirstTokens) else 0,
+            "sink_tokens": c.sink_tokens,
             "softcap": c.softcap,
             "scale": c.scale,
             "return_lse": self.kv_prefix is not None,

@@ -57,7 +57,7 @@ def main() -> None:
         # Few pages, so that some are shared and some taken away.
         engine = Engine(on(plain, axes), context=48, page=8, rows=(16,), cache_tokens=96)
         outputs = engine.generate(requests()) + engine.generate(requests()[::-1])
-        results[mesh] = [(each.tokens, each.logprobs, each.shared) for each in outputs]
+        results[mesh] = [(each.tokens, each.logprobs, each.cached) for each in outputs]
     print(json.dumps(results))
 
 

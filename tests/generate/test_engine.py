@@ -88,7 +88,7 @@ def check_same(of: Engine, got, want):
 @pytest.fixture(scope="module")
 def alone(small, requests):
     """What each request gives alone, in an engine that nobody has used."""
-    one = engine(small, share=False)
+    one = engine(small, prefix_caching=False)
     return bits([one.generate([request])[0] for request in requests])
 
 
@@ -114,7 +114,7 @@ def test_tokens_do_not_depend_on_the_batch(small, requests, alone, together):
     for i in range(0, len(requests), together):
         outputs += shared.generate(requests[i : i + together])
     check_same(shared, bits(outputs), alone)
-    assert sum(output.shared for output in outputs) > 0
+    assert sum(output.cached for output in outputs) > 0
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
@@ -125,7 +125,7 @@ def test_tokens_do_not_depend_on_how_prompts_are_cut(small, requests, alone, chu
 
 def test_tokens_do_not_depend_on_preemption(small, requests, alone):
     """Pages for one sequence of full length, and up to 16 at once."""
-    few = engine(small, cache_tokens=CONTEXT, share=False)
+    few = engine(small, cache_tokens=CONTEXT, prefix_caching=False)
     check_same(few, bits(few.generate(requests)), alone)
     assert few.scheduler.preempted >= 10
 
@@ -152,7 +152,7 @@ def test_arrivals_in_between(small, requests, alone):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_families(family, requests):
-    """Together, with shared beginnings and preemption, as plain decoding. Layers with a window give
+    """Together, with cached prefixes and preemption, as plain decoding. Layers with a window give
     pages back."""
     made = model.Model(FAMILIES[family], parameters(FAMILIES[family]))
     few = engine(made, rows=(16,), cache_tokens=3 * CONTEXT)
@@ -170,7 +170,7 @@ def test_all_families(family, requests):
         np.testing.assert_allclose(output.logprobs, logprobs, rtol=0, atol=ATOL)
     again = few.generate(requests[:12])
     check_same(few, bits(again), bits(outputs))
-    assert sum(each.shared for each in again) > sum(each.shared for each in outputs)
+    assert sum(each.cached for each in again) > sum(each.cached for each in outputs)
     for pool in few.scheduler.pools.values():
         assert pool.used == 0 and pool.available == pool.count
 

@@ -24,7 +24,7 @@ ATOL = tolerance.of_chain(1.0, *[64 * 4.0**2] * 4)  # of log-probabilities
     ],
 )
 def test_one_device_equals_every_mesh(name, meshes):
-    """With fewer key/value heads than devices, a window, shared beginnings and preemption."""
+    """With fewer key/value heads than devices, a window, cached prefixes and preemption."""
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, str(HERE / "engine_on_meshes.py"), name, "", *meshes],
@@ -37,8 +37,8 @@ def test_one_device_equals_every_mesh(name, meshes):
     found = json.loads(result.stdout)
     wanted = found.pop("")
     assert list(found) == meshes
-    assert sum(shared for *_, shared in wanted) > 0
+    assert sum(cached for *_, cached in wanted) > 0
     for outputs in found.values():
-        for (tokens, logprobs, shared), want in zip(outputs, wanted, strict=True):
-            assert (tokens, shared) == (want[0], want[2])
+        for (tokens, logprobs, cached), want in zip(outputs, wanted, strict=True):
+            assert (tokens, cached) == (want[0], want[2])
             np.testing.assert_allclose(logprobs, want[1], rtol=0, atol=ATOL)
