@@ -3,6 +3,8 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
 
 from lm.errors import UserError, check_seed, check_size
 from lm.generate.sampling import Sampling
@@ -43,13 +45,24 @@ class Request:
 
     def __post_init__(self) -> None:
         check_size(max_tokens=self.max_tokens)
-        check_seed(seed=self.seed)
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name}={getattr(self, name)!r} must be a finite number.")
-        if not 0 <= self.logprobs <= MOST_LOGPROBS:
+        check_seed(seed=self.seed, index=self.index)
+        if not isinstance(self.sampling, Sampling):
+            raise UserError(f"sampling={self.sampling!r} must be a Sampling(...).")
+        if not isinstance(self.logit_bias, Mapping):
+            raise UserError(f"logit_bias={self.logit_bias!r} must be {{token: number}}.")
+        for name in ("prompt", "stop_tokens", "first_tokens", "logit_bias"):
+            ids = getattr(self, name)
+            if ids is not None and (isinstance(ids, str) or not all(map(_is_whole, ids))):
+                raise UserError(f"{name} must hold token ids, whole numbers.")
+        numbers = {f"logit_bias[{token}]": x for token, x in self.logit_bias.items()}
+        numbers |= {name: getattr(self, name) for name in ("presence_penalty", "frequency_penalty")}
+        for name, value in numbers.items():
+            may_be = (-math.inf,) if name.startswith("logit_bias") else ()
+            if not _is_number(value) or not (math.isfinite(value) or value in may_be):
+                raise UserError(f"{name}={value!r} must be a finite number.")
+        if not _is_whole(self.logprobs) or not 0 <= self.logprobs <= MOST_LOGPROBS:
             raise UserError(
-                f"logprobs={self.logprobs} must be from 0 to {MOST_LOGPROBS}, the number of "
+                f"logprobs={self.logprobs!r} must be from 0 to {MOST_LOGPROBS}, the number of "
                 "alternatives at each position."
             )
 
@@ -80,3 +93,11 @@ class Output:
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float | None] = dataclasses.field(default_factory=list)
     cached: int = 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
