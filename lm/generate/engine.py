@@ -17,7 +17,6 @@ those that do (`exact`).
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +26,10 @@ from lm import trees
 from lm.errors import UserError, check_name, check_size
 from lm.generate import decode, programs
 from lm.generate.pages import Pool
-from lm.generate.request import MOST_LOGPROBS, Output, Request
+from lm.generate.request import Output, Request
+from lm.generate.rows import Row, draw, make_batch
 from lm.generate.scheduler import Job, Scheduler
+from lm.generate.speculative import Speculation
 from lm.model import Model, reaches, unstacked
 from lm.parallel import sharding
 
@@ -48,11 +49,14 @@ class Engine:
       page: tokens of a page. Default: 32, and 128 of int8.
       chunk: most tokens of one prompt in a step. Default: as many as there is room for.
       prefix_caching: reuse the pages of prompts that begin alike.
+      speculation: proposes tokens that a step checks all at once; outputs do not depend on it.
       exact: use only sizes whose results are equal bit for bit. Default: if the weights are
         float32.
 
     `exact` then says whether results depend on nothing but their request, bit for bit, as far as a
     try can tell: that they do not depend on the size of a program, nor on the order of its rows.
+    `computed` counts the tokens computed so far, `drafted` those that were proposed, and `accepted`
+    those of them that were right.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Engine:
         page: int | None = None,
         chunk: int | None = None,
         prefix_caching: bool = True,
+        speculation: Speculation | None = None,
         exact: bool | None = None,
     ):
         weights = jax.tree.leaves(model.params, is_leaf=trees.is_leaf)[0].dtype
@@ -85,7 +90,8 @@ class Engine:
             raise UserError(
                 f"cache_tokens={tokens} is less than context={context}; one sequence must fit."
             )
-        self.model, self.context, self._page = unstacked(model), context, page
+        self.model, self.context, self.page = unstacked(model), context, page
+        self.cache_tokens = tokens
         self.rows = tuple(sorted({-(-size // ways) * ways for size in rows}))
         self._width = -(-context // page)
         self._reaches = reaches(model.config)
@@ -97,18 +103,22 @@ class Engine:
             chunk=most_of_one,
             prefix_caching=prefix_caching,
         )
+        self.computed = self.drafted = self.accepted = 0
         counts = tuple((reach, pool.count) for reach, pool in pools.items())
         self._cache = programs.empty(self.model, counts, page, dtype)
         self._seconds = self._try(weights == jnp.float32 if exact is None else exact)
         self.rows = tuple(sorted(self._seconds))
+        self.speculation = speculation
+        if speculation is not None:
+            speculation.begin(self)
 
     def _pages(self, reach: tuple[int, int] | None, tokens: int) -> int:
         """Pages of the layers with a reach."""
-        all_tokens = -(-tokens // self._page)
+        all_tokens = -(-tokens // self.page)
         if reach is None:
             return all_tokens
         # Of each sequence: a window, the sinks, the tokens of a step, and the parts at both ends.
-        seen = sum(-(-part // self._page) + 1 for part in (*reach, self.rows[-1]))
+        seen = sum(-(-part // self.page) + 1 for part in (*reach, self.rows[-1]))
         sequences = max(1, tokens // self.context)
         return max(min(all_tokens, sequences * seen), seen, self._width)
 
@@ -128,6 +138,7 @@ class Engine:
         # Log-probabilities of the prompt need a pass over all of it.
         job = Job(request, prompt, len(prompt), may_reuse=not request.prompt_logprobs)
         job.result = Output(prompt_logprobs=[None] if request.prompt_logprobs else [])
+        job.guide = None if request.guide is None else request.guide.start()
         self.scheduler.add(job)
         return job
 
@@ -143,8 +154,8 @@ class Engine:
         return not (self.scheduler.running or self.scheduler.waiting)
 
     def generate(self, requests: Iterable[Request]) -> list[Output]:
-        """The outputs of requests, in their order. Raises UserError for a bad request, and for
-        logits that are not finite."""
+        """The outputs of requests, in their order. Raises UserError for a bad request, and for an
+        output with an error."""
         jobs = [self.add(request) for request in requests]
         try:
             while not all(job.result.finished for job in jobs):
@@ -152,130 +163,91 @@ class Engine:
         finally:
             for job in jobs:
                 self.cancel(job)
-        if any(job.result.finished == "error" for job in jobs):
-            raise UserError(
-                "The model's logits are not finite: weights are not finite, or arithmetic "
-                "overflows. Try float32 (--compute float32) or an earlier checkpoint (--step)."
-            )
+        for job in jobs:
+            if job.result.error:
+                raise UserError(job.result.error)
         return [job.result for job in jobs]
 
     # Steps
 
     def step(self) -> list[Job]:
         """Computes the next tokens; returns the jobs that have a new one, or have finished."""
+        if self.speculation is not None:
+            self._propose()
         planned = self.scheduler.plan(self.rows[-1])
-        rows = [
-            _Row(job, place, place == len(job.tokens) - 1)
+        of_jobs = {
+            job: [Row(job, place) for place in range(job.computed, job.computed + count)]
             for job, count in planned.items()
-            for place in range(job.computed, job.computed + count)
-        ]
+        }
+        rows = [row for of_job in of_jobs.values() for row in of_job]
         if not rows:
             return []
         size = min(self._seconds, key=lambda size: self._seconds[size] * -(-len(rows) // size))
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         drawn = jax.device_get([self._run(part, size) for part in parts])
-        for job, count in planned.items():
-            self.scheduler.computed(job, count)
+        self.computed += len(rows)
+        places = iter(divmod(number, size) for number in range(len(rows)))
         changed = []
-        for part, of_part in zip(parts, drawn, strict=True):
-            changed += self._record(part, of_part)
-        return changed
-
-    def _run(self, rows: list["_Row"], size: int) -> programs.Drawn:
-        """Computes rows, and draws a token from each of those that end a sequence."""
-        batch = self._batch(rows, size)
-        logits_rv, self._cache = programs.forward(self.model, self._cache, batch)
-        return self._draw(logits_rv, rows, batch.ints[:, 3])
-
-    def _batch(self, rows: list["_Row"], size: int) -> programs.Batch:
-        ints_r4 = np.zeros((size, 4), np.int32)
-        tables = np.zeros((len(self._reaches), size, self._width), np.int32)
-        for number, (job, place, _) in enumerate(rows):
-            following = job.tokens[place + 1] if place + 1 < len(job.tokens) else 0
-            ints_r4[number] = job.tokens[place], place, 1, following
-            if number and rows[number - 1].job is job:
-                tables[:, number] = tables[:, number - 1]
-                continue
-            for table, reach in zip(tables, self._reaches, strict=True):
-                pages = job.pages[reach]
-                table[number, : len(pages)] = [page or 0 for page in pages]
-        return programs.Batch(ints_r4, tables)
-
-    def _draw(
-        self, logits_rv: jax.Array, rows: list["_Row"], following: np.ndarray
-    ) -> programs.Drawn:
-        size, most = len(following), np.iinfo(np.int32).max
-        ints, floats = np.zeros((size, 4), np.int32), np.zeros((size, 4), np.float32)
-        ints[:, 3] = most
-        floats[:] = (0, np.inf, 0, 1)
-        names, top = set(), 0
-        for number, (job, _, draws) in enumerate(rows):
-            if draws:
-                request, own = job.request, job.request.sampling.filters()
-                names |= set(own)
-                top = max(top, request.logprobs)
-                seed = np.uint32(request.seed).view(np.int32)
-                step = len(job.result.tokens)
-                ints[number] = seed, request.index, step, own.get("top_k", most)
-                floats[number] = (
-                    own.get("temperature", 0),
-                    own.get("top_p", np.inf),
-                    own.get("min_p", 0),
-                    own.get("repetition_penalty", 1),
-                )
-        bias_rv, seen_rv = self._adjustments(rows, size, "repetition_penalty" in names)
-        return programs.draw(
-            *(logits_rv, following, ints, floats, bias_rv, seen_rv),
-            random="temperature" in names,
-            filters=tuple(sorted(names & {"top_k", "top_p", "min_p"})),
-            top=MOST_LOGPROBS if top else 0,
-        )
-
-    def _adjustments(
-        self, rows: list["_Row"], size: int, penalized: bool
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """What is added to logits, and the tokens that occurred, [R, V]."""
-        vocab = self.model.config.vocab
-        drawn = [(number, row.job) for number, row in enumerate(rows) if row.draws]
-        bias_rv = seen_rv = None
-        if any(job.request.adjusts for _, job in drawn):
-            bias_rv = np.zeros((size, vocab), np.float32)
-        if penalized:
-            seen_rv = np.zeros((size, vocab), bool)
-        for number, job in drawn:
-            request, own = job.request, job.tokens[job.prompt :]
-            if seen_rv is not None:
-                seen_rv[number, job.tokens] = True
-            if request.adjusts:
-                tokens, counts = np.unique(np.array(own, np.int32), return_counts=True)
-                bias_rv[number, tokens] -= (
-                    request.presence_penalty + request.frequency_penalty * counts
-                )
-                for token, value in request.logit_bias.items():
-                    bias_rv[number, token] += value
-                if request.first_tokens is not None and not own:
-                    others = np.ones(vocab, bool)
-                    others[list(request.first_tokens)] = False
-                    bias_rv[number, others] = -np.inf
-        return bias_rv, seen_rv
-
-    def _record(self, rows: list["_Row"], drawn: programs.Drawn) -> list[Job]:
-        changed = []
-        for number, (job, place, draws) in enumerate(rows):
-            known = job.result.prompt_logprobs
-            if len(known) == place + 1 < job.prompt:
-                known.append(float(drawn.following[number]))
-            if draws:
-                self._append(job, number, drawn)
+        for job, of_job in of_jobs.items():
+            found = [(drawn[part], number) for _, (part, number) in zip(of_job, places)]
+            if self._record(job, of_job, found):
                 changed.append(job)
         return changed
 
-    def _append(self, job: Job, number: int, drawn: programs.Drawn) -> None:
+    def _propose(self) -> None:
+        """Lets the speculation propose drafts if there is room for those of all jobs."""
+        running, drafts = self.scheduler.running, {}
+        if len(running) * (1 + self.speculation.tokens) <= self.rows[-1]:
+            generating = [job for job in running if job.waiting_tokens == 1]
+            drafts = self.speculation.propose(generating)
+        for job in running:
+            left = job.request.max_tokens - len(job.result.tokens)
+            most = max(0, min(left, self.context - len(job.tokens)) - 1)
+            job.draft = drafts.get(job, [])[:most]
+            if job.guide is not None:
+                job.draft = job.draft[: job.guide.valid(job.draft)]
+
+    def _run(self, part: list[Row], size: int) -> programs.Drawn:
+        """Computes rows, and draws a token after each of those that end a sequence."""
+        batch = make_batch(part, size, self._reaches, self._width)
+        logits_rv, self._cache = programs.forward(self.model, self._cache, batch)
+        return draw(logits_rv, part, batch.ints[:, 3])
+
+    def _record(self, job: Job, rows: list[Row], found: list[tuple[programs.Drawn, int]]) -> bool:
+        """Records what a step found for the rows of a job; returns whether the job has changed.
+
+        A token of the draft is accepted if it is the token that was drawn in its place. So drafts
+        change neither the tokens nor their distribution.
+        """
+        known, draft, length = job.result.prompt_logprobs, job.draft, len(job.tokens)
+        finished, accepted = None, 0
+        for row, (drawn, number) in zip(rows, found, strict=True):
+            drafted = row.place - length
+            if drafted >= 0 and (finished or job.tokens[row.place] != draft[drafted]):
+                break
+            accepted += 1
+            if len(known) == row.place + 1 < job.prompt:
+                known.append(float(drawn.following[number]))
+            if drafted >= -1:
+                finished = self._append(job, number, drawn)
+        self.drafted += len(draft)
+        self.accepted += max(0, job.computed + accepted - length)
+        job.draft = []
+        self.scheduler.computed(job, accepted)
+        if finished:
+            self.cancel(job, finished)
+        return len(job.tokens) > length or finished is not None
+
+    def _append(self, job: Job, number: int, drawn: programs.Drawn) -> str | None:
+        """Appends a drawn token; returns why the job ends, if it does."""
         request, output = job.request, job.result
         token, logprob = int(drawn.tokens[number]), float(drawn.logprobs[number])
         if math.isnan(logprob):
-            self.cancel(job, "error")
-            return
+            output.error = (
+                "The model's logits are not finite: weights are not finite, or arithmetic "
+                "overflows. Try float32 (--compute float32) or an earlier checkpoint (--step)."
+            )
+            return "error"
         if not output.tokens:
             output.cached = job.cached
         output.tokens.append(token)
@@ -284,12 +256,14 @@ class Engine:
             best = zip(drawn.top_tokens[number], drawn.top_logprobs[number])
             output.top.append([(int(i), float(p)) for i, p in best][: request.logprobs])
         job.tokens.append(token)
+        if job.guide is not None and job.guide.advance(token):
+            output.error = job.guide.error
+            return "error" if output.error else "stop"
         if token in request.stop_tokens:
-            self.cancel(job, "stop")
-        elif len(output.tokens) >= request.max_tokens:
-            self.cancel(job, "max_tokens")
-        elif len(job.tokens) >= self.context:
-            self.cancel(job, "context")
+            return "stop"
+        if len(output.tokens) >= request.max_tokens:
+            return "max_tokens"
+        return "context" if len(job.tokens) >= self.context else None
 
     # Programs
 
@@ -299,7 +273,7 @@ class Engine:
         tokens = np.random.default_rng(0).integers(0, self.model.config.vocab, self.rows[-1])
         pages = {reach: list(range(self._width)) for reach in self._reaches}
         job = Job(None, tokens.tolist()[: self.context], 0, pages=pages)
-        rows = [_Row(job, place, False) for place in range(len(job.tokens))]
+        rows = [Row(job, place) for place in range(len(job.tokens))]
         want, _ = self._time(rows, self.rows[-1])
         backwards, seconds = self._time(rows[::-1], self.rows[-1])
         self.exact = np.array_equal(backwards[::-1], want)
@@ -311,12 +285,12 @@ class Engine:
             self.exact &= np.array_equal(logits, want[: len(logits)]) or exact
         return found
 
-    def _time(self, rows: list["_Row"], size: int) -> tuple[np.ndarray, float]:
+    def _time(self, rows: list[Row], size: int) -> tuple[np.ndarray, float]:
         """(logits of the rows, seconds of a call of this size)."""
         logits, seconds = [], math.inf
         for i in range(0, len(rows), size):
             part = rows[i : i + size]
-            batch = self._batch(part, size)
+            batch = make_batch(part, size, self._reaches, self._width)
             for _ in range(3):  # the first call compiles
                 start = time.perf_counter()
                 logits_rv, self._cache = programs.forward(self.model, self._cache, batch)
@@ -324,12 +298,3 @@ class Engine:
                 seconds = min(seconds, time.perf_counter() - start)
             logits.append(computed)
         return np.concatenate(logits), seconds
-
-
-class _Row(NamedTuple):
-    """A token to compute: the job, the place in its tokens, and whether the next token is drawn
-    from it."""
-
-    job: Job
-    place: int
-    draws: bool

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from lm.errors import UserError, check_seed, check_size
+from lm.generate.guide import Guide
 from lm.generate.sampling import Sampling
 
 MOST_LOGPROBS = 20
@@ -28,6 +29,7 @@ class Request:
       logit_bias: {token: number added to its logit}; -inf forbids it.
       logprobs: how many of the most probable tokens to report at each position.
       prompt_logprobs: report log-probabilities of the prompt's tokens too.
+      guide: what the continuation must be like: a JSON schema, a regular expression, a grammar.
     """
 
     prompt: Sequence[int]
@@ -42,12 +44,15 @@ class Request:
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     logprobs: int = 0
     prompt_logprobs: bool = False
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         check_size(max_tokens=self.max_tokens)
         check_seed(seed=self.seed, index=self.index)
         if not isinstance(self.sampling, Sampling):
             raise UserError(f"sampling={self.sampling!r} must be a Sampling(...).")
+        if not isinstance(self.guide, Guide | None):
+            raise UserError(f"guide={self.guide!r} must be made by Guides(tokenizer).")
         if not isinstance(self.logit_bias, Mapping):
             raise UserError(f"logit_bias={self.logit_bias!r} must be {{token: number}}.")
         for name in ("prompt", "stop_tokens", "first_tokens", "logit_bias"):
@@ -74,6 +79,7 @@ class Request:
             or self.frequency_penalty
             or self.logit_bias
             or self.first_tokens is not None
+            or self.guide is not None
         )
 
 
@@ -81,7 +87,8 @@ class Request:
 class Output:
     """What a request has so far.
 
-    tokens, logprobs, finished   as in decode.Result; 'error' if logits were not finite
+    tokens, logprobs, finished   as in decode.Result; or 'error'
+    error             one sentence, if finished is 'error'
     top               for each token, the most probable ones: [(id, log-probability), ...]
     prompt_logprobs   of each token of the prompt; None for the first
     cached            tokens of the prompt whose keys were found in the cache
@@ -90,6 +97,7 @@ class Output:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     finished: str | None = None
+    error: str | None = None
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float | None] = dataclasses.field(default_factory=list)
     cached: int = 0

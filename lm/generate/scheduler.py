@@ -27,6 +27,8 @@ class Job:
     pages      of each reach, one per `size` tokens; None for pages that are no longer seen
     digests    of full pages
     known      full pages that other jobs can find
+    draft      tokens that may follow (speculative decoding)
+    guide      what the continuation must be like, as far as it is written
     """
 
     request: Any
@@ -38,6 +40,9 @@ class Job:
     pages: dict[Reach, list[int | None]] = dataclasses.field(default_factory=dict)
     digests: list[bytes] = dataclasses.field(default_factory=list)
     known: int = 0
+    draft: list[int] = dataclasses.field(default_factory=list)
+    guide: Any = None
+    paused: bool = False
     result: Any = None
 
     @property
@@ -48,7 +53,7 @@ class Job:
 
 class Scheduler:
     """Plans steps over `pools`, one per reach, of pages with `size` tokens: of at most `most` jobs,
-    with at most `chunk` tokens of each.
+    with at most `chunk` tokens of each. Pages of a window are kept for `slack` tokens more.
 
     waiting, running   jobs in the order of arrival
     preempted          how often a job gave up its pages
@@ -62,9 +67,10 @@ class Scheduler:
         most: int,
         chunk: int,
         prefix_caching: bool = True,
+        slack: int = 0,
     ):
         self.pools, self.size, self.most = dict(pools), size, most
-        self.chunk, self.prefix_caching = chunk, prefix_caching
+        self.chunk, self.prefix_caching, self.slack = chunk, prefix_caching, slack
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.preempted = 0
@@ -79,6 +85,8 @@ class Scheduler:
         preempted = self.preempted
         # A stable sort: jobs that generate come before those whose prompt is being read.
         for job in sorted(self.running, key=lambda job: job.waiting_tokens > 1):
+            if job.paused:
+                continue
             count = min(job.waiting_tokens, self.chunk, room - sum(planned.values()))
             if count and job in self.running and self._make_room(job, count, planned):
                 planned[job] = count
@@ -92,7 +100,25 @@ class Scheduler:
             planned[job] = min(job.waiting_tokens, self.chunk, room)
             self._grow(job, planned[job])
             room -= planned[job]
+        for job in planned:
+            room -= self._add_draft(job, planned, room)
         return planned
+
+    def _add_draft(self, job: Job, planned: dict[Job, int], room: int) -> int:
+        """Adds the draft of a job to the plan as far as there are room and pages; returns how many
+        tokens."""
+        count, most = planned[job], 0
+        if count == job.waiting_tokens:
+            most = min(len(job.draft), self.chunk - count, room)
+        while most and any(
+            self._needed(job, reach, count + most) > pool.available
+            for reach, pool in self.pools.items()
+        ):
+            most -= 1
+        job.draft = job.draft[:most]
+        planned[job] += most
+        self._grow(job, planned[job])
+        return most
 
     def computed(self, job: Job, count: int) -> None:
         """Records that a step has computed the next `count` tokens of a job."""
@@ -126,7 +152,8 @@ class Scheduler:
         if reach is None:
             return range(0)
         window, sinks = reach
-        return range(-(-sinks // self.size), max(0, position - window + 1) // self.size)
+        first = max(0, position - self.slack - window + 1)
+        return range(-(-sinks // self.size), first // self.size)
 
     def _needed(self, job: Job, reach: Reach, count: int) -> int:
         """Pages that a job lacks for its next `count` tokens."""
