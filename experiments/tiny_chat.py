@@ -145,11 +145,11 @@ class Answers(evals.Evaluator):
     in words."""
 
     def evaluate(self, model, context):
-        model, greedy = model.cast(), generate.Sampling(temperature=0)
+        engine = generate.Engine(model.cast(), context=LENGTH)
         right, words = [], []
         for question in unseen():
             conversation = generate.Conversation(
-                model, context.data.tokenizer, context=LENGTH, sampling=greedy
+                engine, context.data.tokenizer, sampling=generate.Sampling(temperature=0)
             )
             answer = conversation.say(question, max_tokens=64)
             right.append(answers()[question] in answer)

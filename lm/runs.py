@@ -41,6 +41,7 @@ class Run:
     step: int
     stopped: str | None = None
     mesh: jax.sharding.Mesh | None = None
+    _engine: tuple | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def model(self) -> Transformer:
@@ -75,6 +76,23 @@ class Run:
         reward at its last token."""
         return self._computed(_values, tokens_bt)
 
+    def engine(self, *, context: int | None = None, **options: Any) -> generate.Engine:
+        """The generation engine of the model, with other options than the defaults if given (see
+        generate.Engine). It is kept, with its KV cache, for the next call with the same ones.
+
+        Args:
+            context: most tokens of prompt and continuation; None: the sequence length of training.
+        """
+        length = self.experiment.batch.length if context is None else context
+        asked = (self.params, self.experiment, length, options)
+        if self._engine is None or not (
+            self._engine[0] is asked[0] and self._engine[1:4] == asked[1:]
+        ):
+            self._engine = None  # before the next one, since each has a cache
+            engine = generate.Engine(self.apply.cast(), context=length, **options)
+            self._engine = (*asked, engine)
+        return self._engine[4]
+
     def chat(
         self,
         *,
@@ -84,7 +102,7 @@ class Run:
         sampling: generate.Sampling | None = None,
         seed: int = 0,
     ) -> generate.Conversation:
-        """A conversation with the model, which keeps its KV cache between turns: call `say`.
+        """A conversation with the model: call `say`. Its KV cache is kept between turns.
 
         Args:
             system: its first message.
@@ -94,9 +112,8 @@ class Run:
         Raises UserError for a model without a chat template.
         """
         return generate.Conversation(
-            self.apply.cast(),
+            self.engine(context=context),
             self._tokenizer(),
-            context=self.experiment.batch.length if context is None else context,
             system=system,
             sampling=sampling or generate.Sampling(temperature=temperature),
             seed=seed,
@@ -113,6 +130,7 @@ class Run:
         stop: Sequence[str] = (),
         seed: int = 0,
         stream: Callable[[int, str], None] | None = None,
+        guide: generate.Guide | None = None,
     ) -> Any:
         """Continues each prompt: a string for a string, a list for a list.
 
@@ -121,19 +139,20 @@ class Run:
             temperature: 0 is greedy; `sampling` instead has all options.
             stop: strings that end a continuation; they are not part of it.
             stream: called with (row, piece of text) as text is generated.
+            guide: what each continuation must be like (see generate.Guides).
 
         Raises UserError for a prompt longer than `context`.
         """
         texts = generate.generate_text(
-            self.apply.cast(),
+            self.engine(context=context),
             self._tokenizer(),
             [prompts] if isinstance(prompts, str) else list(prompts),
-            context=self.experiment.batch.length if context is None else context,
             max_tokens=max_tokens,
             sampling=sampling or generate.Sampling(temperature=temperature),
             stop=stop,
-            key=seed,
+            seed=seed,
             stream=stream,
+            guide=guide,
         )
         return texts[0].text if isinstance(prompts, str) else [text.text for text in texts]
 

@@ -41,8 +41,9 @@ class Evaluator(abc.ABC):
             prompt: str = "def "
 
             def evaluate(self, model, context):
+                engine = generate.Engine(model.cast(), context=context.batch.length)
                 tokenizer = context.data.tokenizer
-                texts = generate.generate_text(model.cast(), tokenizer, [self.prompt], ...)
+                texts = generate.generate_text(engine, tokenizer, [self.prompt], max_tokens=9)
                 return [Result(step=context.step, name="greedy/length", ...)]
 
     every  steps between two evaluations; there is always one after the last step

@@ -2,8 +2,7 @@
 
 sampling      draws the next token
 decode        tokens, with a KV cache
-text          stop strings and streaming
-session       a sequence that is continued, with its KV cache kept
+text          stop strings, streaming
 conversation  chat
 engine        many requests at once: request, scheduler, pages, rows, programs
 speculative   drafts of the next tokens, which a step of the engine checks
@@ -16,11 +15,11 @@ from lm.generate.engine import Engine
 from lm.generate.guide import Guide, Guides
 from lm.generate.request import Output, Request
 from lm.generate.sampling import Sampling
-from lm.generate.session import Session
 from lm.generate.speculative import DraftModel, NGram, Speculation
-from lm.generate.text import Text, check_prompts, generate_text
+from lm.generate.text import Begin, Reader, Text, begin, check_prompts, generate_text, write
 
 __all__ = [
+    "Begin",
     "Conversation",
     "DraftModel",
     "Engine",
@@ -28,14 +27,16 @@ __all__ = [
     "Guides",
     "NGram",
     "Output",
+    "Reader",
     "Request",
     "Result",
     "Sampling",
-    "Session",
     "Speculation",
     "Text",
+    "begin",
     "check_prompts",
     "generate",
     "generate_text",
     "stream",
+    "write",
 ]

@@ -5,14 +5,15 @@ from collections.abc import Callable
 from lm.data import chat_template, encode_prompt, end_of_turn
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError, check_positive
+from lm.generate.engine import Engine
+from lm.generate.request import Request
 from lm.generate.sampling import Sampling
-from lm.generate.session import Session
-from lm.generate.text import CHUNK, Reader
-from lm.model import Model
+from lm.generate.text import Reader, write
 
 
 class Conversation:
-    """A conversation, rendered by the model's chat template. It keeps the KV cache between turns.
+    """A conversation, rendered by the model's chat template. The engine's cache keeps the earlier
+    turns (prefix caching).
 
         conversation = run.chat(system="Answer briefly.")
         print(conversation.say("What is the capital of France?"))
@@ -22,17 +23,15 @@ class Conversation:
 
     def __init__(
         self,
-        model: Model,
+        engine: Engine,
         tokenizer: Tokenizer,
         *,
-        context: int,
         system: str | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
     ):
-        self._tokenizer, self._context, self._seed = tokenizer, context, seed
+        self._engine, self._tokenizer, self._seed = engine, tokenizer, seed
         self._template = chat_template(tokenizer)
-        self._session = Session(model, context=context)
         self._sampling = sampling or Sampling()
         self.messages: list[dict[str, str]] = []
         if system is not None:
@@ -56,27 +55,23 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": content}]
         prompt = self._template.render(messages, add_generation_prompt=True)
         ids = encode_prompt(prompt, self._tokenizer)
-        if len(ids) >= self._context:
+        context = self._engine.context
+        if len(ids) >= context:
             raise UserError(
-                f"The conversation has {len(ids)} tokens, and the context ends at {self._context}; "
+                f"The conversation has {len(ids)} tokens, and the context ends at {context}; "
                 "begin a new one, or give a larger context."
             )
         tokens, texts = end_of_turn(self._tokenizer)
-        reader, ended = Reader(self._tokenizer, texts), set()
-        for result in self._session.stream(
-            ids,
+        request = Request(
+            prompt=ids,
             max_tokens=max_tokens,
             sampling=self._sampling,
-            key=self._seed,
+            seed=self._seed,
             stop_tokens=tokens,
-            chunk=CHUNK,
-            ended=ended,
-        ):
-            piece = reader.read(result)
-            if piece and stream:
-                stream(piece)
-            if reader.stopped:
-                ended.add(0)
-        answer = reader.result().text
+        )
+        reader = Reader(self._tokenizer, texts)
+        emit = None if stream is None else lambda _, piece: stream(piece)
+        (text,) = write(self._engine, [request], [reader], emit)
+        answer = text.text
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer

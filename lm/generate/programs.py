@@ -42,6 +42,14 @@ def empty(model: Model, counts: tuple[tuple[Any, int], ...], page: int, dtype: s
         return _map(_constrained, caches)
 
 
+def bytes_per_token(model: Model, page: int, dtype: str) -> int:
+    """Bytes of the cache per token on each device."""
+    counts = tuple((reach, 1) for reach in reaches(model.config))
+    caches = jax.tree.leaves(jax.eval_shape(lambda: empty(model, counts, page, dtype)))
+    ways = 1 if model.mesh is None else model.mesh.shape["tensor"]
+    return max(1, sum(x.size * x.dtype.itemsize for x in caches) // (page * ways))
+
+
 def _constrained(cache: Paged) -> Paged:
     """Every device holds its heads of all pages."""
     lead = ("norm",) * (cache.k.ndim - 3)

@@ -3,17 +3,16 @@ the text, across token boundaries."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-import jax
+from typing import Any, NamedTuple
 
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.generate import decode
+from lm.generate.engine import Engine
+from lm.generate.guide import Guide
+from lm.generate.request import Request
 from lm.generate.sampling import Sampling
-from lm.model import Config, Model
-
-CHUNK = 8  # tokens between two checks of the text, with stop strings or streaming
+from lm.model import Config
 
 
 class Text(NamedTuple):
@@ -33,17 +32,16 @@ class Text(NamedTuple):
 
 
 def generate_text(
-    model: Model,
+    engine: Engine,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
-    context: int,
     max_tokens: int,
     sampling: Sampling | None = None,
-    key: jax.Array | int = 0,
+    seed: int = 0,
     stop: Sequence[str] = (),
     stream: Callable[[int, str], None] | None = None,
-    cache_dtype: str | None = None,
+    guide: Guide | None = None,
 ) -> list[Text]:
     """Continues each prompt, at most to the end of the document.
 
@@ -53,40 +51,69 @@ def generate_text(
 
     Args:
         prompts: beginnings of documents; may be empty.
+        sampling: default: Sampling(), temperature 1.
+        seed: of the random numbers; prompt i uses index i of them (see Request).
         stop: strings that end a row where they first occur in its generated text.
         stream: called with (index of the prompt, piece of text) as text is generated. The pieces of
             a row concatenate to its text. Characters are whole, and the beginning of a possible
             stop string is held back.
+        guide: what each continuation must be like (see Guides).
 
-        The others are those of `decode.generate`.
+    Raises UserError for a prompt longer than the engine's context, and for logits that are not
+    finite.
     """
     for name, values in (("prompts", prompts), ("stop", stop)):
         if isinstance(values, str) or not all(isinstance(value, str) for value in values):
             raise UserError(f"{name}={values!r} must be a list of texts.")
     if "" in stop:
         raise UserError("stop='' would stop at once; leave it out.")
-    begins = [_begin(tokenizer, prompt) for prompt in prompts]
-    readers = [Reader(tokenizer, stop, begin.spaces) for begin in begins]
-    ended: set[int] = set()
-    for results in decode.stream(
-        model,
-        [begin.ids for begin in begins],
-        context=context,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        key=key,
-        stop_tokens=tokenizer.stops,
-        cache_dtype=cache_dtype,
-        first_tokens=[begin.first for begin in begins],
-        chunk=CHUNK if stop or stream else max_tokens,
-        ended=ended,
-    ):
-        for row, (reader, result) in enumerate(zip(readers, results, strict=True)):
-            piece = reader.read(result)
-            if piece and stream:
-                stream(row, piece)
-            if reader.stopped:
-                ended.add(row)
+    begins = [begin(tokenizer, prompt) for prompt in prompts]
+    decode.check_prompts(engine.model.config, [each.ids for each in begins], engine.context)
+    requests = [
+        Request(
+            prompt=begun.ids,
+            max_tokens=max_tokens,
+            sampling=sampling or Sampling(),
+            seed=seed,
+            index=row,
+            stop_tokens=tokenizer.stops,
+            first_tokens=begun.first,
+            guide=guide,
+        )
+        for row, begun in enumerate(begins)
+    ]
+    return write(
+        *(engine, requests),
+        [Reader(tokenizer, stop, begun.spaces) for begun in begins],
+        stream,
+    )
+
+
+def write(
+    engine: Engine,
+    requests: Sequence[Request],
+    readers: Sequence["Reader"],
+    stream: Callable[[int, str], None] | None = None,
+) -> list[Text]:
+    """The texts of requests, each decoded by its reader. `stream` is called with (row, piece)."""
+    jobs = {engine.add(request): row for row, request in enumerate(requests)}
+    try:
+        while not all(job.result.finished for job in jobs):
+            for job in engine.step():
+                if job not in jobs:
+                    continue
+                reader = readers[jobs[job]]
+                piece = reader.read(job.result)
+                if piece and stream:
+                    stream(jobs[job], piece)
+                if reader.stopped:
+                    engine.cancel(job, "stop")
+    finally:
+        for job in jobs:
+            engine.cancel(job)
+    for job in jobs:
+        if job.result.error:
+            raise UserError(job.result.error)
     return [reader.result() for reader in readers]
 
 
@@ -94,10 +121,10 @@ def check_prompts(
     config: Config, tokenizer: Tokenizer, prompts: Sequence[str], context: int
 ) -> None:
     """Raises UserError for prompts that cannot be continued within `context` tokens."""
-    decode.check_prompts(config, [_begin(tokenizer, each).ids for each in prompts], context)
+    decode.check_prompts(config, [begin(tokenizer, each).ids for each in prompts], context)
 
 
-class _Begin(NamedTuple):
+class Begin(NamedTuple):
     """An encoded prompt, without the `spaces` at its end that the first token must repeat."""
 
     ids: list[int]
@@ -105,15 +132,16 @@ class _Begin(NamedTuple):
     spaces: int
 
 
-def _begin(tokenizer: Tokenizer, prompt: str) -> _Begin:
+def begin(tokenizer: Tokenizer, prompt: str) -> Begin:
+    """Encodes a prompt, with what the tokenizer puts in front of prompts."""
     ids = tokenizer.encode(prompt)
     # A chat template may have added the prefix already.
     if ids[: len(tokenizer.prefix)] != list(tokenizer.prefix):
         ids = [*tokenizer.prefix, *ids]
     last = tokenizer.decode_bytes(ids[-1:])
     if not last or last.strip(b" "):
-        return _Begin(ids or [tokenizer.bos], None, 0)
-    return _Begin(ids[:-1] or [tokenizer.bos], _starting_with(tokenizer, last), len(last))
+        return Begin(ids or [tokenizer.bos], None, 0)
+    return Begin(ids[:-1] or [tokenizer.bos], _starting_with(tokenizer, last), len(last))
 
 
 @functools.lru_cache(maxsize=8)
@@ -123,62 +151,65 @@ def _starting_with(tokenizer: Tokenizer, text: bytes) -> tuple[int, ...]:
 
 
 class Reader:
-    """Decodes the tokens of one row as they are generated, and drops `spaces` at the beginning."""
+    """Decodes the tokens of one row as they are generated, and drops `spaces` at the beginning.
+
+    Text is emitted once it is certain: characters are whole, and what may begin a stop string is
+    held back. So a token takes time that does not depend on the length of the text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], spaces: int = 0):
         self._decoder = tokenizer.stream()
         self._stop = stop
-        self._last = decode.Result([], [], None)
-        self._text = ""
         self._spaces = spaces  # still to be dropped
-        self._emitted = 0  # characters
+        self._last: Any = decode.Result([], [], None)
         self._read = 0  # tokens
+        self._emitted: list[str] = []
+        self._held = ""
         self.stopped = False
 
-    def read(self, result: decode.Result) -> str:
-        """Decodes the new tokens of `result` and returns the text that can be emitted."""
-        for token in result.tokens[self._read :]:
-            if self.stopped:
-                break
+    def read(self, result: Any) -> str:
+        """Decodes the new tokens of a decode.Result or an Output and returns the text that can be
+        emitted."""
+        emitted = len(self._emitted)
+        while self._read < len(result.tokens) and not self.stopped:
+            self._append(self._decoder.push([result.tokens[self._read]]))
             self._read += 1
-            self._append(self._decoder.push([token]))
         if result.finished and not self._last.finished and not self.stopped:
             self._append(self._decoder.finish())
-        self._last = result
-        certain = len(self._text)
-        if not (self.stopped or result.finished):
-            certain -= self._held_back()
-        piece, self._emitted = self._text[self._emitted : certain], certain
-        return piece
+            self._emit(len(self._held))
+        self._last = decode.Result(result.tokens, result.logprobs, result.finished)
+        return "".join(self._emitted[emitted:])
 
     def result(self) -> Text:
-        """The finished row."""
+        """The text so far."""
         finished = "stop" if self.stopped else self._last.finished
-        read = slice(self._read)
-        return Text(self._text, self._last.tokens[read], self._last.logprobs[read], finished)
+        tokens, logprobs = (x[: self._read] for x in (self._last.tokens, self._last.logprobs))
+        return Text("".join(self._emitted), tokens, logprobs, finished)
 
     def _append(self, piece: str) -> None:
         """Appends to the text; cuts it where the first stop string begins."""
         dropped = min(self._spaces, len(piece))
         self._spaces -= dropped
-        piece = piece[dropped:]
-        before = len(self._text)
-        self._text += piece
-        # A stop string that ends in this piece begins less than its length before the piece.
-        starts = [self._text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop]
-        found = [start for start in starts if start >= 0]
+        self._held += piece[dropped:]
+        # A stop string cannot begin in text that was emitted.
+        found = [start for stop in self._stop if (start := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            self._text = self._text[: min(found)]
+            self._held = self._held[: min(found)]
+        self._emit(len(self._held) - (0 if self.stopped else self._uncertain()))
 
-    def _held_back(self) -> int:
+    def _emit(self, count: int) -> None:
+        self._emitted.append(self._held[:count])
+        self._held = self._held[count:]
+
+    def _uncertain(self) -> int:
         """Number of characters at the end of the text that may begin a stop string."""
         return max(
             (
                 length
                 for stop in self._stop
                 for length in range(1, len(stop))
-                if self._text.endswith(stop[:length])
+                if self._held.endswith(stop[:length])
             ),
             default=0,
         )

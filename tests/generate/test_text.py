@@ -7,21 +7,21 @@ from small_models import config, parameters
 from lm import model
 from lm.data import SentencePiece
 from lm.errors import UserError
-from lm.generate import Sampling, generate_text
+from lm.generate import Engine, Sampling, generate_text
 from lm.generate.decode import Result
 from lm.generate.text import Reader
 
-OPTIONS = {"context": 64, "max_tokens": 24, "sampling": Sampling(temperature=0.7), "key": 1}
+OPTIONS = {"max_tokens": 24, "sampling": Sampling(temperature=0.7), "seed": 1}
 PROMPTS = ["a cat", "", "on the mat the"]
 
 
 @pytest.fixture(scope="module")
 def speaker():
-    """(model, tokenizer)"""
+    """(engine, tokenizer)"""
     texts = ["the cat sat on the mat, and that was that; äöü ☃ at the end\n"] * 20
     tokenizer = SentencePiece(vocab=300).train(texts)
     speaking = config(vocab=tokenizer.vocab)
-    return model.Model(speaking, parameters(speaking)), tokenizer
+    return Engine(model.Model(speaking, parameters(speaking)), context=64), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,8 @@ def test_stop_string_across_tokens_is_cut_off(speaker, free):
 @pytest.mark.parametrize("prompt", ["the ", "on the mat  ", " ", "a\n    "])
 def test_trailing_spaces_of_a_prompt_become_part_of_the_first_token(speaker, prompt):
     """The first token is the most likely of those that begin with the spaces."""
-    transformer, tokenizer = speaker
+    engine, tokenizer = speaker
+    transformer = engine.model
     ids = [*tokenizer.prefix, *tokenizer.encode(prompt)]
     spaces = tokenizer.decode_bytes(ids[-1:])
     assert spaces and not spaces.strip()
