@@ -1,11 +1,14 @@
 from setuptools import find_packages, setup
 
+SERVE = ["fastapi>=0.115", "uvicorn>=0.32", "prometheus-client>=0.21", "llguidance>=1.3"]
+
 setup(
     name="lm",
     version="0.1.0",
     description="From raw text to a served language model: one experiment file, JAX, TPU first",
     license="Apache-2.0",
     python_requires=">=3.11",
+    package_data={"lm.serve": ["page/index.html"]},
     packages=find_packages(
         include=["lm", "lm.*", "experiments", "kernels_pallas", "kernels_pallas.*"]
     ),
@@ -37,7 +40,11 @@ setup(
             "hypothesis>=6.120",
             "ruff>=0.14",
             "safetensors>=0.5",
+            "openai>=2.0",
+            *SERVE,
         ],
+        "serve": SERVE,
+        "browser": ["playwright>=1.50"],
         "transformers": ["transformers>=4.55", "torch>=2.5"],
         # What tests/oracles/make.py was run with; the tests themselves need none of it.
         "oracles": [

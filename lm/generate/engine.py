@@ -28,7 +28,7 @@ from lm.errors import UserError, check_name, check_size
 from lm.generate import decode, programs
 from lm.generate.pages import Pool
 from lm.generate.request import Output, Request
-from lm.generate.rows import Row, draw, make_batch
+from lm.generate.rows import Row, draw, make_batch, warm_up
 from lm.generate.scheduler import Job, Scheduler
 from lm.generate.speculative import Speculation
 from lm.model import Model, reaches, unstacked
@@ -273,6 +273,14 @@ class Engine:
         return "context" if len(job.tokens) >= self.context else None
 
     # Programs
+
+    def warm_up(self) -> None:
+        """Compiles the programs that draw tokens, for all options of requests, so that nothing is
+        compiled later. The others are compiled from the start."""
+        for size in self.rows:
+            batch = make_batch([], size, self._reaches, self._width)
+            logits_rv, self._cache = programs.forward(self.model, self._cache, batch)
+            warm_up(logits_rv)
 
     def _try(self, exact: bool) -> dict[int, float]:
         """Compiles the programs and computes a short text with each. Returns the seconds of a call

@@ -22,6 +22,23 @@ class Batch(NamedTuple):
     tables: np.ndarray
 
 
+class Form(NamedTuple):
+    """What a program can draw: at random, with filters, with adjusted logits; and how many of the
+    most probable tokens it reports."""
+
+    random: bool
+    filtered: bool
+    adjusted: bool
+    top: int
+
+
+class Adjustments(NamedTuple):
+    """bias [R, V] is added to logits; seen [R, V] are the tokens that occurred."""
+
+    bias_rv: np.ndarray
+    seen_rv: np.ndarray
+
+
 class Drawn(NamedTuple):
     """Of each row: the token drawn, its log-probability, that of the following token, and the most
     probable tokens."""
@@ -82,50 +99,61 @@ def forward(model: Model, caches: Any, batch: Batch) -> tuple[jax.Array, Any]:
     return logits_rv, caches
 
 
-@partial(jax.jit, static_argnames=("random", "filters", "top"))
-def draw(
-    logits_rv: jax.Array,
-    following_r: jax.Array,
-    ints_r4: jax.Array,
-    floats_r4: jax.Array,
-    bias_rv: jax.Array | None,
-    seen_rv: jax.Array | None,
-    *,
-    random: bool,
-    filters: tuple[str, ...],
-    top: int,
-) -> Drawn:
-    """Draws a token from each row. The static arguments say what at least one row needs; the others
-    get values that change nothing.
+class Draw(NamedTuple):
+    """What a draw reads: ints [R, 4] are seed, index, step and top-k; floats [R, 4] temperature,
+    top-p, min-p and the repetition penalty; following [R] the next token of the prompt."""
 
-    ints [R, 4] are seed, index, step and top-k, floats [R, 4] temperature, top-p, min-p and the
-    repetition penalty.
-    """
-    seed_r, index_r, step_r, _ = ints_r4.T
-    temperature, top_p, min_p, penalty = (x[:, None] for x in floats_r4.T)
-    active = {"top_k": ints_r4[:, 3:], "top_p": top_p, "min_p": min_p}
-    active = {name: active[name] for name in filters}
-    if seen_rv is not None:
+    logits_rv: jax.Array
+    following_r: np.ndarray
+    ints_r4: np.ndarray
+    floats_r4: np.ndarray
+    adjustments: Adjustments | None
+
+
+@partial(jax.jit, static_argnames="form")
+def draw(of: Draw, *, form: Form) -> Drawn:
+    """Draws a token from each row. What a row does not need has values that change nothing."""
+
+    def one_by_one(of: Draw) -> Drawn:
+        """The order in which a CPU adds over the vocabulary depends on the number of rows."""
+
+        def one(row: Draw) -> Drawn:
+            drawn = _draw(jax.tree.map(lambda x: x[None], row), form)
+            return jax.tree.map(lambda x: x[0], drawn)
+
+        return jax.lax.map(one, of)
+
+    return jax.lax.platform_dependent(of, cpu=one_by_one, default=partial(_draw, form=form))
+
+
+def _draw(of: Draw, form: Form) -> Drawn:
+    seed_r, index_r, step_r, _ = of.ints_r4.T
+    temperature, top_p, min_p, penalty = (x[:, None] for x in of.floats_r4.T)
+    active = {}
+    if form.filtered:
+        active = {"top_k": of.ints_r4[:, 3:], "top_p": top_p, "min_p": min_p}
+    candidates_rv, seen_rv = of.logits_rv, None
+    if of.adjustments is not None:
         active["repetition_penalty"] = penalty
-    candidates_rv = logits_rv if bias_rv is None else logits_rv + bias_rv
+        seen_rv, candidates_rv = of.adjustments.seen_rv, of.logits_rv + of.adjustments.bias_rv
     greedy_r = temperature[:, 0] == 0
-    if random:
+    if form.random:
         active["temperature"] = jnp.where(greedy_r[:, None], 1, temperature)
 
     def key(seed: jax.Array, index: jax.Array, step: jax.Array) -> jax.Array:
         seed = jax.lax.bitcast_convert_type(seed, jnp.uint32)
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), step)
 
-    keys_r = jax.vmap(key)(seed_r, index_r, step_r) if random else None
+    keys_r = jax.vmap(key)(seed_r, index_r, step_r) if form.random else None
     token_r = sample(candidates_rv, active, keys_r, seen_rv)
-    if random:
+    if form.random:
         # The most probable token, after the penalty, passes all filters.
         only = {name: x for name, x in active.items() if name == "repetition_penalty"}
         token_r = jnp.where(greedy_r, sample(candidates_rv, only, keys_r, seen_rv), token_r)
-    logprob_rv = jax.nn.log_softmax(logits_rv, axis=-1)
+    logprob_rv = jax.nn.log_softmax(of.logits_rv, axis=-1)
 
-    def of(token_r: jax.Array) -> jax.Array:
+    def at(token_r: jax.Array) -> jax.Array:
         return jnp.take_along_axis(logprob_rv, token_r[:, None], axis=-1)[:, 0]
 
-    top_logprobs, top_tokens = jax.lax.top_k(logprob_rv, min(top, logits_rv.shape[-1]))
-    return Drawn(token_r, of(token_r), of(following_r), top_tokens, top_logprobs)
+    top_logprobs, top_tokens = jax.lax.top_k(logprob_rv, min(form.top, logprob_rv.shape[-1]))
+    return Drawn(token_r, at(token_r), at(of.following_r), top_tokens, top_logprobs)

@@ -11,6 +11,14 @@ from lm.generate import programs
 from lm.generate.request import MOST_LOGPROBS
 from lm.generate.scheduler import Job, Reach
 
+# The first one that has what is needed is used; few, because each is compiled for each size.
+FORMS = (
+    programs.Form(random=False, filtered=False, adjusted=False, top=0),
+    programs.Form(random=True, filtered=False, adjusted=False, top=0),
+    programs.Form(random=True, filtered=True, adjusted=False, top=0),
+    programs.Form(random=True, filtered=False, adjusted=True, top=MOST_LOGPROBS),
+    programs.Form(random=True, filtered=True, adjusted=True, top=MOST_LOGPROBS),
+)
 _MOST = np.iinfo(np.int32).max
 
 
@@ -84,44 +92,54 @@ def draw(logits_rv: jax.Array, rows: Sequence[Row], following: np.ndarray) -> pr
                 own.get("min_p", 0),
                 own.get("repetition_penalty", 1),
             )
-    return programs.draw(
-        *(logits_rv, following, ints, floats),
-        _bias(rows, size, vocab),
-        _seen(rows, size, vocab) if "repetition_penalty" in names else None,
-        random="temperature" in names,
-        filters=tuple(sorted(names & {"top_k", "top_p", "min_p"})),
-        top=MOST_LOGPROBS if top else 0,
+    adjusts = "repetition_penalty" in names or any(
+        row.job.request.adjusts for row in rows if row.draws
     )
+    form = next(
+        form
+        for form in FORMS
+        if form.random >= ("temperature" in names)
+        and form.filtered >= bool(names & {"top_k", "top_p", "min_p"})
+        and form.adjusted >= adjusts
+        and form.top >= top
+    )
+    adjustments = _adjustments(rows, size, vocab) if form.adjusted else None
+    return programs.draw(programs.Draw(logits_rv, following, ints, floats, adjustments), form=form)
 
 
-def _seen(rows: Sequence[Row], size: int, vocab: int) -> np.ndarray:
-    """The tokens that occurred, [R, V]."""
-    seen_rv = np.zeros((size, vocab), bool)
+def warm_up(logits_rv: jax.Array) -> None:
+    """Compiles all forms of `programs.draw` for logits of this shape."""
+    size = len(logits_rv)
+    following, ints = np.zeros(size, np.int32), np.zeros((size, 4), np.int32)
+    floats = np.ones((size, 4), np.float32)
+    for form in FORMS:
+        adjustments = _adjustments([], *logits_rv.shape) if form.adjusted else None
+        programs.draw(programs.Draw(logits_rv, following, ints, floats, adjustments), form=form)
+
+
+def _adjustments(rows: Sequence[Row], size: int, vocab: int) -> programs.Adjustments:
+    """What is added to the logits of each row, and the tokens that it has seen."""
+    bias_rv, seen_rv = np.zeros((size, vocab), np.float32), np.zeros((size, vocab), bool)
     for number, row in enumerate(rows):
         if row.draws:
             seen_rv[number, row.job.tokens] = True
             seen_rv[number, row.job.draft[: row.drafted]] = True
-    return seen_rv
+            if row.job.request.adjusts:
+                _add_bias(bias_rv[number], row)
+    return programs.Adjustments(bias_rv, seen_rv)
 
 
-def _bias(rows: Sequence[Row], size: int, vocab: int) -> np.ndarray | None:
-    """What is added to logits, [R, V]; None: nothing."""
-    adjusted = [(n, row) for n, row in enumerate(rows) if row.draws and row.job.request.adjusts]
-    if not adjusted:
-        return None
-    bias_rv = np.zeros((size, vocab), np.float32)
-    for number, row in adjusted:
-        request, own, bias_v = row.job.request, row.own, bias_rv[number]
-        tokens, counts = np.unique(np.array(own, np.int32), return_counts=True)
-        bias_v[tokens] -= request.presence_penalty + request.frequency_penalty * counts
-        for token, value in request.logit_bias.items():
-            bias_v[token] += value
-        if request.first_tokens is not None and not own:
-            others = np.ones(vocab, bool)
-            others[list(request.first_tokens)] = False
-            bias_v[others] = -np.inf
-        if row.job.guide is not None:
-            allowed = row.job.guide.allowed(row.job.draft[: row.drafted])
-            bias_v[: len(allowed)][~allowed] = -np.inf
-            bias_v[len(allowed) :] = -np.inf
-    return bias_rv
+def _add_bias(bias_v: np.ndarray, row: Row) -> None:
+    request, own, guide = row.job.request, row.own, row.job.guide
+    tokens, counts = np.unique(np.array(own, np.int32), return_counts=True)
+    bias_v[tokens] -= request.presence_penalty + request.frequency_penalty * counts
+    for token, value in request.logit_bias.items():
+        bias_v[token] += value
+    if request.first_tokens is not None and not own:
+        others = np.ones(len(bias_v), bool)
+        others[list(request.first_tokens)] = False
+        bias_v[others] = -np.inf
+    if guide is not None:
+        allowed = guide.allowed(row.job.draft[: row.drafted])
+        bias_v[: len(allowed)][~allowed] = -np.inf
+        bias_v[len(allowed) :] = -np.inf

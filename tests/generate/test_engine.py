@@ -258,11 +258,13 @@ def test_a_full_context_ends(small):
 
 
 def test_programs_compile_once(small, requests):
-    """No request compiles a program after those of its options."""
+    """No request compiles a program after the warm-up."""
     one = engine(small)
-    one.generate(requests[:8])
+    one.warm_up()
     before = programs.forward._cache_size(), programs.draw._cache_size()
-    one.generate(requests[8:40])
+    one.generate(requests)
+    options = {"frequency_penalty": 0.5, "logit_bias": {3: 1.0}, "prompt_logprobs": True}
+    one.generate([dataclasses.replace(each, **options) for each in requests[:20]])
     assert (programs.forward._cache_size(), programs.draw._cache_size()) == before
 
 
