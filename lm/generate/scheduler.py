@@ -93,7 +93,10 @@ class Scheduler:
         room -= sum(planned.values())
         # After a preemption the job that lost its pages would only take them back.
         while self.waiting and room and len(self.running) < self.most:
-            if self.preempted > preempted or not self._admit(self.waiting[0], room):
+            first = self.waiting[0]
+            if self.preempted > preempted or self._is_being_computed(first):
+                break
+            if not self._admit(first, room):
                 break
             job = self.waiting.popleft()
             self.running.append(job)
@@ -201,6 +204,19 @@ class Scheduler:
             self._drop_all(job)
             job.computed = 0
         return fits
+
+    def _is_being_computed(self, job: Job) -> bool:
+        """Whether another job is computing the next page of its prefix, which it then can reuse."""
+        if not (self.prefix_caching and job.may_reuse):
+            return False
+        hits = self._cached_pages(job)
+        following = job.digests[hits : (len(job.tokens) - 1) // self.size][:1]
+        return any(
+            digest in other.digests[other.known :]
+            for digest in following
+            for other in self.running
+            if other.waiting_tokens > 1
+        )
 
     def _cached_pages(self, job: Job) -> int:
         """Number of pages of its prefix that the pools hold; the last token is not in them, since

@@ -216,6 +216,19 @@ def test_log_probabilities_are_those_of_the_forward_pass(small):
         assert [token for token, _ in best] == np.argsort(-row)[:5].tolist()
 
 
+def test_completions_of_one_prompt_share_its_pages(small):
+    """The prompt is computed once, also when all are added at the same time."""
+    prompt = np.random.default_rng(4).integers(0, VOCAB, 41).tolist()
+    requests = [
+        Request(prompt=prompt, max_tokens=4, sampling=Sampling(), index=i) for i in range(8)
+    ]
+    one = engine(small)
+    outputs = one.generate(requests)
+    assert one.computed == 41 + 7 * (41 % 8) + 8 * 3
+    apart = engine(small, prefix_caching=False)
+    assert bits(outputs) == bits(apart.generate(requests)) or not one.exact
+
+
 def test_penalties_and_biases(small):
     prompt = [1, 2, 3]
 
