@@ -12,12 +12,13 @@ Packages and modules in import order:
     hf                                    Hugging Face configs, weights, tokenizers
     optim, objectives                     optimizers, schedules, losses
     checkpoint, training                  Orbax checkpoints; state, step, loop
-    generate, evals                       sampling and decoding; validation
+    generate, evals                       sampling, generation engine, text; validation
     experiment, recipe                    a run, or stages of runs, declared
     program, prepared                     compiled step, prepared text
     folders, runs, start, stored          run folders, trained models, first weights, stored numbers
     summary, run                          results printed; trains an experiment
     planning, exchange                    TPU slices planned; Hugging Face import and export
+    serve                                 OpenAI-compatible server, chat page
     commands, main                        one file per verb; the command line
 
 In a notebook:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lm.commands import bench, chat, eval, export, generate, import_, plan, show, train
+from lm.commands import bench, chat, eval, export, generate, import_, plan, serve, show, train
 from lm.commands.memory import sentence
 from lm.errors import UserError, nearest
 
@@ -25,6 +25,7 @@ EXPERIMENT_VERBS = {"train": train, "show": show, "plan": plan}
 RESULT_VERBS = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "eval": eval,
     "import": import_,
     "export": export,
@@ -44,7 +45,7 @@ def main(
 
 
 def lm_main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of results: `python -m lm generate|chat|eval|import|export|bench ...`."""
+    """Command line of results: `python -m lm generate|chat|serve|eval|import|export|bench ...`."""
     _print_any_text()
     command, options = _parse("python -m lm", RESULT_VERBS, arguments)
     with _sentences(f"python -m lm {options.verb}", command):

@@ -18,7 +18,7 @@ from test_layering import ORDER
 
 import lm.main
 from lm import run, runs, terminal
-from lm.commands import chat, eval, export, generate, import_, measure, plan, train
+from lm.commands import chat, eval, export, generate, import_, measure, plan, serve, train
 from lm.experiment import from_json, override, to_json
 from lm.parallel import distributed
 from lm.planning import show
@@ -90,7 +90,7 @@ def test_documented_command_parses(file, module, arguments, monkeypatch):
     monkeypatch.setattr(show, "facts", call)
     monkeypatch.setattr(show, "text", lambda shown: "")
     monkeypatch.setattr(terminal, "json_text", lambda shown: "")
-    for command in (generate, chat, eval, import_, export, plan):
+    for command in (generate, chat, serve, eval, import_, export, plan):
         monkeypatch.setattr(command, "run", call)
     for what in ("step", "reading"):
         monkeypatch.setattr(measure, what, call)

@@ -49,6 +49,7 @@ ORDER = (
     "run",
     "planning",
     "exchange",
+    "serve",
     "commands",
     "main",
     "experiments",

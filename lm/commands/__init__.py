@@ -10,12 +10,13 @@ Verbs of an experiment file, `python -m experiments.NAME VERB`: `run(declare, op
 Verbs of a result, `python -m lm VERB`: `run(options)`
     generate  continues prompts
     chat      a conversation in the terminal
+    serve     an OpenAI-compatible server
     eval      perplexity and bits per byte
     import_   reads a Hugging Face folder (the verb is `import`)
     export    writes a Hugging Face folder
-    bench     times a training step or reading weights
+    bench     times a training step, generation, or reading weights
 Shared
     flags     options that several verbs share
-    measure   what bench measures
+    measure, measure_serving   what bench measures
     memory    the sentence about memory that ran out
 """

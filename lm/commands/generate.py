@@ -1,9 +1,13 @@
 """`python -m lm generate`"""
 
 import argparse
+import json
+from pathlib import Path
+from typing import Any
 
 from lm import terminal
 from lm.commands import flags
+from lm.errors import UserError
 
 HELP = "Continue a prompt with a trained model."
 OUT_OF_MEMORY = "Use a shorter --context, or shard the model over more devices with --mesh"
@@ -23,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], help="text to stop at; may be repeated"
     )
+    guides = parser.add_mutually_exclusive_group()
+    guides.add_argument(
+        "--json-schema", metavar="FILE", help="write JSON that is valid under the schema in FILE"
+    )
+    guides.add_argument(
+        "--regex", metavar="PATTERN", help="write text that matches a regular expression as a whole"
+    )
     flags.add_context(parser, "most tokens of prompt and continuation (default: as trained)")
     flags.add_json(parser)
 
@@ -33,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
 
     sampling = flags.sampling(options)
     prompts = [replace_surrogates(prompt) for prompt in options.prompt or [""]]
+    schema = _schema(options.json_schema)
     loaded = flags.open_run(options)
     stream = None if options.json or len(prompts) > 1 else _Stream(prompts[0])
     texts = loaded.generate(
@@ -43,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
         stop=tuple(options.stop),
         seed=options.seed,
         stream=stream,
+        guide=_guide(schema, options.regex, loaded.tokenizer),
     )
     if options.json:
         samples = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
@@ -53,6 +66,29 @@ def run(options: argparse.Namespace) -> None:
         stream.end()
     else:
         print("\n---\n".join(p + t for p, t in zip(prompts, texts, strict=True)))
+
+
+def _schema(path: str | None) -> dict[str, Any] | None:
+    """The JSON schema in a file."""
+    if path is None:
+        return None
+    try:
+        schema = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--json-schema {path}: {error}") from None
+    if not isinstance(schema, dict):
+        raise UserError(f"--json-schema {path} holds no JSON object.")
+    return schema
+
+
+def _guide(schema: dict[str, Any] | None, pattern: str | None, tokenizer: Any) -> Any:
+    """What the text must be like; None: anything."""
+    from lm.generate import Guides
+
+    if tokenizer is None or (schema is None and pattern is None):
+        return None
+    guides = Guides(tokenizer)
+    return guides.regex(pattern) if schema is None else guides.json_schema(schema)
 
 
 class _Stream:

@@ -7,7 +7,7 @@ reads the value of a weight.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,17 @@ from flax import nnx
 from lm.model.initializers import Initializer
 from lm.parallel.sharding import shard, shard_weight
 from lm.trees import Leaf
+
+
+class OneKey(NamedTuple):
+    """In place of `nnx.Rngs` where only shapes matter. Rngs counts its keys in traced arrays, which
+    takes a second per hundred weights."""
+
+    key: jax.Array
+
+    def params(self) -> jax.Array:
+        """The key."""
+        return self.key
 
 
 def param(

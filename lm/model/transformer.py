@@ -29,7 +29,7 @@ from lm.model.config import Block, Config
 from lm.model.dropout import dropout
 from lm.model.initializers import normal
 from lm.model.layers import Caches, ForwardOptions, Inputs, LayerSums, fold, run_layers
-from lm.model.param import axes_of, dense, param
+from lm.model.param import OneKey, axes_of, dense, param
 from lm.parallel.sharding import (
     context_parallel_size,
     is_sharded,
@@ -281,20 +281,10 @@ class Declaration(NamedTuple):
     stored: dict[str, Weight]
 
 
-class _OneKey(NamedTuple):
-    """In place of `nnx.Rngs` where only shapes matter. Rngs counts its keys in traced arrays, which
-    takes a second per hundred weights."""
-
-    key: jax.Array
-
-    def params(self) -> jax.Array:
-        return self.key
-
-
 @functools.lru_cache(maxsize=64)
 def _declaration(config: Config) -> Declaration:
     """Allocates nothing."""
-    make = lambda key: Transformer(config, rngs=_OneKey(key))  # noqa: E731
+    make = lambda key: Transformer(config, rngs=OneKey(key))  # noqa: E731
     graph, state = nnx.split(jax.eval_shape(make, jax.random.key(0)))
 
     def weight(path: str, x: nnx.Param) -> Weight:
