@@ -41,6 +41,7 @@ setup(
             "ruff>=0.14",
             "safetensors>=0.5",
             "openai>=2.0",
+            "httpx>=0.28",
             *SERVE,
         ],
         "serve": SERVE,

@@ -42,14 +42,21 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise UserError(f"The chat template is not valid Jinja: {error}.") from None
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The text of a conversation; with `add_generation_prompt` up to where the assistant's
-        answer begins. Raises UserError where the template refuses the conversation."""
+        answer begins. `tools` are those that the model may call, as OpenAI's API describes them.
+
+        Raises UserError where the template refuses the conversation."""
         try:
             return self._template.render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=None if tools is None else list(tools),
                 **self._special,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:

@@ -35,6 +35,7 @@ from lm.model import Model, reaches, unstacked
 from lm.parallel import sharding
 
 _DEFAULT_CACHE = 2**30  # bytes
+_MOST_ENTRIES = 2**17  # of the table of pages, which a TPU's scalar memory holds
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -49,7 +50,7 @@ class Engine:
       cache_tokens: tokens that the pages hold. Default: as many as fit in 1 GiB on each device, but
         at least one context, and at most 64.
       cache_dtype: "float32", "bfloat16" or "int8"; default: that of the weights.
-      page: tokens of a page. Default: 32, and 128 of int8.
+      page: tokens of a page. Default: 32, and 128 of int8; more for a context of over 16,384.
       chunk: most tokens of one prompt in a step. Default: as many as there is room for.
       prefix_caching: reuse the pages of prompts that begin alike.
       speculation: proposes tokens that a step checks all at once; outputs do not depend on it.
@@ -79,11 +80,13 @@ class Engine:
         weights = jax.tree.leaves(model.params, is_leaf=trees.is_leaf)[0].dtype
         dtype = cache_dtype or str(weights)
         check_name("cache_dtype", dtype, DTYPES)
-        if page is None:
-            page = 128 if dtype == "int8" else 32
         ways = 1 if model.mesh is None else sharding.batch_ways(model.mesh)
         if rows is None:
             rows = (2, 8, 32) if weights == jnp.float32 else (8, 64, 256)
+        if page is None:
+            page = 128 if dtype == "int8" else 32
+            while max(rows) * -(-context // page) > _MOST_ENTRIES:
+                page *= 2
         most_of_one = max(rows) if chunk is None else chunk
         check_size(context=context, page=page, chunk=most_of_one)
         for size in rows:
@@ -144,7 +147,8 @@ class Engine:
         prompt = [int(token) for token in request.prompt]
         # Log-probabilities of the prompt need a pass over all of it.
         job = Job(request, prompt, len(prompt), may_reuse=not request.prompt_logprobs)
-        job.result = Output(prompt_logprobs=[None] if request.prompt_logprobs else [])
+        first = [None] if request.prompt_logprobs else []
+        job.result = Output(prompt_logprobs=first, prompt_top=first[: request.logprobs])
         job.guide = None if request.guide is None else request.guide.start()
         self.scheduler.add(job)
         return job
@@ -235,6 +239,8 @@ class Engine:
             accepted += 1
             if len(known) == row.place + 1 < job.prompt:
                 known.append(float(drawn.following[number]))
+                if job.request.logprobs:
+                    job.result.prompt_top.append(_top(job, drawn, number))
             if drafted >= -1:
                 finished = self._append(job, number, drawn)
         self.drafted += len(draft)
@@ -260,8 +266,7 @@ class Engine:
         output.tokens.append(token)
         output.logprobs.append(logprob)
         if request.logprobs:
-            best = zip(drawn.top_tokens[number], drawn.top_logprobs[number])
-            output.top.append([(int(i), float(p)) for i, p in best][: request.logprobs])
+            output.top.append(_top(job, drawn, number))
         job.tokens.append(token)
         if job.guide is not None and job.guide.advance(token):
             output.error = job.guide.error
@@ -281,6 +286,8 @@ class Engine:
             batch = make_batch([], size, self._reaches, self._width)
             logits_rv, self._cache = programs.forward(self.model, self._cache, batch)
             warm_up(logits_rv)
+        if self.speculation is not None:
+            self.speculation.warm_up()
 
     def _try(self, exact: bool) -> dict[int, float]:
         """Compiles the programs and computes a short text with each. Returns the seconds of a call
@@ -330,3 +337,9 @@ class Engine:
                 seconds = min(seconds, time.perf_counter() - start)
             logits.append(computed)
         return np.concatenate(logits), seconds
+
+
+def _top(job: Job, drawn: programs.Drawn, number: int) -> list[tuple[int, float]]:
+    """The most probable tokens of a row, as many as the request asks for."""
+    best = zip(drawn.top_tokens[number], drawn.top_logprobs[number])
+    return [(int(token), float(logprob)) for token, logprob in best][: job.request.logprobs]

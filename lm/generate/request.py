@@ -91,6 +91,8 @@ class Output:
     error             one sentence, if finished is 'error'
     top               for each token, the most probable ones: [(id, log-probability), ...]
     prompt_logprobs   of each token of the prompt; None for the first
+    prompt_top        the most probable tokens in place of each token of the prompt, if `logprobs`
+                      asks for some; None for the first
     cached            tokens of the prompt whose keys were found in the cache
     """
 
@@ -100,6 +102,7 @@ class Output:
     error: str | None = None
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[float | None] = dataclasses.field(default_factory=list)
+    prompt_top: list[list[tuple[int, float]] | None] = dataclasses.field(default_factory=list)
     cached: int = 0
 
 

@@ -78,11 +78,12 @@ def draw(logits_rv: jax.Array, rows: Sequence[Row], following: np.ndarray) -> pr
     floats[:] = (0, np.inf, 0, 1)
     names, top = set(), 0
     for number, row in enumerate(rows):
+        request = row.job.request
+        if row.draws or request.prompt_logprobs:
+            top = max(top, request.logprobs)
         if row.draws:
-            request = row.job.request
             own = request.sampling.filters()
             names |= set(own)
-            top = max(top, request.logprobs)
             seed = np.uint32(request.seed).view(np.int32)
             step = len(row.job.result.tokens) + row.drafted
             ints[number] = seed, request.index, step, own.get("top_k", _MOST)

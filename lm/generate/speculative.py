@@ -29,6 +29,9 @@ class Speculation(abc.ABC):
     def begin(self, engine: "Engine") -> None:  # noqa: B027
         """Called once, by the engine that it proposes for."""
 
+    def warm_up(self) -> None:  # noqa: B027
+        """Compiles what it needs."""
+
     @abc.abstractmethod
     def propose(self, jobs: Sequence[Job]) -> dict[Job, list[int]]:
         """Tokens that may follow the tokens of each job. Jobs may be left out."""
@@ -113,6 +116,10 @@ class DraftModel(Speculation):
             **{**options, **self._options},
         )
         self._engine.scheduler.slack = self.tokens
+
+    def warm_up(self) -> None:
+        """Compiles the programs of the draft model."""
+        self._engine.warm_up()
 
     def propose(self, jobs: Sequence[Job]) -> dict[Job, list[int]]:
         """See `Speculation.propose`."""
