@@ -5,7 +5,7 @@ function, which selects the implementation for the platform. This package never 
 from kernels_pallas.attention import flash_attention
 from kernels_pallas.cross_entropy import cross_entropy, token_losses
 from kernels_pallas.grouped_matmul import grouped_matmul
-from kernels_pallas.paged_attention import paged_attention
+from kernels_pallas.paged_attention import paged_attention, write_pages
 from kernels_pallas.ring_attention import (
     gathered_attention,
     in_order,
@@ -23,4 +23,5 @@ __all__ = [
     "placement",
     "ring_attention",
     "token_losses",
+    "write_pages",
 ]

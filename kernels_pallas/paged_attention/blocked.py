@@ -48,7 +48,10 @@ def paged_attention(
         top, total, acc = carry
         place_b = jnp.where(j < sink_pages, j, first_b + j - sink_pages)
         number_b = jnp.take_along_axis(table_bp, place_b[:, None], axis=1, mode="clip")[:, 0]
-        k_bksh, v_bksh = (x[number_b].astype(F32) for x in (k_pages_pksh, v_pages_pksh))
+        k_bksh, v_bksh = (x[number_b] for x in (k_pages_pksh, v_pages_pksh))
+        if scales is None:
+            k_bksh, v_bksh = (x.astype(q_btnh.dtype) for x in (k_bksh, v_bksh))
+        k_bksh, v_bksh = k_bksh.astype(F32), v_bksh.astype(F32)
         if scales is not None:
             k_scale, v_scale = (x[number_b].astype(F32)[..., None] for x in scales)
             k_bksh, v_bksh = k_bksh * k_scale, v_bksh * v_scale

@@ -10,6 +10,7 @@ from kernels_pallas.dispatch import announce, on_platform
 from kernels_pallas.paged_attention import blocked, reference, tpu
 
 WHOLE = (jnp.float32, jnp.bfloat16)
+UNSCALED = (*WHOLE, jnp.float16)
 QUANTIZED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
@@ -41,7 +42,8 @@ def paged_attention(
     Args:
       q_btnh: [B, T, N, H] queries of the last T tokens, whose keys and values are in the pages.
       k_pages_pksh, v_pages_pksh: [pages, K, S, H], with S slots per page, contiguous per page and
-        head so that a page is one copy. In q's dtype, or int8 or float8 with scales.
+        head so that a page is one copy. float32, bfloat16 or float16, rounded to q's dtype where
+        they are read; or int8 or float8 with scales.
       table_bp: [B, pages per sequence] page numbers; entries past the length are ignored.
       lengths_b: [B] tokens of each sequence, including the T new ones; 0 gives zeros.
       window: number of tokens that a query attends to, up to its own.
@@ -55,7 +57,7 @@ def paged_attention(
       return_lse: also return lse_btn, the log of the softmax's denominator.
       implementation: "tpu", "gpu" (plain JAX, a page at a time, also the choice on CPUs) or
         "reference"; None selects the platform's. The TPU kernel has neither sink_tokens, sinks,
-        alibi nor return_lse; with one of them TPUs run the plain one.
+        alibi, return_lse nor float16 pages; with one of them TPUs run the plain one.
 
     Returns:
       out_btnh in the dtype of q; the softmax is in float32. With return_lse, (out_btnh, lse_btn).
@@ -68,7 +70,8 @@ def paged_attention(
     if sink_tokens and window is None:
         raise ValueError(f"sink_tokens={sink_tokens} does nothing without a window.")
     of_heads = {name: x for name, x in (("sinks", sinks), ("alibi", alibi)) if x is not None}
-    plain = bool(of_heads or sink_tokens or return_lse)
+    no_kernel = k_pages_pksh.dtype == jnp.float16  # which the TPU kernel cannot convert
+    plain = bool(of_heads or sink_tokens or return_lse or no_kernel)
     announce("paged_attention", implementation, tpu="plain JAX" if plain else "the Mosaic kernel")
     own = {"window": window, "softcap": softcap}
     own["scale"] = q_btnh.shape[-1] ** -0.5 if scale is None else scale
@@ -106,6 +109,8 @@ def _check(q, k, v, table, lengths, scales, window, softcap) -> None:
             "same shape and dtype."
         )
     (b, _, n, h), (_, kv_heads, _, width) = q.shape, k.shape
+    if q.dtype not in WHOLE:
+        raise ValueError(f"q_btnh is {q.dtype}; it must be float32 or bfloat16.")
     if h != width:
         raise ValueError(f"q_btnh has head width {h} but the pages have {width}.")
     if n % kv_heads:
@@ -115,10 +120,10 @@ def _check(q, k, v, table, lengths, scales, window, softcap) -> None:
         if not fits or not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} is {array.dtype} {array.shape}; it needs integers {shape}.")
     if scales is None:
-        if k.dtype != q.dtype or q.dtype not in WHOLE:
+        if k.dtype not in UNSCALED:
             raise ValueError(
-                f"q_btnh is {q.dtype} and the pages are {k.dtype}; both must be float32 or both "
-                "bfloat16, or the pages int8 or float8 with k_scales_pks and v_scales_pks."
+                f"the pages are {k.dtype}; they must be float32, bfloat16 or float16, or int8 or "
+                "float8 with k_scales_pks and v_scales_pks."
             )
     else:
         if k.dtype not in QUANTIZED:

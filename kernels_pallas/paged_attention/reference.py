@@ -25,7 +25,10 @@ def paged_attention(
     may hold "sinks" and "alibi" [N]."""
     b, t, n, h = q_btnh.shape
     kv_heads = k_pages_pksh.shape[1]
-    k_bksh, v_bksh = (_gather(pages, table_bp) for pages in (k_pages_pksh, v_pages_pksh))
+    pages = k_pages_pksh, v_pages_pksh
+    if scales is None:
+        pages = (x.astype(q_btnh.dtype) for x in pages)
+    k_bksh, v_bksh = (_gather(x, table_bp) for x in pages)
     if scales is not None:
         k_scale, v_scale = (_gather(each[..., None], table_bp) for each in scales)
         k_bksh, v_bksh = k_bksh * k_scale, v_bksh * v_scale

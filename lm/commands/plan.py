@@ -26,6 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--estimate", action="store_true", help="from the declaration alone, without compiling"
     )
     parser.add_argument(
+        "--serve", action="store_true", help="plan the generation engine instead of training"
+    )
+    flags.add_context(parser, "with --serve: tokens of each request (default: batch.length)")
+    parser.add_argument(
+        "--rows",
+        metavar="N,N",
+        type=_sizes,
+        help="with --serve: numbers of requests in a step (default: 8,64,256)",
+    )
+    parser.add_argument(
         "--price", type=flags.positive, help="of a chip-hour, for the cost of the run"
     )
 
@@ -53,6 +63,11 @@ def _plan(experiment: Any, options: argparse.Namespace) -> tuple[Any, str]:
     from lm import planning
 
     mesh, compile = flags.mesh(options), not options.estimate
+    if options.serve:
+        return _serving(experiment, options)
+    for name in ("context", "rows"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} is an option of --serve; add --serve, or leave it out.")
     if options.weak and (options.on or options.search):
         raise UserError("--weak names its slices itself; leave out --on and --search, or --weak.")
     if options.weak:
@@ -69,3 +84,26 @@ def _plan(experiment: Any, options: argparse.Namespace) -> tuple[Any, str]:
     candidates = planning.search(experiment, options.on, compile=compile)
     facts = [{**each.plan, "code": each.code} for each in candidates]
     return facts, planning.search_text(candidates)
+
+
+def _serving(experiment: Any, options: argparse.Namespace) -> tuple[Any, str]:
+    """(facts for JSON, text) of the generation engine."""
+    from lm import planning
+
+    for name in ("search", "weak", "price"):
+        if getattr(options, name):
+            raise UserError(f"--{name} is not an option of --serve; leave out one of them.")
+    plan = planning.serving(
+        experiment,
+        options.on,
+        mesh=flags.mesh(options),
+        context=options.context,
+        **({"rows": options.rows} if options.rows else {}),
+        compile=not options.estimate,
+    )
+    return plan, planning.serving_text(plan)
+
+
+def _sizes(given: str) -> tuple[int, ...]:
+    """'8,64' -> (8, 64)."""
+    return tuple(map(flags.whole(), given.split(",")))

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from lm import trees
 from lm.errors import UserError, check_name, check_size
 from lm.generate import decode, programs
-from lm.generate.pages import Pool
+from lm.generate.pages import Pool, needed
 from lm.generate.request import Output, Request
 from lm.generate.rows import Row, draw, make_batch, warm_up
 from lm.generate.scheduler import Job, Scheduler
@@ -50,7 +50,8 @@ class Engine:
       cache_tokens: tokens that the pages hold. Default: as many as fit in 1 GiB on each device, but
         at least one context, and at most 64.
       cache_dtype: "float32", "bfloat16" or "int8"; default: that of the weights.
-      page: tokens of a page. Default: 32, and 128 of int8; more for a context of over 16,384.
+      page: tokens of a page. Default: 32; 128 on TPU and of int8; more for a
+        context of over 16,384.
       chunk: most tokens of one prompt in a step. Default: as many as there is room for.
       prefix_caching: reuse the pages of prompts that begin alike.
       speculation: proposes tokens that a step checks all at once; outputs do not depend on it.
@@ -84,7 +85,7 @@ class Engine:
         if rows is None:
             rows = (2, 8, 32) if weights == jnp.float32 else (8, 64, 256)
         if page is None:
-            page = 128 if dtype == "int8" else 32
+            page = 128 if dtype == "int8" or jax.default_backend() == "tpu" else 32
             while max(rows) * -(-context // page) > _MOST_ENTRIES:
                 page *= 2
         most_of_one = max(rows) if chunk is None else chunk
@@ -105,7 +106,8 @@ class Engine:
         self.rows = tuple(sorted({-(-size // ways) * ways for size in rows}))
         self._width = -(-context // page)
         self._reaches = reaches(model.config)
-        pools = {reach: Pool(self._pages(reach, tokens)) for reach in self._reaches}
+        sizes = {"page": page, "context": context, "rows": self.rows[-1]}
+        pools = {reach: Pool(needed(reach, tokens, **sizes)) for reach in self._reaches}
         self.scheduler = Scheduler(
             pools,
             size=page,
@@ -121,16 +123,6 @@ class Engine:
         self.speculation = speculation
         if speculation is not None:
             speculation.begin(self)
-
-    def _pages(self, reach: tuple[int, int] | None, tokens: int) -> int:
-        """Pages of the layers with a reach."""
-        all_tokens = -(-tokens // self.page)
-        if reach is None:
-            return all_tokens
-        # Of each sequence: a window, the sinks, the tokens of a step, and the parts at both ends.
-        seen = sum(-(-part // self.page) + 1 for part in (*reach, self.rows[-1]))
-        sequences = max(1, tokens // self.context)
-        return max(min(all_tokens, sequences * seen), seen, self._width)
 
     # Requests
 

@@ -22,6 +22,20 @@ def digests(tokens: Sequence[int], size: int, known: list[bytes]) -> list[bytes]
     return found
 
 
+def needed(
+    reach: tuple[int, int] | None, tokens: int, *, page: int, context: int, rows: int
+) -> int:
+    """Pages that the layers with a reach, (window, sink tokens), need for `tokens` of sequences of
+    up to `context` tokens, in steps of `rows`."""
+    all_tokens = -(-tokens // page)
+    if reach is None:
+        return all_tokens
+    # Of each sequence: a window, the sinks, the tokens of a step, and the parts at both ends.
+    seen = sum(-(-part // page) + 1 for part in (*reach, rows))
+    sequences = max(1, tokens // context)
+    return max(min(all_tokens, sequences * seen), seen, -(-context // page))
+
+
 class Pool:
     """The pages 0 .. count - 1 of all layers with one reach.
 

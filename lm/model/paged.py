@@ -11,9 +11,11 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+import kernels_pallas
 from lm.model.cache import Cache
-from lm.parallel.sharding import shard
+from lm.parallel.sharding import is_sharded, partition, shard, shard_map
 
 LARGEST_INT8 = 127
 
@@ -82,26 +84,26 @@ class Paged(Cache):
         lengths_b = positions_bt[:, 0] + positions_bt.shape[1]
         if mask_bt is not None:
             lengths_b = jnp.where(jnp.any(mask_bt, axis=1), lengths_b, 0)
-        k, v, *scales = (_flat(x, len(stack)) for x in (cache.k, cache.v, *cache.scales))
-        if not scales:
-            k, v = (x.astype(q_btnh.dtype) for x in (k, v))
+        k, v, *scales = (_flat(x, len(stack)) for x in cache._arrays)
         return attend(q_btnh, Pages(k, v, table_bp, lengths_b, tuple(scales) or None)), cache
+
+    @property
+    def _arrays(self) -> tuple[jax.Array, ...]:
+        return self.k, self.v, *self.scales
 
     def _store_pages(
         self, k_btkh: jax.Array, v_btkh: jax.Array, page_bt: jax.Array, slot_bt: jax.Array
     ) -> Self:
         """Writes each token in place. A page outside the cache writes nothing."""
-
-        def write(stored: jax.Array, new: jax.Array) -> jax.Array:
-            flat = _flat(stored, self.k.ndim - 4)
-            new = new.astype(stored.dtype)
-            return flat.at[page_bt, :, slot_bt].set(new, mode="drop").reshape(stored.shape)
-
-        if not self.scales:
-            return dataclasses.replace(self, k=write(self.k, k_btkh), v=write(self.v, v_btkh))
-        (k, k_scale), (v, v_scale) = _quantized(k_btkh), _quantized(v_btkh)
-        scales = tuple(write(x, new) for x, new in zip(self.scales, (k_scale, v_scale)))
-        return dataclasses.replace(self, k=write(self.k, k), v=write(self.v, v), scales=scales)
+        new = k_btkh, v_btkh
+        if self.scales:
+            (k_btkh, k_scale), (v_btkh, v_scale) = _quantized(k_btkh), _quantized(v_btkh)
+            new = k_btkh, v_btkh, k_scale, v_scale
+        pages = tuple(_flat(x, self.k.ndim - 4) for x in self._arrays)
+        rows = (x.reshape(-1, *x.shape[2:]) for x in new)
+        written = _write(pages, tuple(rows), page_bt.reshape(-1), slot_bt.reshape(-1))
+        k, v, *scales = (x.reshape(old.shape) for x, old in zip(written, self._arrays))
+        return dataclasses.replace(self, k=k, v=v, scales=tuple(scales))
 
 
 jax.tree_util.register_dataclass(Paged, ["k", "v", "layer", "scales", "table_bp"], ["reach"])
@@ -110,6 +112,18 @@ jax.tree_util.register_dataclass(Paged, ["k", "v", "layer", "scales", "table_bp"
 def _flat(x: jax.Array, stack: int) -> jax.Array:
     """[L, P, ...] -> [L P, ...]"""
     return x.reshape(-1, *x.shape[2:]) if stack else x
+
+
+def _write(
+    pages: tuple[jax.Array, ...], new: tuple[jax.Array, ...], page_r: jax.Array, slot_r: jax.Array
+) -> tuple[jax.Array, ...]:
+    """`kernels_pallas.write_pages`; on a mesh each device writes its heads of all rows."""
+    if not is_sharded():
+        return kernels_pallas.write_pages(pages, new, page_r, slot_r)
+    heads = partition(pages[0].shape, "norm", "kv_heads", "norm", "head")[1]
+    of_heads = (PartitionSpec(None, heads),) * len(pages)
+    specs = of_heads, of_heads, PartitionSpec(), PartitionSpec()
+    return shard_map(kernels_pallas.write_pages, specs, of_heads)(pages, new, page_r, slot_r)
 
 
 def _repeated(x_btkh: jax.Array, heads: int) -> jax.Array:

@@ -1,5 +1,5 @@
-"""Compiles the training step ahead of time for a TPU slice: libtpu contains the compiler of every
-TPU generation and needs no TPU."""
+"""Compiles programs ahead of time for a TPU slice, such as the training step: libtpu contains the
+compiler of every TPU generation and needs no TPU."""
 
 import contextlib
 import glob
@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -87,9 +88,18 @@ def step(experiment: Experiment, name: str, place: Place, tpu_slice: Slice) -> C
     compiler does not support it."""
     devices = describe(tpu_slice)
     program = assemble_at(experiment, name, place, devices, models_of(experiment))
-    start = time.perf_counter()
-    lowered = program.lower()
     arguments = (*program.abstract, program.abstract_batch)
+    where = f"mesh {place.mesh} on {tpu_slice.topology}"
+    return build(program.lower, arguments, program.mesh, where)
+
+
+def build(
+    lower: Callable[[], jax.stages.Lowered], arguments: Any, mesh: jax.sharding.Mesh, where: str
+) -> Compiled:
+    """Lowers and compiles a program with these abstract `arguments`. Raises UserError, with `where`
+    in it, if the compiler does not support the program."""
+    start = time.perf_counter()
+    lowered = lower()
     with tempfile.TemporaryDirectory() as folder, _without_cache():
         # The compiler writes its report of memory usage only to files.
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -98,8 +108,8 @@ def step(experiment: Experiment, name: str, place: Place, tpu_slice: Slice) -> C
         except jax.errors.JaxRuntimeError as error:
             seconds = time.perf_counter() - start
             if "RESOURCE_EXHAUSTED" not in str(error):
-                raise _unsupported(error, place, tpu_slice) from error
-            return _does_not_fit(error, program.mesh, _nbytes(arguments), seconds)
+                raise _unsupported(error, where) from error
+            return _does_not_fit(error, mesh, nbytes(arguments), seconds)
         seconds = time.perf_counter() - start
         text = compiled.as_text()
         parsed = hlo.parse(text)
@@ -108,7 +118,7 @@ def step(experiment: Experiment, name: str, place: Place, tpu_slice: Slice) -> C
         peak = _peak(folder)
     return Compiled(
         program=parsed,
-        mesh=program.mesh,
+        mesh=mesh,
         fits=True,
         peak=peak or memory.peak_memory_in_bytes,
         arguments=memory.argument_size_in_bytes,
@@ -132,7 +142,7 @@ def _without_cache():
         compilation_cache.reset_cache()
 
 
-def _nbytes(arguments: Any) -> int:
+def nbytes(arguments: Any) -> int:
     """Bytes per device."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -144,12 +154,11 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 
 
-def _unsupported(error: Exception, place: Place, tpu_slice: Slice) -> UserError:
+def _unsupported(error: Exception, where: str) -> UserError:
     """Quotes the compiler's error, without its source locations."""
     message = re.sub(r"\(\S+\.cc:\d+\)", "", str(error).splitlines()[0])
     return UserError(
-        f"libtpu's compiler does not support mesh {place.mesh} on {tpu_slice.topology}; choose "
-        f"another mesh. Its error: {message}"
+        f"libtpu's compiler does not support {where}; choose another mesh. Its error: {message}"
     )
 
 

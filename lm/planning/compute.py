@@ -33,8 +33,11 @@ class Work(NamedTuple):
     kernels: dict[str, int]
 
 
-def work(program: Program, flops_rate: float, bytes_rate: float) -> Work:
-    """Work of one device in a step, at these rates per second."""
+def work(
+    program: Program, flops_rate: float, bytes_rate: float, sparse: Sequence[str] = ()
+) -> Work:
+    """Work of one device in a step, at these rates per second. `sparse` are names of kernels that
+    access only parts of their operands; their memory traffic is left out."""
     flops = nbytes = seconds = 0.0
     kernels: dict[str, int] = {}
     for each, computation, times, top in program.executed():
@@ -45,6 +48,7 @@ def work(program: Program, flops_rate: float, bytes_rate: float) -> Work:
         if 'custom_call_target="tpu_custom_call"' in each.rest:
             name = re.sub(r"[.\d]+$", "", each.name)
             kernels[name] = kernels.get(name, 0) + times
+            traffic = 0.0 if name in sparse else traffic
         flops += times * operations
         nbytes += times * traffic
         seconds += times * max(operations / flops_rate, traffic / bytes_rate)

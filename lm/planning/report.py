@@ -44,13 +44,7 @@ def choose(experiment: Experiment, on: str | None, mesh: Mesh | None) -> tuple[s
         UserError: mesh and slice do not match, or there is no such slice.
     """
     places = experiment.places
-    if on is None:
-        on = next((name for name in places if slices.NAME.fullmatch(name)), None)
-        if on is None:
-            raise UserError(
-                f"{experiment.name} has no place on TPUs; name a slice and a mesh, as in "
-                "--on v5e-16 --mesh fsdp=16."
-            )
+    on = first_slice(experiment) if on is None else on
     tpu_slice = slices.find(on)
     if on not in places and mesh is None:
         raise UserError(
@@ -63,17 +57,33 @@ def choose(experiment: Experiment, on: str | None, mesh: Mesh | None) -> tuple[s
     return on, place, tpu_slice
 
 
+def first_slice(experiment: Experiment) -> str:
+    """Name of the first place on TPUs. Raises UserError if there is none."""
+    for name in experiment.places:
+        if slices.NAME.fullmatch(name):
+            return name
+    raise UserError(
+        f"{experiment.name} has no place on TPUs; name a slice and a mesh, as in "
+        "--on v5e-16 --mesh fsdp=16."
+    )
+
+
 def check(experiment: Experiment, on: str, place: Place, tpu_slice: Slice) -> None:
     """Raises UserError if the mesh does not match the slice, or batch or model do not divide over
     the mesh."""
-    if place.mesh.size != tpu_slice.devices:
+    check_mesh(on, place.mesh, tpu_slice)
+    experiment.check_place(place)
+
+
+def check_mesh(on: str, mesh: Mesh, tpu_slice: Slice) -> None:
+    """Raises UserError if the slice has another number of devices than the mesh."""
+    if mesh.size != tpu_slice.devices:
         needed, per_chip = tpu_slice.devices, tpu_slice.chip.devices
         cores = f", {per_chip} per chip" if per_chip > 1 else ""
         raise UserError(
-            f"mesh {place.mesh} has {place.mesh.size} devices and {on} ({tpu_slice.topology}) has "
+            f"mesh {mesh} has {mesh.size} devices and {on} ({tpu_slice.topology}) has "
             f"{needed}{cores}; choose mesh sizes whose product is {needed}."
         )
-    experiment.check_place(place)
 
 
 def plan(

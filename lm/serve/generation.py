@@ -67,7 +67,7 @@ def requests(
                 logit_bias=biases,
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
-                **({"guide": guide} if guide is not None else {}),
+                guide=guide,
             )
             for prompt in prompts
             for index in range(choices)

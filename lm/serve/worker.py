@@ -50,14 +50,14 @@ class Continuation:
         first = not start
         error = None
         if result.finished == "error":
-            error = internal(getattr(result, "error", None) or "The model's logits are not finite.")
+            error = internal(result.error)
         return Update(
             result.tokens[start:],
             result.logprobs[start:],
             result.top[start:],
             result.finished,
             result.prompt_logprobs if first else [],
-            getattr(result, "prompt_top", []) if first else [],
+            result.prompt_top if first else [],
             result.cached,
             error,
         )

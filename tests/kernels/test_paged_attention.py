@@ -143,6 +143,24 @@ def test_bfloat16():
 
 
 @pytest.mark.parametrize(
+    ("queries", "pages"),
+    [
+        (jnp.float32, jnp.bfloat16),
+        pytest.param(jnp.bfloat16, jnp.float32, marks=pytest.mark.slow),
+    ],
+    ids=lambda dtype: dtype.__name__,
+)
+def test_pages_of_another_dtype(queries, pages):
+    """Are rounded to the dtype of the queries where they are read."""
+    q, *rest = cache([40, 7], slots=16, width=3, dtype=pages)
+    compare((q.astype(queries), *rest))
+    converted = (q.astype(queries), *(x.astype(queries) for x in rest[:2]), *rest[2:])
+    for form in ("gpu", "reference"):
+        mixed, same = (jitted(form)(*each) for each in ((q.astype(queries), *rest), converted))
+        np.testing.assert_array_equal(*float32(mixed, same))
+
+
+@pytest.mark.parametrize(
     "dtype",
     [
         jnp.int8,
@@ -187,7 +205,8 @@ def test_any_lengths(lengths, queries, window, softcap):
         ({2: np.zeros((7, 2, 8, 8))}, {}, "must have the same shape and dtype"),
         ({3: np.zeros((1, 6))}, {}, "table_bp is float"),
         ({4: np.zeros((2,), int)}, {}, "lengths_b"),
-        ({0: normal(0, 1, 1, 4, 16, dtype=jnp.bfloat16)}, {}, "must be float32 or both bfloat16"),
+        ({0: normal(0, 1, 1, 4, 16, dtype=jnp.float16)}, {}, "q_btnh is float16; it must be"),
+        ({1: np.zeros((7, 2, 8, 16), int), 2: np.zeros((7, 2, 8, 16), int)}, {}, "pages are int"),
         ({}, {"window": 0}, "window=0"),
         ({}, {"softcap": 0.0}, "softcap=0.0"),
         ({}, {"k_scales_pks": np.ones((7, 2, 8))}, "need pages of int8 or float8"),
