@@ -35,6 +35,7 @@ from lm.model import Model, reaches, unstacked
 from lm.parallel import sharding
 
 _DEFAULT_CACHE = 2**30  # bytes
+_LEAST_ROOM = 64  # so that as many requests generate at the same time
 _MOST_ENTRIES = 2**17  # of the table of pages, which a TPU's scalar memory holds
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -88,7 +89,7 @@ class Engine:
             page = 128 if dtype == "int8" or jax.default_backend() == "tpu" else 32
             while max(rows) * -(-context // page) > _MOST_ENTRIES:
                 page *= 2
-        most_of_one = max(rows) if chunk is None else chunk
+        most_of_one = max(_LEAST_ROOM, *rows) if chunk is None else chunk
         check_size(context=context, page=page, chunk=most_of_one)
         for size in rows:
             check_size(rows=size)
@@ -106,12 +107,14 @@ class Engine:
         self.rows = tuple(sorted({-(-size // ways) * ways for size in rows}))
         self._width = -(-context // page)
         self._reaches = reaches(model.config)
-        sizes = {"page": page, "context": context, "rows": self.rows[-1]}
+        # Tokens of a step, in several programs if need be.
+        self._room = max(_LEAST_ROOM, self.rows[-1])
+        sizes = {"page": page, "context": context, "rows": self._room}
         pools = {reach: Pool(needed(reach, tokens, **sizes)) for reach in self._reaches}
         self.scheduler = Scheduler(
             pools,
             size=page,
-            most=self.rows[-1],
+            most=self._room,
             chunk=most_of_one,
             prefix_caching=prefix_caching,
         )
@@ -177,7 +180,7 @@ class Engine:
         """Computes the next tokens; returns the jobs that have a new one, or have finished."""
         if self.speculation is not None:
             self._propose()
-        planned = self.scheduler.plan(self.rows[-1])
+        planned = self.scheduler.plan(self._room)
         of_jobs = {
             job: [Row(job, place) for place in range(job.computed, job.computed + count)]
             for job, count in planned.items()
