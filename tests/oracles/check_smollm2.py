@@ -4,13 +4,18 @@
     PYTHONPATH=tests:tests/objectives python tests/oracles/check_smollm2.py OUT
 
 XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= leaves out a library of XLA that is less exact.
-Errors are relative: of the loss, of the gradient of three weights (largest error over largest
-entry), and of the norms of all weights' gradients (the median and the largest).
+
+A line for the loss of each objective, for the gradients of three weights, and for the norms of all
+weights' gradients together; for SFT also one for the log-probabilities of tokens. Its columns:
+
+    relative  largest error over the largest entry; of norms, each over itself
+    absolute  largest error
+    allclose  whether numpy.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 """
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,10 +27,11 @@ from lm.objectives import NextToken
 from lm.objectives.token_losses import token_logps
 
 Recorded = dict[str, np.ndarray]
+LIMIT = 1e-5
 
 
 def main() -> None:
-    """Prints a line for each objective."""
+    """Prints the table, and how many of its lines are within 1e-5."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
@@ -35,33 +41,61 @@ def main() -> None:
         with np.load(out / f"{name}.npz") as arrays:
             return dict(arrays)
 
-    print("                 loss      gradients                   norms: median   largest")
-    check_sft(read("sft"), policy)
-    check_preference(read("preference") | read("unpaired") | read("simpo"), policy, reference)
-    check_reward(read("reward"), lm.load(out / "reward"))
-    check_distill(read("distill"), policy, lm.load(out / "teacher"))
+    print(f"{'objective':16}{'':46}relative  absolute  allclose")
+    errors = [
+        *check_sft(read("sft"), policy),
+        *check_preference(read("preference") | read("unpaired") | read("simpo"), policy, reference),
+        *check_reward(read("reward"), lm.load(out / "reward")),
+        *check_distill(read("distill"), policy, lm.load(out / "teacher")),
+    ]
+    within = {
+        "relative": sum(error.relative <= LIMIT for error in errors),
+        "absolute": sum(error.absolute <= LIMIT for error in errors),
+        "allclose": sum(error.allclose for error in errors),
+    }
+    print(f"of {len(errors)} lines within {LIMIT:g}:", within)
 
 
-def report(recorded: Recorded, name: str, run: Any, objective: Any, batch: Any, frozen: Any):
+class Error(NamedTuple):
+    """How far ours is from what was recorded; see the columns above."""
+
+    relative: float
+    absolute: float
+    allclose: bool
+
+
+def compare(objective: str, what: str, got: Any, want: Any, each: bool = False) -> Error:
+    """Prints a line of the table. `each`: errors relative to each entry, not to the largest."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    absolute = np.abs(got - want)
+    relative = (absolute / (np.abs(want) if each else np.abs(want).max())).max()
+    close = np.allclose(got, want, rtol=LIMIT, atol=LIMIT)
+    error = Error(float(relative), float(absolute.max()), close)
+    words = f"{relative:.1e}   {error.absolute:.1e}   {'yes' if close else 'no'}"
+    print(f"{objective:16}{what:46}{words}", flush=True)
+    return error
+
+
+def report(
+    recorded: Recorded, name: str, run: Any, objective: Any, batch: Any, frozen: Any
+) -> list[Error]:
     """Evaluates an objective and prints its errors."""
     results = ours.evaluate({name: objective}, run.experiment.model, run.params, batch, frozen)
     loss, _, grads = results[name]
-    want = recorded[f"{name}/loss"]
-    parts = [f"{name:16} {abs(loss / want - 1):.1e} "]
-    for key, grad in recorded.items():
+    errors = [compare(name, "loss", loss, recorded[f"{name}/loss"])]
+    for key, want in recorded.items():
         if key.startswith(f"{name}/grad/"):
-            got = grads[key.removeprefix(f"{name}/grad/")]
-            parts.append(f"{np.abs(got - grad).max() / np.abs(grad).max():.1e}")
-    norms = np.array([np.linalg.norm(grads[weight].astype(float)) for weight in sorted(grads)])
-    errors = np.abs(norms / recorded[f"{name}/norms"] - 1)
-    print(*parts, f"  {np.median(errors):.1e} {errors.max():.1e}", flush=True)
+            weight = key.removeprefix(f"{name}/grad/")
+            errors.append(compare(name, weight, grads[weight], want))
+    norms = [np.linalg.norm(grads[weight].astype(float)) for weight in sorted(grads)]
+    return [*errors, compare(name, "norms", norms, recorded[f"{name}/norms"], each=True)]
 
 
-def check_sft(recorded: Recorded, run: Any) -> None:
+def check_sft(recorded: Recorded, run: Any) -> list[Error]:
     """The loss on the assistant's messages, and the log-probability of every token."""
     each = ours.documents(recorded, "batch", recorded["batch/labels"] != -100)
     batch = ours.pack(each, per_row=3)
-    report(recorded, "sft", run, NextToken(), batch, {})
+    errors = report(recorded, "sft", run, NextToken(), batch, {})
 
     @jax.jit
     def log_probs(params, batch):
@@ -69,40 +103,45 @@ def check_sft(recorded: Recorded, run: Any) -> None:
         output = apply(batch.tokens, segments_bt=batch.segments, positions_bt=batch.positions)
         return token_logps(apply, output.hidden_btd, batch.targets)
 
-    computed, worst = np.asarray(log_probs(run.params, batch)), 0.0
+    computed, got, want = np.asarray(log_probs(run.params, batch)), [], []
     for i, (ids, _) in enumerate(each):
         row, segment = divmod(i, 3)
-        got = computed[row][batch.segments[row] == segment + 1][:-1]
-        want = recorded["sft/log_probs"][i, : len(ids) - 1]
-        worst = max(worst, np.abs(got - want).max() / np.abs(want).max())
-    print(f"log-probabilities of tokens: {worst:.1e}", flush=True)
+        got.append(computed[row][batch.segments[row] == segment + 1][:-1])
+        want.append(recorded["sft/log_probs"][i, : len(ids) - 1])
+    got, want = np.concatenate(got), np.concatenate(want)
+    return [*errors, compare("sft", "log-probabilities of tokens", got, want)]
 
 
-def check_preference(recorded: Recorded, policy: Any, reference: Any) -> None:
+def check_preference(recorded: Recorded, policy: Any, reference: Any) -> list[Error]:
     """DPO, IPO, SimPO and KTO."""
-    frozen = {"reference": reference.params}
+    errors, frozen = [], {"reference": reference.params}
     for name, objective in ours.PAIRED.items():
         if f"{name}/loss" in recorded:
             models = frozen if objective.models() else {}
-            report(recorded, name, policy, objective, ours.pairs(recorded), models)
+            errors += report(recorded, name, policy, objective, ours.pairs(recorded), models)
     batch = ours.feedback(recorded)
     for name, objective in ours.UNPAIRED.items():
-        report(recorded, name, policy, objective, batch, frozen)
+        errors += report(recorded, name, policy, objective, batch, frozen)
+    return errors
 
 
-def check_reward(recorded: Recorded, run: Any) -> None:
+def check_reward(recorded: Recorded, run: Any) -> list[Error]:
     """The reward model."""
+    batch, errors = ours.pairs(recorded), []
     for name, objective in ours.REWARD.items():
-        report(recorded, name, run, objective, ours.pairs(recorded), {})
+        errors += report(recorded, name, run, objective, batch, {})
+    return errors
 
 
-def check_distill(recorded: Recorded, student: Any, teacher: Any) -> None:
+def check_distill(recorded: Recorded, student: Any, teacher: Any) -> list[Error]:
     """Divergences from a teacher. Padding comes after all real tokens, and has no weight."""
     recorded["batch/attention_mask"] = np.ones_like(recorded["batch/input_ids"])
     each = ours.documents(recorded, "batch", recorded["batch/labels"] != -100)
     batch = ours.pack(each, per_row=3)
+    errors, frozen = [], {"teacher": teacher.params}
     for name, objective in ours.DISTILL.items():
-        report(recorded, name, student, objective, batch, {"teacher": teacher.params})
+        errors += report(recorded, name, student, objective, batch, frozen)
+    return errors
 
 
 if __name__ == "__main__":
