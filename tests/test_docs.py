@@ -18,7 +18,18 @@ from test_layering import ORDER
 
 import lm.main
 from lm import run, runs, terminal
-from lm.commands import chat, eval, export, generate, import_, measure, plan, serve, train
+from lm.commands import (
+    chat,
+    eval,
+    export,
+    generate,
+    import_,
+    measure,
+    measure_serving,
+    plan,
+    serve,
+    train,
+)
 from lm.experiment import from_json, override, to_json
 from lm.parallel import distributed
 from lm.planning import show
@@ -95,6 +106,8 @@ def test_documented_command_parses(file, module, arguments, monkeypatch):
     for what in ("step", "reading"):
         monkeypatch.setattr(measure, what, call)
         monkeypatch.setattr(measure, f"{what}_text", lambda measured: "")
+    monkeypatch.setattr(measure_serving, "serving", call)
+    monkeypatch.setattr(measure_serving, "serving_text", lambda measured: "")
     if module == "lm":
         lm.main.lm_main(arguments)
         assert called

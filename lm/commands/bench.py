@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=flags.whole(0, 2**32), default=0, help="of serve (default: 0)"
     )
+    flags.add_exact(parser)
     flags.add_json(parser)
 
 
@@ -71,7 +72,12 @@ def _serve(options: argparse.Namespace, mesh: Any) -> None:
     elif options.set:
         raise UserError("--set changes the declaration of a module; a folder has its weights.")
     measured = measure_serving.serving(
-        target, mesh=mesh, requests=options.requests, rate=options.rate, seed=options.seed
+        target,
+        mesh=mesh,
+        requests=options.requests,
+        rate=options.rate,
+        seed=options.seed,
+        exact=options.exact,
     )
     text = measure_serving.serving_text
     print(terminal.json_text(measured) if options.json else text(measured))

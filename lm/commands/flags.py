@@ -169,3 +169,13 @@ def open_run(options: argparse.Namespace) -> Any:
 def under_headings(texts: Iterable[tuple[Any, str]]) -> str:
     """The text of each stage of a recipe under its name."""
     return "\n\n".join(f"==== stage {stage.name} ====\n{text}" for stage, text in texts)
+
+
+def add_exact(parser: argparse.ArgumentParser) -> None:
+    """--exact, --no-exact"""
+    parser.add_argument(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        help="whether results must not depend on what else is computed, bit for bit; without it "
+        "the engine is faster (default: in float32)",
+    )

@@ -65,7 +65,7 @@ def step(
     frozen = training.with_models(frozen, frozen_models(program))
     state, metrics = compiled(state, batch, frozen)
     jax.block_until_ready(metrics)
-    to_first = _seconds_since_start()
+    to_first = seconds_since_start()
 
     seconds: list[float] = []
     rates: list[float] = []
@@ -95,7 +95,7 @@ def step(
         "tokens_per_second": tokens / median,
         "start_to_first_step_seconds": to_first,
         "compile_seconds": compile_seconds,
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(),
         "matmul_flops_per_second": rate,
         "matmul_flops_per_second_range": [min(rates) * devices, max(rates) * devices],
         "model_flops_per_token": flops,
@@ -170,7 +170,7 @@ def reading_text(measured: dict[str, Any]) -> str:
     return terminal.table((f"{m['family']} on {m['devices']} x {m['device']}", ""), rows)
 
 
-def _seconds_since_start() -> float:
+def seconds_since_start() -> float:
     """Seconds since this process was started."""
     if sys.platform != "linux":
         return time.time() - psutil.Process().create_time()
@@ -199,7 +199,7 @@ def _random_batch(program: Program) -> Batch:
     return program.put(lambda rows: type(batch)(*(x[rows] for x in batch)), shape[0])
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Peak bytes of the fullest device if devices report it, else resident bytes of the process."""
     peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
     known = [peak for peak in peaks if peak]

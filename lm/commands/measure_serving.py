@@ -123,6 +123,7 @@ def serving(
     requests: int = 64,
     rate: float = 16.0,
     seed: int = 0,
+    exact: bool | None = None,
 ) -> dict[str, Any]:
     """Measures the engine on a run folder, a Hugging Face folder, or an experiment with random
     weights.
@@ -137,13 +138,13 @@ def serving(
         raise UserError(f"{name} has a sequence length of {length}; bench serve needs 4 at least.")
     start = time.perf_counter()
     # Random prompts begin alike only where a measurement repeats one.
-    engine = generate.Engine(apply, context=context, prefix_caching=False)
+    engine = generate.Engine(apply, context=context, prefix_caching=False, exact=exact)
     ready = time.perf_counter() - start
     arrivals = workload(
         apply.config.vocab, requests=requests, rate=rate, seed=seed, context=context
     )
     serve(engine, [arrivals[0]._replace(max_tokens=1)])
-    to_first = measure._seconds_since_start()
+    to_first = measure.seconds_since_start()
     answers = serve(engine, arrivals)
     together, same = _together(engine, seed)
     return {
@@ -162,7 +163,7 @@ def serving(
         "at_once_tokens_per_second": together,
         "same_tokens": same,
         "alone": _alone(engine, apply, seed),
-        "peak_memory_bytes": measure._peak_memory(),
+        "peak_memory_bytes": measure.peak_memory(),
     }
 
 

@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help="float32, bfloat16 or int8 keys and values (default: as the weights)",
     )
+    flags.add_exact(parser)
     drafts = parser.add_mutually_exclusive_group()
     drafts.add_argument(
         "--ngrams",
@@ -154,6 +155,7 @@ def _settings(options: argparse.Namespace) -> Any:
             context=options.context,
             cache_tokens=options.cache_tokens,
             cache_dtype=options.cache_dtype,
+            exact=options.exact,
             ngrams=options.ngrams,
             draft=options.draft,
         ),

@@ -26,7 +26,8 @@ class Reading:
 
     Args:
       step, compute, mesh: as of `lm.runs.load`.
-      context, cache_tokens, cache_dtype: as of `Engine`; context None: the length of training.
+      context, cache_tokens, cache_dtype, exact: as of `Engine`; context None: the length of
+        training.
       ngrams: tokens of a draft that n-grams propose; None: none do.
       draft: the folder of a draft model; None: there is none.
     """
@@ -37,6 +38,7 @@ class Reading:
     context: int | None = None
     cache_tokens: int | None = None
     cache_dtype: str | None = None
+    exact: bool | None = None
     ngrams: int | None = None
     draft: str | None = None
 
@@ -84,7 +86,8 @@ class Variant:
     def build(self) -> None:
         """Makes a new engine, with all of its programs compiled."""
         self.engine = None  # frees its pages first
-        options = {name: getattr(self._reading, name) for name in ("cache_tokens", "cache_dtype")}
+        names = ("cache_tokens", "cache_dtype", "exact")
+        options = {name: getattr(self._reading, name) for name in names}
         options["speculation"] = self._reading.speculation()
         engine = Engine(self._model, context=self.context, **options)
         engine.warm_up()

