@@ -47,7 +47,7 @@ class Engine:
       model: with weights in the dtype of arithmetic (see `Model.cast`).
       context: most tokens of a prompt and its continuation.
       rows: sizes of the programs, in tokens; on a mesh, multiples of the shards of the batch.
-        Default: 2, 8 and 32 in float32 if exact, 1, 8, 32 and 128 if not; else 8, 64 and 256.
+        Default: 2, 8 and 32 in float32 if exact, 1, 8 and 64 if not; else 8, 64 and 256.
       cache_tokens: tokens that the pages hold. Default: as many as fit in 1 GiB on each device, but
         at least one context, and at most 64.
       cache_dtype: "float32", "bfloat16" or "int8"; default: that of the weights.
@@ -86,7 +86,7 @@ class Engine:
         is_float32 = weights == jnp.float32
         exact = is_float32 if exact is None else exact
         if rows is None:
-            rows = ((2, 8, 32) if exact else (1, 8, 32, 128)) if is_float32 else (8, 64, 256)
+            rows = ((2, 8, 32) if exact else (1, 8, 64)) if is_float32 else (8, 64, 256)
         if page is None:
             page = 128 if dtype == "int8" or jax.default_backend() == "tpu" else 32
             while max(rows) * -(-context // page) > _MOST_ENTRIES:

@@ -134,13 +134,13 @@ def test_a_byte_level_tokenizer_is_loaded_and_saved(tmp_path):
 def test_a_prompt_gets_at_most_one_bos_token(tmp_path):
     byte_level(tmp_path)
     loaded = data.load_tokenizer(tmp_path)
-    assert speech._begin(loaded, "ab").ids[0] == loaded.bos
-    assert speech._begin(loaded, "<|start_of_text|>ab") == speech._begin(loaded, "ab")
+    assert speech.begin(loaded, "ab").ids[0] == loaded.bos
+    assert speech.begin(loaded, "<|start_of_text|>ab") == speech.begin(loaded, "ab")
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"eos_token": "<|end_of_text|>", "bos_token": None}))
     qwen = data.load_tokenizer(tmp_path)
-    assert speech._begin(qwen, "ab").ids == qwen.encode("ab")
-    assert speech._begin(qwen, "").ids == [qwen.eos]
+    assert speech.begin(qwen, "ab").ids == qwen.encode("ab")
+    assert speech.begin(qwen, "").ids == [qwen.eos]
 
 
 def test_unsupported_tokenizers_are_refused(tmp_path):
