@@ -84,14 +84,13 @@ class Run:
             context: most tokens of prompt and continuation; None: the sequence length of training.
         """
         length = self.experiment.batch.length if context is None else context
-        asked = (self.params, self.experiment, length, options)
-        if self._engine is None or not (
-            self._engine[0] is asked[0] and self._engine[1:4] == asked[1:]
-        ):
+        asked = self.experiment, length, options
+        kept = self._engine
+        if kept is None or kept[0] is not self.params or kept[1] != asked:
             self._engine = None  # before the next one, since each has a cache
             engine = generate.Engine(self.apply.cast(), context=length, **options)
-            self._engine = (*asked, engine)
-        return self._engine[4]
+            self._engine = self.params, asked, engine
+        return self._engine[2]
 
     def chat(
         self,

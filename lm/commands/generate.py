@@ -73,11 +73,13 @@ def _schema(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        schema = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--json-schema {path}: {error}") from None
+        schema = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"--json-schema {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"--json-schema {path} is not valid JSON: {error}.") from None
     if not isinstance(schema, dict):
-        raise UserError(f"--json-schema {path} holds no JSON object.")
+        raise UserError(f"--json-schema {path} must be a JSON object, as in {{'type': 'object'}}.")
     return schema
 
 

@@ -62,9 +62,9 @@ def _plan(experiment: Any, options: argparse.Namespace) -> tuple[Any, str]:
     """(facts for JSON, text) of one experiment."""
     from lm import planning
 
-    mesh, compile = flags.mesh(options), not options.estimate
     if options.serve:
         return _serving(experiment, options)
+    mesh, compile = flags.mesh(options), not options.estimate
     for name in ("context", "rows"):
         if getattr(options, name) is not None:
             raise UserError(f"--{name} is an option of --serve; add --serve, or leave it out.")

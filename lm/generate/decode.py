@@ -51,7 +51,6 @@ def generate(
     key: jax.Array | int = 0,
     stop_tokens: Sequence[int] = (),
     cache_dtype: str | None = None,
-    first_tokens: Sequence[Sequence[int] | None] | None = None,
 ) -> list[Result]:
     """Continues each prompt by at most `max_tokens` tokens. One Result per prompt.
 
@@ -65,7 +64,6 @@ def generate(
             per prompt. Step t of a row uses its key folded with t.
         stop_tokens: ids that end a row.
         cache_dtype: of the KV cache; default: that of the weights.
-        first_tokens: for each prompt, the ids that may come first after it, or None for any.
 
     Raises:
         UserError: an empty prompt, one longer than the context, a token outside the vocabulary,
@@ -81,7 +79,6 @@ def generate(
         key=key,
         stop_tokens=stop_tokens,
         cache_dtype=cache_dtype,
-        first_tokens=first_tokens,
         chunk=max_tokens,
     ):
         pass
@@ -98,7 +95,6 @@ def stream(
     key: jax.Array | int = 0,
     stop_tokens: Sequence[int] = (),
     cache_dtype: str | None = None,
-    first_tokens: Sequence[Sequence[int] | None] | None = None,
     chunk: int = 16,
     ended: AbstractSet[int] = frozenset(),
 ) -> Iterator[list[Result]]:
@@ -107,23 +103,22 @@ def stream(
     Between two yields the caller may add indices of prompts to `ended`: these rows end. The last
     results are all finished. The tokens do not depend on `chunk`.
     """
-    check_request(model.config, prompts, context, max_tokens, chunk, key)
+    check_size(max_tokens=max_tokens, context=context, chunk=chunk)
+    if not isinstance(key, jax.Array):
+        check_seed(seed=key)
+    check_prompts(model.config, prompts, context)
     max_tokens = min(max_tokens, context)  # a row ends where its context is full
     if not prompts:
         return
-    request = make_request(
+    request = _make_request(
         prompts, context, max_tokens, sampling or Sampling(), key, stop_tokens, model.mesh
     )
-    request = request._replace(
-        first_bv=_first(first_tokens or (), len(request.length_b), model.config.vocab)
-    )
     cache_length = min(_bucket(request.length_b.max() + max_tokens), context)
-    cache = empty_cache(model, len(request.length_b), cache_length, cache_dtype)
-    states = run(model, request, cache, len(prompts), max_tokens, chunk, ended)
-    yield from (results for results, _ in states)
+    cache = _empty_cache(model, len(request.length_b), cache_length, cache_dtype)
+    yield from _run(model, request, cache, len(prompts), max_tokens, chunk, ended)
 
 
-def run(
+def _run(
     model: Model,
     request: "Request",
     cache: Any,
@@ -131,9 +126,8 @@ def run(
     max_tokens: int,
     chunk: int,
     ended: AbstractSet[int],
-) -> Iterator[tuple[list[Result], Any]]:
-    """(results, cache) after every `chunk` tokens of the first `rows` rows of a request. The cache
-    of an earlier yield must not be used again, nor the one passed in."""
+) -> Iterator[list[Result]]:
+    """The results after every `chunk` tokens of the first `rows` rows of a request."""
     finished: list[str | None] = [None] * rows
     state = None
     for until in range(chunk, max_tokens + chunk, chunk):
@@ -143,38 +137,22 @@ def run(
         else:
             state = _resume(model, request, state, steps)
         results = _results(state, request, max_tokens, finished)
-        yield results, state.cache
+        yield results
         if all(result.finished for result in results):
             return
         for row in ended:
             finished[row] = finished[row] or "ended"
             request.limit_b[row] = 0
         if all(finished):
-            last = [result._replace(finished=why) for result, why in zip(results, finished)]
-            yield last, state.cache
+            yield [result._replace(finished=why) for result, why in zip(results, finished)]
             return
 
 
 @partial(jax.jit, static_argnames=("rows", "length", "dtype"))
-def empty_cache(model: Model, rows: int, length: int, dtype: str | None = None) -> Any:
+def _empty_cache(model: Model, rows: int, length: int, dtype: str | None = None) -> Any:
     """Caches for `rows` rows of at most `length` tokens."""
     with model.on_mesh(sharding.UNSPLIT_SEQUENCE):
         return model.init_cache(rows, length, dtype)
-
-
-def check_request(
-    config: Config,
-    prompts: Sequence[Sequence[int]],
-    context: int,
-    max_tokens: int,
-    chunk: int,
-    key: jax.Array | int,
-) -> None:
-    """Raises UserError for a request that cannot be answered."""
-    check_size(max_tokens=max_tokens, context=context, chunk=chunk)
-    if not isinstance(key, jax.Array):
-        check_seed(seed=key)
-    check_prompts(config, prompts, context)
 
 
 def check_prompts(config: Config, prompts: Sequence[Sequence[int]], context: int) -> None:
@@ -201,13 +179,11 @@ class Request(NamedTuple):
     prompt."""
 
     prompts_bp: np.ndarray
-    begin_b: np.ndarray  # tokens of each row that the cache holds already
-    length_b: np.ndarray  # of each prompt, without these
+    length_b: np.ndarray  # of each prompt
     limit_b: np.ndarray  # most tokens to generate; 0 for padding rows and rows that were ended
     keys_b: jax.Array
     stops_s: np.ndarray
     filters: Filters
-    first_bv: np.ndarray | None = None  # whether a token may come first; None: any
 
 
 class _State(NamedTuple):
@@ -223,7 +199,7 @@ class _State(NamedTuple):
     cache: Any
 
 
-def make_request(
+def _make_request(
     prompts: Sequence[Sequence[int]],
     context: int,
     max_tokens: int,
@@ -231,9 +207,7 @@ def make_request(
     key: jax.Array | int,
     stop_tokens: Sequence[int],
     mesh: jax.sharding.Mesh | None,
-    begin: int = 0,
 ) -> Request:
-    """Of prompts that continue `begin` tokens in the cache."""
     longest = max(len(prompt) for prompt in prompts)
     rows = _bucket(len(prompts), 1)
     if mesh is not None:
@@ -246,28 +220,14 @@ def make_request(
     for row, prompt in enumerate(prompts):
         prompts_bp[row, : len(prompt)] = prompt
         length_b[row] = len(prompt)
-        limit_b[row] = min(max_tokens, context - begin - len(prompt))
+        limit_b[row] = min(max_tokens, context - len(prompt))
     key = key if isinstance(key, jax.Array) else jax.random.key(int(key))
     if key.ndim == 0:
         keys_b = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(rows))
     else:
         keys_b = key[np.arange(rows) % len(prompts)]
     stops_s = np.array(sorted(set(stop_tokens)), np.int32)
-    begin_b = np.full(rows, begin, np.int32)
-    return Request(prompts_bp, begin_b, length_b, limit_b, keys_b, stops_s, sampling.filters())
-
-
-def _first(
-    first_tokens: Sequence[Sequence[int] | None], rows: int, vocab: int
-) -> np.ndarray | None:
-    if all(ids is None for ids in first_tokens):
-        return None
-    first_bv = np.ones((rows, vocab), bool)
-    for row, ids in enumerate(first_tokens):
-        if ids is not None:
-            first_bv[row] = False
-            first_bv[row, list(ids)] = True
-    return first_bv
+    return Request(prompts_bp, length_b, limit_b, keys_b, stops_s, sampling.filters())
 
 
 def _bucket(size: int, smallest: int = SMALLEST) -> int:
@@ -284,7 +244,7 @@ def _start(model: Model, request: Request, cache: Any, until: jax.Array, *, size
         position_p = jnp.arange(prompt_length)
         output = model(
             sharding.shard(request.prompts_bp, "batch", "seq"),
-            positions_bt=request.begin_b[:, None] + position_p,
+            positions_bt=jnp.broadcast_to(position_p, request.prompts_bp.shape),
             mask_bt=position_p < request.length_b[:, None],
             cache=cache,
         )
@@ -299,7 +259,7 @@ def _start(model: Model, request: Request, cache: Any, until: jax.Array, *, size
         )
         last_b11 = (request.length_b - 1)[:, None, None]
         hidden_b1d = jnp.take_along_axis(output.hidden_btd, last_b11, axis=1)
-        state = _emit(request, state, model.logits(hidden_b1d)[:, 0], request.first_bv)
+        state = _emit(request, state, model.logits(hidden_b1d)[:, 0])
         return _decode(model, request, state, until)
 
 
@@ -316,7 +276,7 @@ def _decode(model: Model, request: Request, state: _State, until: jax.Array) -> 
 
     def step(state: _State) -> _State:
         last_b1 = jax.lax.dynamic_slice_in_dim(state.tokens_bt, state.step - 1, 1, axis=1)
-        position_b1 = (request.begin_b + request.length_b + state.count_b - 1)[:, None]
+        position_b1 = (request.length_b + state.count_b - 1)[:, None]
         output = model(
             sharding.shard(last_b1, "batch", "seq"), positions_bt=position_b1, cache=state.cache
         )
@@ -334,19 +294,11 @@ def _decode(model: Model, request: Request, state: _State, until: jax.Array) -> 
     return state._replace(**jax.lax.with_sharding_constraint(read, everywhere))
 
 
-def _emit(
-    request: Request,
-    state: _State,
-    logits_bv: jax.Array,
-    allowed_bv: jax.Array | np.ndarray | None = None,
-) -> _State:
-    """Samples and stores the next token of each running row, of those allowed; the other rows get
-    token 0, which is not read."""
+def _emit(request: Request, state: _State, logits_bv: jax.Array) -> _State:
+    """Samples and stores the next token of each running row; the other rows get token 0, which is
+    not read."""
     keys_b = jax.vmap(jax.random.fold_in, (0, None))(request.keys_b, state.step)
-    candidates_bv = logits_bv
-    if allowed_bv is not None:
-        candidates_bv = jnp.where(allowed_bv, logits_bv, -jnp.inf)
-    token_b = sample(candidates_bv, request.filters, keys_b, state.seen_bv)
+    token_b = sample(logits_bv, request.filters, keys_b, state.seen_bv)
     logprob_bv = jax.nn.log_softmax(logits_bv.astype(jnp.float32), axis=-1)
     logprob_b = jnp.take_along_axis(logprob_bv, token_b[:, None], axis=-1)[:, 0]
     running_b = _running(request, state)

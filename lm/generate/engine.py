@@ -10,13 +10,14 @@ A compiled program computes a fixed number of rows. A row is one token of one se
 or of a continuation, so that the same programs serve prefill and decoding. What a row computes does
 not depend on the other rows: the tokens of a request are the same alone and among others, with
 prompts cut anywhere, with and without a cached prefix, and after preemption. That holds bit for
-bit if programs of all sizes add in the same order; the engine tries them, and by default uses only
-those that do (`exact`).
+bit if programs of all sizes add in the same order; the engine compares them when it starts, and in
+float32 uses only those that do (`exact`).
 """
 
+import itertools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from lm.model import Model, reaches, unstacked
 from lm.parallel import sharding
 
 _DEFAULT_CACHE = 2**30  # bytes
-_LEAST_ROOM = 64  # so that as many requests generate at the same time
+_LEAST_ROOM = 64  # tokens of a step, so that 64 requests can generate at the same time
 _MOST_ENTRIES = 2**17  # of the table of pages, which a TPU's scalar memory holds
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
@@ -60,7 +61,8 @@ class Engine:
         float32.
 
     `exact` then says whether results depend on nothing but their request, bit for bit, as far as a
-    try can tell: that they do not depend on the size of a program, nor on the order of its rows.
+    trial at the start can tell: whether they depend on the size of a program, or on the order of
+    its rows.
     `computed` counts the tokens computed so far, `drafted` those that were proposed, and `accepted`
     those of them that were right.
     """
@@ -157,24 +159,39 @@ class Engine:
             self.scheduler.remove(job)
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache, on all devices together."""
+        return sum(x.nbytes for x in jax.tree.leaves(self._cache))
+
+    @property
     def idle(self) -> bool:
         """Whether no request is unfinished."""
         return not (self.scheduler.running or self.scheduler.waiting)
 
     def generate(self, requests: Iterable[Request]) -> list[Output]:
-        """The outputs of requests, in their order. Raises UserError for a bad request, and for an
-        output with an error."""
-        jobs = [self.add(request) for request in requests]
+        """The outputs of requests, in their order. Raises UserError as `follow` does."""
+        outputs = {number: job.result for number, job in self.follow(requests)}
+        return [outputs[number] for number in sorted(outputs)]
+
+    def follow(self, requests: Iterable[Request]) -> Iterator[tuple[int, Job]]:
+        """Adds requests and computes until they have finished. Yields (number of the request, its
+        job) for each step that gave it a token or ended it. If it is closed before the end, or a
+        request is refused, all of them are cancelled.
+
+        Raises UserError for a bad request, and at the end for an output with an error.
+        """
+        jobs: dict[Job, int] = {}
         try:
+            for number, request in enumerate(requests):
+                jobs[self.add(request)] = number
             while not all(job.result.finished for job in jobs):
-                self.step()
+                yield from ((jobs[job], job) for job in self.step() if job in jobs)
         finally:
             for job in jobs:
                 self.cancel(job)
         for job in jobs:
             if job.result.error:
                 raise UserError(job.result.error)
-        return [job.result for job in jobs]
 
     # Steps
 
@@ -183,24 +200,27 @@ class Engine:
         if self.speculation is not None:
             self._propose()
         planned = self.scheduler.plan(self._room)
-        of_jobs = {
-            job: [Row(job, place) for place in range(job.computed, job.computed + count)]
+        rows = [
+            Row(job, place)
             for job, count in planned.items()
-        }
-        rows = [row for of_job in of_jobs.values() for row in of_job]
+            for place in range(job.computed, job.computed + count)
+        ]
         if not rows:
             return []
         size = min(self._seconds, key=lambda size: self._seconds[size] * -(-len(rows) // size))
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         drawn = jax.device_get([self._run(part, size) for part in parts])
         self.computed += len(rows)
-        places = iter(divmod(number, size) for number in range(len(rows)))
-        changed = []
-        for job, of_job in of_jobs.items():
-            found = [(drawn[part], number) for _, (part, number) in zip(of_job, places)]
-            if self._record(job, of_job, found):
-                changed.append(job)
-        return changed
+        found = (
+            (of_part, number)
+            for part, of_part in zip(parts, drawn, strict=True)
+            for number in range(len(part))
+        )
+        return [
+            job
+            for job, count in planned.items()
+            if self._record(job, list(itertools.islice(found, count)))
+        ]
 
     def _propose(self) -> None:
         """Lets the speculation propose drafts if there is room for those of all jobs."""
@@ -221,20 +241,21 @@ class Engine:
         logits_rv, self._cache = programs.forward(self.model, self._cache, batch)
         return draw(logits_rv, part, batch.ints[:, 3])
 
-    def _record(self, job: Job, rows: list[Row], found: list[tuple[programs.Drawn, int]]) -> bool:
-        """Records what a step found for the rows of a job; returns whether the job has changed.
+    def _record(self, job: Job, found: list[tuple[programs.Drawn, int]]) -> bool:
+        """Records what a step found for the next tokens of a job, (what was drawn, row in it) for
+        each; returns whether the job has changed.
 
         A token of the draft is accepted if it is the token that was drawn in its place. So drafts
         change neither the tokens nor their distribution.
         """
         known, draft, length = job.result.prompt_logprobs, job.draft, len(job.tokens)
         finished, accepted = None, 0
-        for row, (drawn, number) in zip(rows, found, strict=True):
-            drafted = row.place - length
-            if drafted >= 0 and (finished or job.tokens[row.place] != draft[drafted]):
+        for place, (drawn, number) in enumerate(found, job.computed):
+            drafted = place - length
+            if drafted >= 0 and (finished or job.tokens[place] != draft[drafted]):
                 break
             accepted += 1
-            if len(known) == row.place + 1 < job.prompt:
+            if len(known) == place + 1 < job.prompt:
                 known.append(float(drawn.following[number]))
                 if job.request.logprobs:
                     job.result.prompt_top.append(_top(job, drawn, number))

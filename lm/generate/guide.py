@@ -58,8 +58,7 @@ class Guides:
     def _guide(self, what: str, grammar: str) -> "Guide":
         matcher = _llguidance().LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            error = " ".join(matcher.get_error().split("\n<")[0].split())
-            raise UserError(f"The {what} cannot be used: {error}")
+            raise UserError(f"The {what} cannot be used: {_error(matcher)}")
         return Guide(matcher, self._tokenizer.vocab_size)
 
 
@@ -101,8 +100,8 @@ class Written:
         """Writes a token. Returns whether the text is complete."""
         self._matcher.consume_token(token)
         if self._matcher.is_error():
-            error = " ".join(self._matcher.get_error().split("\n<")[0].split())
-            self.error = f"The text cannot follow its schema or grammar any further: {error}"
+            why = _error(self._matcher)
+            self.error = f"The text cannot follow its schema or grammar any further: {why}"
         return self._matcher.is_stopped()
 
 
@@ -118,6 +117,11 @@ class _Words:
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
+
+
+def _error(matcher: Any) -> str:
+    """The error of a matcher on one line, without its state."""
+    return " ".join(matcher.get_error().split("\n<")[0].split())
 
 
 def _llguidance() -> Any:

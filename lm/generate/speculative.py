@@ -2,9 +2,9 @@
 cheaply, and one step of the engine checks all of it.
 
 The engine draws the token of each place as it would without a draft, with the same random numbers,
-and accepts the draft as far as it says the same. So outputs are those of plain decoding, greedy or
-sampled, and need no proof of their distribution. A draft that is certain of its tokens is accepted
-as often as by rejection sampling; a draft model draws with the same random numbers as the engine.
+and accepts the draft up to the first token that differs. So outputs are those of plain decoding,
+greedy or sampled. A draft model draws with the same random numbers as the engine, so that both
+often draw the same token.
 """
 
 import abc
@@ -155,8 +155,10 @@ class DraftModel(Speculation):
             )
             self._shadows[job] = self._engine.add(request)
         shadow = self._shadows[job]
-        pairs = enumerate(zip(shadow.tokens, job.tokens, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), len(job.tokens))
+        # Before the last draft, its tokens are those of the job.
+        same = max(0, len(shadow.tokens) - self.tokens)
+        while shadow.tokens[same : same + 1] == job.tokens[same : same + 1] != []:
+            same += 1
         shadow.computed = min(shadow.computed, same)
         shadow.tokens = list(job.tokens)
         shadow.result.tokens = list(job.result.tokens)

@@ -1,6 +1,7 @@
 """Text generation: encodes prompts, decodes tokens as they are generated, and finds stop strings in
 the text, across token boundaries."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def generate_text(
             raise UserError(f"{name}={values!r} must be a list of texts.")
     if "" in stop:
         raise UserError("stop='' would stop at once; leave it out.")
-    begins = [begin(tokenizer, prompt) for prompt in prompts]
+    begins = [begin(tokenizer, prompt, guide is not None) for prompt in prompts]
     decode.check_prompts(engine.model.config, [each.ids for each in begins], engine.context)
     requests = [
         Request(
@@ -82,11 +83,8 @@ def generate_text(
         )
         for row, begun in enumerate(begins)
     ]
-    return write(
-        *(engine, requests),
-        [Reader(tokenizer, stop, begun.spaces) for begun in begins],
-        stream,
-    )
+    readers = [Reader(tokenizer, stop, begun.spaces) for begun in begins]
+    return write(engine, requests, readers, stream)
 
 
 def write(
@@ -96,24 +94,13 @@ def write(
     stream: Callable[[int, str], None] | None = None,
 ) -> list[Text]:
     """The texts of requests, each decoded by its reader. `stream` is called with (row, piece)."""
-    jobs = {engine.add(request): row for row, request in enumerate(requests)}
-    try:
-        while not all(job.result.finished for job in jobs):
-            for job in engine.step():
-                if job not in jobs:
-                    continue
-                reader = readers[jobs[job]]
-                piece = reader.read(job.result)
-                if piece and stream:
-                    stream(jobs[job], piece)
-                if reader.stopped:
-                    engine.cancel(job, "stop")
-    finally:
-        for job in jobs:
-            engine.cancel(job)
-    for job in jobs:
-        if job.result.error:
-            raise UserError(job.result.error)
+    with contextlib.closing(engine.follow(requests)) as changes:
+        for row, job in changes:
+            piece = readers[row].read(job.result)
+            if piece and stream:
+                stream(row, piece)
+            if readers[row].stopped:
+                engine.cancel(job, "stop")
     return [reader.result() for reader in readers]
 
 
@@ -127,20 +114,21 @@ def check_prompts(
 class Begin(NamedTuple):
     """An encoded prompt, without the `spaces` at its end that the first token must repeat."""
 
-    ids: list[int]
-    first: tuple[int, ...] | None  # ids that begin with the spaces; None: no spaces, any id
-    spaces: int
+    ids: Sequence[int]
+    first: tuple[int, ...] | None = None  # ids that begin with the spaces; None: any id
+    spaces: int = 0
 
 
-def begin(tokenizer: Tokenizer, prompt: str) -> Begin:
-    """Encodes a prompt, with what the tokenizer puts in front of prompts."""
+def begin(tokenizer: Tokenizer, prompt: str, guided: bool = False) -> Begin:
+    """Encodes a prompt, with what the tokenizer puts in front of prompts. `guided`: the first token
+    must follow a guide, so the prompt keeps its spaces."""
     ids = tokenizer.encode(prompt)
     # A chat template may have added the prefix already.
     if ids[: len(tokenizer.prefix)] != list(tokenizer.prefix):
         ids = [*tokenizer.prefix, *ids]
     last = tokenizer.decode_bytes(ids[-1:])
-    if not last or last.strip(b" "):
-        return Begin(ids or [tokenizer.bos], None, 0)
+    if guided or not last or last.strip(b" "):
+        return Begin(ids or [tokenizer.bos])
     return Begin(ids[:-1] or [tokenizer.bos], _starting_with(tokenizer, last), len(last))
 
 
@@ -204,12 +192,10 @@ class Reader:
 
     def _uncertain(self) -> int:
         """Number of characters at the end of the text that may begin a stop string."""
-        return max(
-            (
-                length
-                for stop in self._stop
-                for length in range(1, len(stop))
-                if self._held.endswith(stop[:length])
-            ),
-            default=0,
-        )
+        return max((overlap(self._held, stop) for stop in self._stop), default=0)
+
+
+def overlap(text: str, mark: str) -> int:
+    """Number of characters at the end of `text` that may begin `mark`."""
+    lengths = range(min(len(text), len(mark) - 1), 0, -1)
+    return next((n for n in lengths if text.endswith(mark[:n])), 0)

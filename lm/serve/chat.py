@@ -8,9 +8,10 @@ from typing import Any
 
 from lm.data import encode_prompt, end_of_turn
 from lm.errors import UserError
+from lm.generate.text import Begin
 from lm.serve.completions import usage
 from lm.serve.errors import ApiError
-from lm.serve.generation import Choice, Prompt, bounded, requests, token_text
+from lm.serve.generation import Choice, bounded, requests, token_text
 from lm.serve.protocol import ChatRequest
 from lm.serve.tools import ToolReader
 from lm.serve.variants import Variant
@@ -26,7 +27,7 @@ class Chat:
             message = "top_logprobs needs logprobs=true."
             raise ApiError(400, message, param="top_logprobs", code="invalid_value")
         self._tools = options.tools if options.tool_choice == "auto" else []
-        prompt = Prompt(encode_prompt(self._render(), variant.tokenizer))
+        prompt = Begin(encode_prompt(self._render(), variant.tokenizer))
         ends, end_texts = end_of_turn(variant.tokenizer)
         limits = (options.max_tokens, options.max_completion_tokens)
         most = min((limit for limit in limits if limit is not None), default=variant.context)

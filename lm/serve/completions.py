@@ -5,9 +5,9 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-from lm.generate.text import begin
+from lm.generate.text import Begin, begin
 from lm.serve.errors import ApiError
-from lm.serve.generation import Choice, Prompt, bounded, requests, token_text
+from lm.serve.generation import Choice, bounded, requests, token_text
 from lm.serve.protocol import CompletionRequest
 from lm.serve.variants import Variant
 from lm.serve.worker import Call
@@ -52,13 +52,10 @@ class Completion:
         self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self._begun: dict[int, _Written] = {}
 
-    def _prompt(self, prompt: str | list[int]) -> Prompt:
+    def _prompt(self, prompt: str | list[int]) -> Begin:
         if not isinstance(prompt, str):
-            return Prompt(prompt)
-        tokenizer = self._variant.tokenizer
-        if self.options.is_guided:  # the first token cannot begin with spaces of the prompt
-            return Prompt([*tokenizer.prefix, *tokenizer.encode(prompt)] or [tokenizer.bos])
-        return Prompt(*begin(tokenizer, prompt))
+            return Begin(prompt)
+        return begin(self._variant.tokenizer, prompt, self.options.is_guided)
 
     def answer(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""

@@ -2,12 +2,12 @@
 
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.generate import Output, Request, Result, Sampling
-from lm.generate.text import Reader
+from lm.generate.text import Begin, Reader
 from lm.serve.errors import ApiError
 from lm.serve.protocol import Options
 from lm.serve.variants import Variant
@@ -17,19 +17,10 @@ _REASONS = {"stop": "stop", "max_tokens": "length", "context": "length"}
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this number
 
 
-class Prompt(NamedTuple):
-    """A prompt as the engine takes it: `spaces` at its end are to begin the first token, which is
-    then one of `first`."""
-
-    ids: Sequence[int]
-    first: Sequence[int] | None = None
-    spaces: int = 0
-
-
 def requests(
     variant: Variant,
     options: Options,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Begin],
     *,
     max_tokens: int,
     stop_tokens: Sequence[int],
@@ -43,7 +34,7 @@ def requests(
         _check(prompt.ids, variant, param)
     biases = {int(token): bias for token, bias in options.logit_bias.items()}
     try:
-        guide = _guide(variant, options)
+        guide = _guide(variant, options, tuple(stop_tokens))
         sampling = Sampling(
             temperature=options.temperature,
             top_k=options.top_k if options.top_k > 0 else None,
@@ -94,14 +85,15 @@ def _check(ids: Sequence[int], variant: Variant, param: str) -> None:
         )
 
 
-def _guide(variant: Variant, options: Options) -> Any:
-    """The guide of response_format or structured_outputs; None without one."""
+def _guide(variant: Variant, options: Options, ends: tuple[int, ...]) -> Any:
+    """The guide of response_format or structured_outputs, for a text that `ends` may end; None
+    without one."""
     wanted, more = options.response_format, options.structured_outputs
     if not options.is_guided:
         return None
     if wanted is not None and more is not None:
         raise UserError("Give response_format or structured_outputs, not both.")
-    guides = variant.guides
+    guides = variant.guides(ends)
     if more is not None:
         given = more.model_dump(exclude_none=True, by_alias=True)
         if len(given) != 1:

@@ -17,13 +17,13 @@ import uvicorn
 from lm.errors import UserError
 from lm.serve import app, variants
 from lm.serve.app import Limits, Service
-from lm.serve.errors import unavailable
+from lm.serve.errors import ApiError, unavailable
 from lm.serve.router import Source, check_names
 from lm.serve.variants import Reading, Variant
 from lm.serve.worker import Worker
 
 KEEP_ALIVE = 60  # seconds that an unused connection stays open
-LAST_WORDS = 5.0  # seconds to send errors to clients whose requests did not end in time
+ERROR_SECONDS = 5.0  # seconds to send errors to clients whose requests did not end in time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE,
-                timeout_graceful_shutdown=int(LAST_WORDS),
+                timeout_graceful_shutdown=int(ERROR_SECONDS),
             )
         )
 
@@ -89,7 +89,7 @@ class Server(uvicorn.Server):
         finally:
             self.worker.close()
             if self.worker.ident is not None:
-                self.worker.join(timeout=LAST_WORDS)
+                self.worker.join(timeout=ERROR_SECONDS)
             self.is_ready.set()
         if self.worker.failed is not None:
             raise self.worker.failed
@@ -119,7 +119,7 @@ class Server(uvicorn.Server):
         if service.active:
             self.worker.fail_all(unavailable("The server is shutting down."))
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LAST_WORDS):
+                async with asyncio.timeout(ERROR_SECONDS):
                     await service.idle.wait()
         self.should_exit = True
 
@@ -158,7 +158,7 @@ class Server(uvicorn.Server):
             self._say(variant.describe())
             try:
                 _ = variant.template
-            except Exception as error:
+            except ApiError as error:
                 self._say(f"{variant.name}: /v1/chat/completions is refused: {error}")
         return found
 

@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Collection
 from typing import Any
 
+from lm.generate.text import overlap
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -37,7 +39,7 @@ class ToolReader:
                 break  # perhaps a call without marks: known at the end
             before, mark, after = self._held.partition(OPEN)
             if not mark:
-                keep = _overlap(self._held, OPEN)
+                keep = overlap(self._held, OPEN)
                 cut = len(self._held) - keep
                 content += self._held[:cut]
                 self._is_begun |= bool(self._held[:cut].strip())
@@ -89,9 +91,3 @@ class ToolReader:
                 {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
             )
         return calls or None
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Characters at the end of a text that may begin a mark."""
-    lengths = range(min(len(text), len(mark) - 1), 0, -1)
-    return next((n for n in lengths if text.endswith(mark[:n])), 0)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from lm import data, runs, terminal, trees
 from lm.errors import UserError
-from lm.generate import DraftModel, Engine, NGram, Speculation
-from lm.model import Config, Model, init_pages, shapes, unstacked
+from lm.generate import DraftModel, Engine, Guides, NGram, Speculation
+from lm.model import Config, Model, shapes, unstacked
 from lm.model.adapters.adapter import ROOT
 from lm.parallel.mesh import Mesh
 from lm.runs import Run
@@ -82,6 +82,7 @@ class Variant:
         self.config: Config = model.config
         self._model, self._reading = model, reading
         self.engine: Engine | None = None
+        self._guides: dict[tuple[int, ...], Guides] = {}
 
     def build(self) -> None:
         """Makes a new engine, with all of its programs compiled."""
@@ -102,42 +103,31 @@ class Variant:
             message = f"{self.name} cannot chat: {error} Or use /v1/completions."
             raise ApiError(400, message, param="model", code="no_chat_template") from None
 
-    @functools.cached_property
-    def guides(self) -> Any:
-        """Compiles schemas and grammars (lm.generate.guide)."""
-        from lm.generate.guide import Guides
-
-        return Guides(self.tokenizer)
+    def guides(self, ends: tuple[int, ...]) -> Guides:
+        """Compiles schemas and grammars of texts that these ids may end."""
+        if ends not in self._guides:
+            self._guides[ends] = Guides(self.tokenizer, ends)
+        return self._guides[ends]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """`system_fingerprint`: differs for other weights or another format."""
-        dtype = jax.tree.leaves(self._model.params, is_leaf=trees.is_leaf)[0].dtype
-        return f"lm-{self.name}-{self.step}-{dtype}"
+        return f"lm-{self.name}-{self.step}-{self._dtype}"
+
+    @property
+    def _dtype(self) -> Any:
+        return jax.tree.leaves(self._model.params, is_leaf=trees.is_leaf)[0].dtype
 
     def describe(self) -> str:
         """One line: what was read, its pages and memory."""
-        weights = jax.tree.leaves(self._model.params)
-        scheduler = self.engine.scheduler
-        counts = {reach: pool.count for reach, pool in scheduler.pools.items()}
-        dtype = jax.tree.leaves(self._model.params, is_leaf=trees.is_leaf)[0].dtype
-        ways = 1 if self._model.mesh is None else self._model.mesh.shape["tensor"]
-        cache = jax.eval_shape(
-            lambda: init_pages(
-                self.config,
-                counts,
-                scheduler.size,
-                jnp.dtype(self._reading.cache_dtype or dtype),
-                ways,
-            )
-        )
+        weights, scheduler = jax.tree.leaves(self._model.params), self.engine.scheduler
+        pages = sum(pool.count for pool in scheduler.pools.values())
         return (
             f"{self.name}: {self.folder}, step {self.step:,}, "
-            f"{terminal.number(sum(x.size for x in weights))} parameters in {dtype}, "
+            f"{terminal.number(sum(x.size for x in weights))} parameters in {self._dtype}, "
             f"{terminal.size(sum(x.nbytes for x in weights))}; "
-            f"{sum(counts.values()):,} pages of {scheduler.size} tokens, "
-            f"{terminal.size(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)))}; "
-            f"context {self.context:,}"
+            f"{pages:,} pages of {scheduler.size} tokens, "
+            f"{terminal.size(self.engine.cache_bytes)}; context {self.context:,}"
             + (f"; shares the weights of {self.parent}" if self.parent else "")
         )
 

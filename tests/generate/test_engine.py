@@ -306,6 +306,13 @@ def test_bad_requests_are_refused(small, make, words):
         engine(small).add(make())
 
 
+def test_a_bad_request_leaves_none_of_the_others_behind(small):
+    one = engine(small)
+    with pytest.raises(UserError, match="vocabulary ends at 63"):
+        one.generate([Request(prompt=[1]), Request(prompt=[VOCAB])])
+    assert one.idle
+
+
 def test_bad_options_are_refused(small):
     with pytest.raises(UserError, match="cache_tokens=10 is less than context=64"):
         engine(small, cache_tokens=10)

@@ -8,7 +8,7 @@ from small_models import config, parameters
 
 from lm import data, model
 from lm.errors import UserError
-from lm.generate import Engine, Guides, NGram, Request, Sampling
+from lm.generate import Engine, Guides, NGram, Request, Sampling, generate_text
 
 SCHEMA = {
     "type": "object",
@@ -90,6 +90,12 @@ def test_regular_expression_choice_and_grammar(tokenizer, engines):
 def test_a_stop_token_may_end_a_text_only_where_it_is_complete(tokenizer, engines):
     for text in write(tokenizer, engines, Guides(tokenizer).regex("x+y?"), range(8)):
         assert re.fullmatch("x+y?", text)
+
+
+def test_a_guided_text_after_a_prompt_that_ends_in_spaces(tokenizer, engines):
+    guide = Guides(tokenizer).regex("[0-9]{2}")
+    (text,) = generate_text(engines[0], tokenizer, ["a  "], max_tokens=9, guide=guide)
+    assert re.fullmatch("[0-9]{2}", text.text)
 
 
 def test_a_guide_serves_many_requests_and_length_still_ends_them(tokenizer, engines):

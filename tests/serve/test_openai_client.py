@@ -360,6 +360,18 @@ def test_other_guides(client):
         assert re.fullmatch(pattern, made), made
 
 
+def test_a_turn_may_end_where_its_guide_is_complete(client, run):
+    (end,) = run.tokenizer.encode("<|end|>")
+    made = client.chat.completions.create(
+        model="one",
+        messages=USER,
+        max_tokens=60,
+        logit_bias={str(end): 100},
+        extra_body={"structured_outputs": {"regex": "(cat)+"}},
+    )
+    assert (made.choices[0].message.content, made.choices[0].finish_reason) == ("cat", "stop")
+
+
 def test_a_bad_schema_is_refused(client):
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "cat"}}}
     with pytest.raises(openai.BadRequestError, match="JSON schema"):

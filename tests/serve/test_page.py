@@ -44,7 +44,7 @@ def browser():
         from playwright.sync_api import sync_playwright
     except ImportError:
         pytest.fail(
-            'The tests of the chat page need Playwright: `pip install "lm[test]"`.', pytrace=False
+            'The tests of the chat page need Playwright: pip install -e ".[browser]"', pytrace=False
         )
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=path, args=OPTIONS)
