@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from kernels_pallas.dispatch import announce, on_platform
 from kernels_pallas.paged_attention import blocked, reference, tpu
 
-WHOLE = (jnp.float32, jnp.bfloat16)
-UNSCALED = (*WHOLE, jnp.float16)
+WHOLE = (jnp.float32, jnp.bfloat16, jnp.float16)
 QUANTIZED = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 
 
@@ -57,7 +56,7 @@ def paged_attention(
       return_lse: also return lse_btn, the log of the softmax's denominator.
       implementation: "tpu", "gpu" (plain JAX, a page at a time, also the choice on CPUs) or
         "reference"; None selects the platform's. The TPU kernel has neither sink_tokens, sinks,
-        alibi, return_lse nor float16 pages; with one of them TPUs run the plain one.
+        alibi, return_lse nor float16; with one of them TPUs run the plain one.
 
     Returns:
       out_btnh in the dtype of q; the softmax is in float32. With return_lse, (out_btnh, lse_btn).
@@ -70,7 +69,8 @@ def paged_attention(
     if sink_tokens and window is None:
         raise ValueError(f"sink_tokens={sink_tokens} does nothing without a window.")
     of_heads = {name: x for name, x in (("sinks", sinks), ("alibi", alibi)) if x is not None}
-    no_kernel = k_pages_pksh.dtype == jnp.float16  # which the TPU kernel cannot convert
+    # The TPU kernel cannot convert float16.
+    no_kernel = jnp.float16 in (q_btnh.dtype, k_pages_pksh.dtype)
     plain = bool(of_heads or sink_tokens or return_lse or no_kernel)
     announce("paged_attention", implementation, tpu="plain JAX" if plain else "the Mosaic kernel")
     own = {"window": window, "softcap": softcap}
@@ -110,7 +110,7 @@ def _check(q, k, v, table, lengths, scales, window, softcap) -> None:
         )
     (b, _, n, h), (_, kv_heads, _, width) = q.shape, k.shape
     if q.dtype not in WHOLE:
-        raise ValueError(f"q_btnh is {q.dtype}; it must be float32 or bfloat16.")
+        raise ValueError(f"q_btnh is {q.dtype}; it must be float32, bfloat16 or float16.")
     if h != width:
         raise ValueError(f"q_btnh has head width {h} but the pages have {width}.")
     if n % kv_heads:
@@ -120,7 +120,7 @@ def _check(q, k, v, table, lengths, scales, window, softcap) -> None:
         if not fits or not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} is {array.dtype} {array.shape}; it needs integers {shape}.")
     if scales is None:
-        if k.dtype not in UNSCALED:
+        if k.dtype not in WHOLE:
             raise ValueError(
                 f"the pages are {k.dtype}; they must be float32, bfloat16 or float16, or int8 or "
                 "float8 with k_scales_pks and v_scales_pks."

@@ -9,11 +9,12 @@ import pytest
 import tolerance
 from small_models import VOCAB, config, parameters
 
-from lm import model
+from lm import model, precision
 from lm.errors import UserError
 from lm.generate import Sampling, decode, programs
 from lm.generate.engine import Engine
 from lm.generate.request import Request
+from lm.parallel import hardware
 
 CONTEXT, TOKENS = 64, 12
 # Of log-probabilities: programs of another shape add in another order.
@@ -199,6 +200,20 @@ def test_formats_of_pages(small, dtype, most):
     )
     difference = np.abs(np.subtract(exact, rounded))
     assert 0 < difference.max() < most
+
+
+def test_float16(small):
+    """Log-probabilities in float16 are those in float32 up to its 11 bits."""
+    if not hardware.compiles("float16"):
+        pytest.skip("XLA does not compile float16 for this processor")
+    request = Request(prompt=list(range(40)), prompt_logprobs=True, max_tokens=4)
+    half = small.replace(params=precision.cast(small.params, "float16"))
+    exact, rounded = (
+        engine(each, rows=(16,)).generate([request])[0].prompt_logprobs[1:]
+        for each in (small, half)
+    )
+    difference = np.abs(np.subtract(exact, rounded))
+    assert 0 < difference.max() < 0.02
 
 
 def test_log_probabilities_are_those_of_the_forward_pass(small):
